@@ -1,0 +1,1 @@
+"""Operations on a per-head paged KV cache: array in, array out. They know no policy, no model and no cache class."""

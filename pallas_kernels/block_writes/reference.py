@@ -1,0 +1,16 @@
+"""New KVs into their slots, in plain XLA: one scatter of rows."""
+
+import jax.numpy as jnp
+from jax import Array
+
+
+def write_blocks(pool: Array, key: Array, value: Array, block_table: Array, starts: Array, counts: Array) -> Array:
+    """See ``api.write_blocks``."""
+    length = key.shape[1]
+    block_size = pool.shape[1]
+    rows = jnp.concatenate([key, value], axis=-1).transpose(0, 2, 1, 3).astype(pool.dtype)  # [b, h, length, 2d]
+    index = starts[..., None] + jnp.arange(length)  # [b, h, length]
+    column = jnp.minimum(index // block_size, block_table.shape[2] - 1)
+    real = jnp.arange(length) < counts[:, None, None]
+    blocks = jnp.where(real, jnp.take_along_axis(block_table, column, axis=2), 0)
+    return pool.at[blocks, index % block_size].set(rows, mode="promise_in_bounds")

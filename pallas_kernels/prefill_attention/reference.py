@@ -1,0 +1,143 @@
+"""Chunk attention in plain XLA: the oracle of the kernels' tests, and the path on CPU.
+
+Cached keys are taken a tile at a time by a loop whose bound is data, the chunk's own keys in query blocks that see
+only the keys before their end; nothing of size length x context exists. Partial results are merged by their running
+maximum and sum.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+if TYPE_CHECKING:
+    from pallas_kernels.prefill_attention.api import Observed
+
+TILE_KVS = 512
+QUERY_BLOCK = 256
+MASKED = -1e30
+IN_BOUNDS = "promise_in_bounds"
+
+
+class Partial(NamedTuple):
+    """Softmax attention over some of the keys, not yet normalised."""
+
+    maximum: Array  # f32[batch, kv_heads, group, queries]
+    total: Array  # f32[batch, kv_heads, group, queries]
+    output: Array  # f32[batch, kv_heads, group, queries, head_dim]
+
+
+def attend(query: Array, key: Array, value: Array, visible: Array) -> Partial:
+    """Query ``[b, h, g, q, d]`` (scaled), key and value ``[b, h, k, d]``, visible broadcastable to ``[b, h, g, q, k]``."""
+    s = jnp.where(visible, logits(query, key), MASKED)
+    maximum = s.max(-1)
+    p = jnp.where(visible, jnp.exp(s - maximum[..., None]), 0.0)
+    b, h, g, q, k = p.shape
+    output = jnp.einsum("bhmk,bhkd->bhmd", p.reshape(b, h, g * q, k), value).reshape(b, h, g, q, -1)
+    return Partial(maximum, p.sum(-1), output)
+
+
+def logits(query: Array, key: Array) -> Array:
+    b, h, g, q, d = query.shape
+    return jnp.einsum("bhmd,bhkd->bhmk", query.reshape(b, h, g * q, d), key).reshape(b, h, g, q, -1)
+
+
+def merge(one: Partial, other: Partial) -> Partial:
+    maximum = jnp.maximum(one.maximum, other.maximum)
+    w1, w2 = jnp.exp(one.maximum - maximum), jnp.exp(other.maximum - maximum)
+    return Partial(
+        maximum, one.total * w1 + other.total * w2, one.output * w1[..., None] + other.output * w2[..., None]
+    )
+
+
+def prefill_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    pool: Array,
+    block_table: Array,
+    lengths: Array,
+    *,
+    observed: Observed | None = None,
+) -> tuple[Array, tuple[Array, Array] | None]:
+    """See ``api.prefill_attention``."""
+    batch, length, heads, head_dim = query.shape
+    kv_heads, max_blocks = block_table.shape[1:]
+    group = heads // kv_heads
+    block_size = pool.shape[1]
+    tile_blocks = min(max(1, TILE_KVS // block_size), max_blocks)
+    tile_kvs = tile_blocks * block_size
+    max_tiles = -(-max_blocks // tile_blocks)
+    table = jnp.pad(block_table, ((0, 0), (0, 0), (0, max_tiles * tile_blocks - max_blocks)))
+    tiles = -(-jnp.max(lengths) // tile_kvs)
+
+    scaled = query.astype(jnp.float32) * head_dim**-0.5
+    scaled = scaled.reshape(batch, length, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
+    key = key.astype(jnp.float32).transpose(0, 2, 1, 3)
+    value = value.astype(jnp.float32).transpose(0, 2, 1, 3)
+
+    def cached_tile(i: Array) -> tuple[Array, Array]:
+        """K beside V ``[b, h, tile, 2d]`` of tile ``i`` and which of its slots hold a KV ``[b, h, tile]``."""
+        index = i * tile_kvs + jnp.arange(tile_kvs)
+        held = index < lengths[..., None]
+        blocks = lax.dynamic_slice_in_dim(table, i * tile_blocks, tile_blocks, axis=2)
+        blocks = jnp.where(held[..., ::block_size], blocks, 0)
+        kv = pool.at[blocks].get(mode=IN_BOUNDS).reshape(batch, kv_heads, tile_kvs, 2 * head_dim)
+        return jnp.where(held[..., None], kv.astype(jnp.float32), 0.0), held
+
+    def attend_cached(i: Array, partial: Partial) -> Partial:
+        kv, held = cached_tile(i)
+        tile = attend(scaled, kv[..., :head_dim], kv[..., head_dim:], held[:, :, None, None])
+        return merge(partial, tile)
+
+    shape = (batch, kv_heads, group, length)
+    nothing = Partial(jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, head_dim)))
+    cached = lax.fori_loop(0, tiles, attend_cached, nothing)
+
+    parts = []
+    for start in range(0, length, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, length)
+        causal = jnp.arange(end) <= jnp.arange(start, end)[:, None]
+        own = attend(scaled[..., start:end, :], key[:, :, :end], value[:, :, :end], causal)
+        before = Partial(*(x[:, :, :, start:end] for x in cached))
+        parts.append(merge(before, own))
+    whole = Partial(*(jnp.concatenate(xs, axis=3) for xs in zip(*parts, strict=True)))
+    output = whole.output / whole.total[..., None]
+    output = output.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim).astype(query.dtype)
+    if observed is None:
+        return output, None
+
+    rows = observed.rows
+    real = (rows >= 0)[:, None, None, :, None]
+    rows = jnp.maximum(rows, 0)
+
+    def of_rows(x: Array) -> Array:
+        """Rows ``[b, w]`` of an array whose queries are on axis 3."""
+        index = rows.reshape(batch, 1, 1, -1, *([1] * (x.ndim - 4)))
+        return jnp.take_along_axis(x, index, axis=3)
+
+    seen_query, maximum, total = of_rows(scaled), of_rows(whole.maximum), of_rows(whole.total)
+    query_positions = jnp.take_along_axis(observed.positions, rows, axis=1)  # [b, w]
+
+    def mass(keys: Array, visible: Array) -> Array:
+        """Sum over the observed queries, ``[b, heads, keys]``."""
+        p = jnp.exp(logits(seen_query, keys) - maximum[..., None]) / total[..., None]
+        return jnp.where(visible & real, observed.function(p), 0.0).sum(3).reshape(batch, heads, -1)
+
+    def mass_of_tile(i: Array, masses: Array) -> Array:
+        kv, held = cached_tile(i)
+        visible = held[:, :, None, None]
+        if observed.buffer:
+            width = max_tiles * tile_kvs - max_blocks * block_size
+            positions = jnp.pad(observed.cached_positions, ((0, 0), (0, 0), (0, width)))
+            positions = lax.dynamic_slice_in_dim(positions, i * tile_kvs, tile_kvs, axis=2)
+            old = positions[:, :, None] <= query_positions[:, None, :, None] - observed.buffer  # [b, h, w, tile]
+            visible = visible & old[:, :, None]
+        return lax.dynamic_update_slice_in_dim(masses, mass(kv[..., :head_dim], visible), i * tile_kvs, axis=2)
+
+    on_cached = lax.fori_loop(0, tiles, mass_of_tile, jnp.zeros((batch, heads, max_tiles * tile_kvs)))
+    old = jnp.arange(length) <= rows[..., None] - observed.buffer  # [b, w, length]
+    on_own = mass(key, old[:, None, None])
+    return output, (on_cached[..., : max_blocks * block_size], on_own)
