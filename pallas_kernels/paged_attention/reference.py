@@ -58,9 +58,7 @@ def paged_attention(
     segment_kvs = segment_blocks * block_size
 
     scaled = (query.astype(jnp.float32) * head_dim**-0.5).reshape(rows, group, head_dim)
-    table = jnp.pad(
-        block_table.reshape(rows, max_blocks), ((0, 0), (0, row_segments * segment_blocks - max_blocks))
-    )
+    table = jnp.pad(block_table.reshape(rows, max_blocks), ((0, 0), (0, row_segments * segment_blocks - max_blocks)))
     lengths = lengths.reshape(rows)
     walk = plan_walk(lengths, block_size, segment_blocks)
     steps = -(-walk.segments // step)

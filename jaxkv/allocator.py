@@ -1,0 +1,69 @@
+"""Blocks handed out and taken back for all heads at once, by ranks: no serial loop, no host."""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+from jax import Array
+
+from jaxkv.cache import PagedCache, num_blocks
+
+
+def blocks_needed(cache: PagedCache, lengths: Array) -> Array:
+    """``i32[]``: blocks to allocate before the heads can hold ``lengths`` KVs, ``i32[layers, batch, kv_heads]``."""
+    return jnp.sum(jnp.maximum(num_blocks(lengths, cache.block_size) - cache.blocks_held(), 0))
+
+
+def grow(cache: PagedCache, lengths: Array, *, most: int) -> tuple[PagedCache, Array]:
+    """Gives each head the blocks for ``lengths`` KVs, all heads or none.
+
+    Args:
+      cache: the cache.
+      lengths: ``i32[layers, batch, kv_heads]``, none shorter than the head's present length.
+      most: bound on the KVs that a head grows by; static.
+
+    Returns:
+      The cache with the new blocks and lengths and ``bool[]`` granted. Where the pool has too few free blocks, or a
+      table row is too short, nothing changes and granted is False.
+    """
+    size = cache.block_size
+    have = cache.blocks_held()
+    need = num_blocks(lengths, size) - have
+    granted = (jnp.sum(need) <= cache.num_free) & jnp.all(lengths <= cache.capacity)
+    need = jnp.where(granted, need, 0)
+    first = (jnp.cumsum(need) - need.reshape(-1)).reshape(need.shape)
+
+    place = jnp.arange(-(-most // size) + (1 if most % size or most == 0 else 0))
+    wanted = place < need[..., None]
+    rank = first[..., None] + place
+    block = cache.free_blocks[jnp.where(wanted, cache.num_free - 1 - rank, 0)]
+    column = jnp.where(wanted, have[..., None] + place, cache.block_table.shape[-1])
+    layer, sequence, head, _ = jnp.ogrid[tuple(slice(n) for n in (*have.shape, 1))]
+    table = cache.block_table.at[layer, sequence, head, column].set(block, mode="drop")
+    grown = replace(
+        cache,
+        block_table=table,
+        lengths=jnp.where(granted, lengths, cache.lengths),
+        num_free=cache.num_free - jnp.sum(need),
+    )
+    return grown, granted
+
+
+def release(cache: PagedCache, lengths: Array) -> PagedCache:
+    """Cuts each head to ``lengths`` KVs, ``i32[layers, batch, kv_heads]``; blocks past them go back to the pool."""
+    have, keep = cache.blocks_held(), num_blocks(lengths, cache.block_size)
+    place = jnp.arange(cache.block_table.shape[-1])
+    freed = ((place >= keep[..., None]) & (place < have[..., None])).reshape(-1)
+    rank = jnp.cumsum(freed)
+    at = jnp.where(freed, cache.num_free + rank - 1, cache.free_blocks.shape[0])
+    return replace(
+        cache,
+        lengths=lengths,
+        free_blocks=cache.free_blocks.at[at].set(cache.block_table.reshape(-1), mode="drop"),
+        num_free=cache.num_free + rank[-1],
+    )
+
+
+def release_sequences(cache: PagedCache, finished: Array) -> PagedCache:
+    """Empties the rows of the batch where ``finished``, ``bool[batch]``, and takes their blocks back."""
+    cache = release(cache, jnp.where(finished[:, None], 0, cache.lengths))
+    return replace(cache, num_tokens=jnp.where(finished, 0, cache.num_tokens))

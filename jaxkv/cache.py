@@ -1,0 +1,255 @@
+"""The per-head paged cache: one pool of blocks, and for every KV head of every layer a block table of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+if TYPE_CHECKING:
+    from models import LlamaConfig
+
+LANES = 128
+"""Scores and positions lie in rows of 128: a narrower minor dimension is laid out anew on every TPU call."""
+NULL_BLOCK = 0
+"""Masked reads and writes go there; it is never handed out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """Sizes of a cache. ``num_blocks`` counts the null block."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    batch: int
+    max_context: int
+    """KVs that a head can hold, which bounds the prompt before it is compressed."""
+    num_blocks: int
+    block_size: int = 16
+    dtype: jnp.dtype = jnp.float32  # pyright: ignore[reportAssignmentType]
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "num_kv_heads", "head_dim", "batch", "max_context", "block_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if LANES % self.block_size:
+            raise ValueError(f"block_size must divide {LANES}, got {self.block_size}; use 8, 16, 32, 64 or 128")
+        if self.num_blocks < 2:
+            raise ValueError(
+                f"a cache needs the null block and at least one more, got num_blocks={self.num_blocks}; "
+                "give it more memory"
+            )
+
+    @classmethod
+    def for_model(
+        cls,
+        model: LlamaConfig,
+        *,
+        batch: int,
+        max_context: int,
+        num_blocks: int | None = None,
+        memory: int | None = None,
+        block_size: int = 16,
+        dtype: jnp.dtype = jnp.float32,  # pyright: ignore[reportArgumentType]
+    ) -> CacheConfig:
+        """Sizes for a model: of ``num_blocks``, or as large as ``memory`` bytes hold, or for ``batch`` full contexts.
+
+        Raises:
+          ValueError: both sizes given, or ``memory`` too small for a single block.
+        """
+        if num_blocks is not None and memory is not None:
+            raise ValueError(f"give num_blocks or memory, not both: {num_blocks=}, {memory=}")
+        config = cls(
+            num_layers=model.num_layers,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            batch=batch,
+            max_context=max_context,
+            num_blocks=2,
+            block_size=block_size,
+            dtype=dtype,
+        )
+        if memory is not None:
+            num_blocks = (memory - config.table_bytes) // (config.block_bytes + 4)
+            if num_blocks < 2:
+                least = config.table_bytes + 2 * (config.block_bytes + 4)
+                raise ValueError(f"cache memory of {memory} bytes holds no block; it must be at least {least} bytes")
+        elif num_blocks is None:
+            num_blocks = 1 + batch * config.heads * config.max_blocks
+        return replace(config, num_blocks=num_blocks)
+
+    @property
+    def heads(self) -> int:
+        """KV heads of all layers."""
+        return self.num_layers * self.num_kv_heads
+
+    @property
+    def max_blocks(self) -> int:
+        return -(-self.max_context // self.block_size)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block: its K and V, and the score and the position of each of its slots."""
+        return self.block_size * (2 * self.head_dim * np.dtype(self.dtype).itemsize + 8)
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of what doesn't grow with the pool: block table, lengths and token counts."""
+        return 4 * self.batch * (self.heads * (self.max_blocks + 1) + 1)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class PagedCache:
+    """Donated at every jit boundary: after the call the old one is gone.
+
+    ``pool``, ``scores`` and ``positions`` are indexed by token slot, ``block * block_size + offset``; the rest by
+    layer, sequence and KV head. The order of a head's KVs is that of its table row, not of the text: after the first
+    eviction ``positions`` alone tells where a KV stood.
+    """
+
+    pool: Array
+    """``[blocks, block_size, 2 * head_dim]``, K (after RoPE) beside V."""
+    scores: Array
+    """``f32[rows, 128]``: the eviction metric of each slot's KV."""
+    positions: Array
+    """``i32[rows, 128]``: the place in the text of each slot's KV."""
+    block_table: Array
+    """``i32[layers, batch, kv_heads, max_blocks]``; entries past a head's last block are never read."""
+    lengths: Array
+    """``i32[layers, batch, kv_heads]``: KVs that a head holds."""
+    num_tokens: Array
+    """``i32[batch]``: tokens of the text that the cache has seen, and so the next one's position."""
+    free_blocks: Array
+    """``i32[blocks]``: a stack, of which the first ``num_free`` are free."""
+    num_free: Array
+    """``i32[]``."""
+
+    @property
+    def block_size(self) -> int:
+        return self.pool.shape[1]
+
+    @property
+    def capacity(self) -> int:
+        """KVs that a head's table row can address."""
+        return self.block_table.shape[-1] * self.block_size
+
+    def blocks_held(self) -> Array:
+        """``i32[layers, batch, kv_heads]``."""
+        return num_blocks(self.lengths, self.block_size)
+
+    def token_slots(self) -> Array:
+        """Slot of each KV, ``i32[layers, batch, kv_heads, capacity]`` in table order; the null block's past the end."""
+        index = jnp.arange(self.capacity)
+        held = index < self.lengths[..., None]
+        slots = jnp.repeat(self.block_table * self.block_size, self.block_size, axis=-1) + index % self.block_size
+        return jnp.where(held, slots, NULL_BLOCK)
+
+
+def init_cache(config: CacheConfig) -> PagedCache:
+    """An empty cache."""
+    rows = -(-config.num_blocks * config.block_size // LANES)
+    table = (config.num_layers, config.batch, config.num_kv_heads)
+    return PagedCache(
+        pool=jnp.zeros((config.num_blocks, config.block_size, 2 * config.head_dim), config.dtype),
+        scores=jnp.zeros((rows, LANES), jnp.float32),
+        positions=jnp.zeros((rows, LANES), jnp.int32),
+        block_table=jnp.zeros((*table, config.max_blocks), jnp.int32),
+        lengths=jnp.zeros(table, jnp.int32),
+        num_tokens=jnp.zeros(config.batch, jnp.int32),
+        # Popped from the end: the lowest blocks go first. The last entry is spare, since the null block is never free.
+        free_blocks=(config.num_blocks - 1 - jnp.arange(config.num_blocks)).astype(jnp.int32),
+        num_free=jnp.int32(config.num_blocks - 1),
+    )
+
+
+def num_blocks(lengths: Array, block_size: int) -> Array:
+    """Blocks that so many KVs fill."""
+    return -(-lengths // block_size)
+
+
+def read_slots(values: Array, slots: Array) -> Array:
+    """Scores or positions of the slots."""
+    return values.at[slots // LANES, slots % LANES].get(mode="promise_in_bounds")
+
+
+def write_slots(values: Array, slots: Array, new: Array) -> Array:
+    """Scores or positions with those of the slots replaced."""
+    return values.at[slots // LANES, slots % LANES].set(new, mode="promise_in_bounds")
+
+
+def add_to_slots(values: Array, slots: Array, new: Array) -> Array:
+    """Scores with something added to those of the slots."""
+    return values.at[slots // LANES, slots % LANES].add(new, mode="promise_in_bounds")
+
+
+def take_sequences(cache: PagedCache, sequences: Array) -> PagedCache:
+    """A cache of only these rows of the batch, ``i32[n]``, over the same pool; give it back by ``put_sequences``."""
+    return replace(
+        cache,
+        block_table=cache.block_table[:, sequences],
+        lengths=cache.lengths[:, sequences],
+        num_tokens=cache.num_tokens[sequences],
+    )
+
+
+def put_sequences(cache: PagedCache, part: PagedCache, sequences: Array) -> PagedCache:
+    """The whole cache again: rows ``sequences`` and the pool from ``part``, the other rows from ``cache``."""
+    return replace(
+        part,
+        block_table=cache.block_table.at[:, sequences].set(part.block_table),
+        lengths=cache.lengths.at[:, sequences].set(part.lengths),
+        num_tokens=cache.num_tokens.at[sequences].set(part.num_tokens),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheStats:
+    """What a cache holds. All bytes are of memory that is really held."""
+
+    bytes_allocated: int
+    """All arrays of the cache: pool, scores, positions, tables, lengths, free list."""
+    bytes_held: int
+    """Blocks held, with their scores and positions, and the tables."""
+    bytes_full: int
+    """The same if nothing had been evicted."""
+    kvs_held: int
+    kvs_full: int
+    blocks_held: int
+    blocks_full: int
+    blocks_free: int
+    block_size: int
+    blocks_per_head: np.ndarray
+    """``i32[layers, kv_heads]``, summed over the batch."""
+    fragmentation: float
+    """Share of the held slots that no KV fills."""
+
+
+def stats(cache: PagedCache) -> CacheStats:
+    """Reads the cache's sizes back to the host."""
+    lengths, tokens, free = jax.device_get((cache.lengths, cache.num_tokens, cache.num_free))
+    layers, _, kv_heads = lengths.shape
+    size = cache.block_size
+    blocks = -(-lengths // size)
+    blocks_full = int((-(-tokens // size)).sum()) * layers * kv_heads
+    block_bytes = cache.pool[:1].nbytes + 8 * size
+    table_bytes = cache.block_table.nbytes + cache.lengths.nbytes + cache.num_tokens.nbytes
+    held = int(blocks.sum())
+    return CacheStats(
+        bytes_allocated=sum(getattr(cache, field.name).nbytes for field in fields(cache)),
+        bytes_held=held * block_bytes + table_bytes,
+        bytes_full=blocks_full * block_bytes + table_bytes,
+        kvs_held=int(lengths.sum()),
+        kvs_full=int(tokens.sum()) * layers * kv_heads,
+        blocks_held=held,
+        blocks_full=blocks_full,
+        blocks_free=int(free),
+        block_size=size,
+        blocks_per_head=blocks.sum(1),
+        fragmentation=1 - int(lengths.sum()) / (held * size) if held else 0.0,
+    )

@@ -1,0 +1,396 @@
+"""Pure functions from prompt to tokens, to be called inside a jit of your own.
+
+``prefill`` -> ``compress`` -> ``decode`` (or ``decode_step``), and ``generate``, which is all of them. The model is
+any callable like ``models.Llama``: it hands each layer's queries, keys and values to an ``attend`` that writes them to
+the cache and reads it. Donate the cache at the jit boundary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxkv import allocator, eviction
+from jaxkv.cache import NULL_BLOCK, PagedCache, add_to_slots, read_slots, write_slots
+from jaxkv.policies import Policy
+from jaxkv.sampling import Greedy, Sampler, logprobs_of
+from pallas_kernels.block_writes import write_blocks
+from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.prefill_attention import Observed, prefill_attention
+
+if TYPE_CHECKING:
+    from models import Llama
+
+CHUNK = 512
+"""Tokens of a prompt that go through the model at once."""
+
+
+def prefill(
+    model: Llama,
+    cache: PagedCache,
+    tokens: Array,
+    lengths: Array,
+    policy: Policy | None = None,
+    *,
+    chunk: int = CHUNK,
+) -> tuple[PagedCache, Array]:
+    """Reads prompts into the cache, after what each sequence already holds, and scores their KVs for the policy.
+
+    Args:
+      model: the model.
+      cache: donated; its batch is that of the prompts.
+      tokens: ``i32[batch, length]``, padded at the end.
+      lengths: ``i32[batch]`` real tokens of each row; 0 leaves a row as it is.
+      policy: whose scores to record; None records none.
+      chunk: tokens that go through the model at once; static. The work follows the longest prompt, not ``length``.
+
+    Returns:
+      The cache and the logits of each row's last token, ``f32[batch, vocab]``. Where the pool or a table row is too
+      small for a chunk, nothing of it is written and the logits are NaN.
+    """
+    batch, length = tokens.shape
+    chunk = min(chunk, length)
+    tokens = jnp.pad(tokens, ((0, 0), (0, -length % chunk)))
+    state = start_prompt(model, cache, lengths, policy)
+
+    def read(i: Array, state: PromptState) -> PromptState:
+        part = lax.dynamic_slice_in_dim(tokens, i * chunk, chunk, axis=1)
+        return prefill_chunk(model, state, part, jnp.clip(lengths - i * chunk, 0, chunk), policy)
+
+    state = lax.fori_loop(0, -(-jnp.max(lengths) // chunk), read, state)
+    return finish_prompt(model, state, policy)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class PromptState:
+    """A prompt that is being read, chunk by chunk."""
+
+    cache: PagedCache
+    mass: Array
+    """``f32[layers, batch, heads, capacity]``: observed attention on each KV so far; no KVs wide without a policy."""
+    end: Array
+    """``i32[batch]``: position after the prompt's last token."""
+    hidden: Array
+    """``[batch, hidden]`` of the last token read."""
+    granted: Array
+    """``bool[]``: all chunks so far found room."""
+
+
+def start_prompt(model: Llama, cache: PagedCache, lengths: Array, policy: Policy | None) -> PromptState:
+    """Before the first chunk of prompts of ``i32[batch]`` lengths."""
+    layers, batch, _ = cache.lengths.shape
+    width = cache.capacity if observes_prompt(policy) else 0
+    return PromptState(
+        cache=cache,
+        mass=jnp.zeros((layers, batch, model.config.num_heads, width)),
+        end=cache.num_tokens + lengths,
+        hidden=jnp.zeros((batch, model.config.hidden_size)),
+        granted=jnp.bool_(True),
+    )
+
+
+def observes_prompt(policy: Policy | None) -> bool:
+    return policy is not None and policy.observed_queries != 0
+
+
+def prefill_chunk(model: Llama, state: PromptState, tokens: Array, counts: Array, policy: Policy | None) -> PromptState:
+    """Reads one chunk, ``i32[batch, chunk]``, of which the first ``i32[batch]`` counts are real."""
+    cache, chunk = state.cache, tokens.shape[1]
+    place = jnp.arange(chunk)
+    positions = cache.num_tokens[:, None] + place
+    starts = cache.lengths
+    cached_positions = read_slots(cache.positions, cache.token_slots())
+    cache, granted = allocator.grow(cache, starts + counts[None, :, None], most=chunk)
+    counts = jnp.where(granted, counts, 0)
+    cache = _stamp(cache, starts, positions, counts)
+
+    def attend(
+        carry: tuple[Array, Array], layer: int, query: Array, key: Array, value: Array
+    ) -> tuple[tuple[Array, Array], Array]:
+        pool, mass = carry
+        table, start = cache.block_table[layer], starts[layer]
+        observed = _observed(policy, positions, cached_positions[layer], counts, state.end)
+        out, masses = prefill_attention(query, key, value, pool, table, start, observed=observed)
+        if masses is not None:
+            mass = mass.at[layer].add(_join(*masses, start, counts))
+        return (write_blocks(pool, key, value, table, start, counts), mass), out
+
+    (pool, mass), hidden = model(tokens, positions, attend, (cache.pool, state.mass))
+    last = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
+    return PromptState(
+        cache=replace(cache, pool=pool, num_tokens=cache.num_tokens + counts),
+        mass=mass,
+        end=state.end,
+        hidden=jnp.where((counts > 0)[:, None], last, state.hidden),
+        granted=state.granted & granted,
+    )
+
+
+def finish_prompt(model: Llama, state: PromptState, policy: Policy | None) -> tuple[PagedCache, Array]:
+    """After the last chunk: scores from the observed attention, and the logits of the last tokens."""
+    cache = state.cache
+    if policy is not None and observes_prompt(policy):
+        layers, batch, kv_heads = cache.lengths.shape
+        mass = state.mass.reshape(layers, batch, kv_heads, -1, cache.capacity)
+        held = jnp.arange(cache.capacity) < cache.lengths[..., None]
+        added = jnp.where(held, policy.of_prompt(mass, held), 0.0)
+        cache = replace(cache, scores=add_to_slots(cache.scores, cache.token_slots(), added))
+    logits = model.logits(state.hidden)
+    return cache, jnp.where(state.granted, logits, jnp.nan)
+
+
+def _observed(
+    policy: Policy | None, positions: Array, cached_positions: Array, counts: Array, end: Array
+) -> Observed | None:
+    """The chunk's queries that are among the prompt's last ``observed_queries``."""
+    if policy is None or policy.observed_queries == 0:
+        return None
+    batch, chunk = positions.shape
+    window = chunk if policy.observed_queries is None else policy.observed_queries
+    if window < chunk:
+        rows = (end - window - positions[:, 0])[:, None] + jnp.arange(window)
+        real = (rows >= 0) & (rows < counts[:, None])
+    else:
+        rows = jnp.broadcast_to(jnp.arange(chunk), (batch, chunk))
+        real = rows < counts[:, None]
+        if policy.observed_queries is not None:
+            real &= positions >= end[:, None] - window
+    return Observed(
+        rows=jnp.where(real, rows, -1),
+        positions=positions,
+        cached_positions=cached_positions,
+        function=policy.of_probability,
+        buffer=policy.observed_buffer,
+    )
+
+
+def _join(on_cached: Array, on_own: Array, start: Array, counts: Array) -> Array:
+    """Masses ``[batch, heads, capacity]`` and ``[batch, heads, chunk]`` as one in table order."""
+    batch, heads, chunk = on_own.shape
+    start = jnp.repeat(start, heads // start.shape[1], axis=1)
+    place = jnp.arange(chunk)
+    column = jnp.where(place < counts[:, None, None], start[..., None] + place, on_cached.shape[-1])
+    row, head = jnp.arange(batch)[:, None, None], jnp.arange(heads)[:, None]
+    return on_cached.at[row, head, column].add(on_own, mode="drop")
+
+
+def _stamp(cache: PagedCache, starts: Array, positions: Array, counts: Array) -> PagedCache:
+    """New slots: score 0, whatever their last owner's was, and the position in the text."""
+    place = jnp.arange(positions.shape[1])
+    index = starts[..., None] + place  # [layers, batch, kv_heads, new]
+    real = place < counts[None, :, None, None]
+    column = jnp.minimum(index // cache.block_size, cache.block_table.shape[-1] - 1)
+    block = jnp.take_along_axis(cache.block_table, column, axis=-1)
+    slots = jnp.where(real, block * cache.block_size + index % cache.block_size, NULL_BLOCK)
+    new = jnp.broadcast_to(positions[None, :, None], slots.shape)
+    return replace(
+        cache,
+        scores=write_slots(cache.scores, slots, jnp.zeros(slots.shape)),
+        positions=write_slots(cache.positions, slots, new),
+    )
+
+
+def compress(cache: PagedCache, policy: Policy, select: Array | None = None) -> PagedCache:
+    """Evicts from each sequence what the policy's budget doesn't leave room for.
+
+    Args:
+      cache: donated.
+      policy: what decides which KVs stay.
+      select: ``bool[batch]`` the sequences to compress; None: all.
+    """
+    slots = cache.token_slots()
+    positions = read_slots(cache.positions, slots)
+    scores = policy.rank(read_slots(cache.scores, slots), positions)
+    held = jnp.arange(cache.capacity) < cache.lengths[..., None]
+    evictable = held & ~policy.protects(positions, cache.num_tokens)
+    evict_blocks = policy.budget.evict_blocks(cache, policy.protected_window)
+    if select is not None:
+        evict_blocks = jnp.where(select, evict_blocks, 0)
+    return eviction.evict(cache, scores, evictable, evict_blocks)
+
+
+def decode_step(
+    model: Llama, cache: PagedCache, tokens: Array, active: Array, policy: Policy | None = None
+) -> tuple[PagedCache, Array]:
+    """Caches one token a sequence and gives the logits of the next.
+
+    Args:
+      model: the model.
+      cache: donated.
+      tokens: ``i32[batch]``.
+      active: ``bool[batch]``; the other rows stay as they are.
+      policy: whose scores to add to, where it observes decoding.
+
+    Returns:
+      The cache and ``f32[batch, vocab]``. Where the pool can't serve all active rows, the cache stays as it was and
+      the logits are NaN: compare ``blocks_to_step`` with ``cache.num_free`` first.
+    """
+    starts, positions = cache.lengths, cache.num_tokens[:, None]
+    cache, granted = allocator.grow(cache, starts + active[None, :, None], most=1)
+    counts = (active & granted).astype(jnp.int32)
+    cache = _stamp(cache, starts, positions, counts)
+    observing = policy is not None and policy.observes_decoding
+    lengths = jnp.where(counts[None, :, None] > 0, cache.lengths, 0)
+    slots = cache.token_slots() if observing else None
+    recent = None
+    if observing and policy.observed_buffer:
+        recent = read_slots(cache.positions, slots) > positions[None, ..., None] - policy.observed_buffer
+
+    def attend(
+        carry: tuple[Array, Array], layer: int, query: Array, key: Array, value: Array
+    ) -> tuple[tuple[Array, Array], Array]:
+        pool, scores = carry
+        table = cache.block_table[layer]
+        pool = write_blocks(pool, key, value, table, starts[layer], counts)
+        observe = (policy.of_decoding,) if observing else ()
+        out, masses = paged_attention(query[:, 0], pool, table, lengths[layer], observe=observe)
+        if observing:
+            mass = masses[0] if recent is None else jnp.where(recent[layer], 0.0, masses[0])
+            scores = add_to_slots(scores, slots[layer], mass)
+        return (pool, scores), out[:, None]
+
+    (pool, scores), hidden = model(tokens[:, None], positions, attend, (cache.pool, cache.scores))
+    cache = replace(cache, pool=pool, scores=scores, num_tokens=cache.num_tokens + counts)
+    return cache, jnp.where(granted, model.logits(hidden[:, 0]), jnp.nan)
+
+
+def blocks_to_step(cache: PagedCache, active: Array) -> Array:
+    """``i32[]``: blocks that the next decode step of the active rows, ``bool[batch]``, allocates."""
+    return allocator.blocks_needed(cache, cache.lengths + active[None, :, None])
+
+
+class Decoded(NamedTuple):
+    """What ``decode`` leaves."""
+
+    cache: PagedCache
+    tokens: Array
+    """``i32[batch, steps]``; those past a row's count are 0."""
+    logprobs: Array
+    """``f32[batch, steps]``: log probability of each token under the model."""
+    counts: Array
+    """``i32[batch]`` tokens made, a stop token included."""
+    active: Array
+    """``bool[batch]`` rows that neither met a stop token nor their limit: with work left."""
+
+
+def decode(
+    model: Llama,
+    cache: PagedCache,
+    tokens: Array,
+    limits: Array,
+    *,
+    steps: int,
+    sampler: Sampler | None = None,
+    policy: Policy | None = None,
+    stop_tokens: tuple[int, ...] = (),
+) -> Decoded:
+    """Many decode steps in one dispatch, with allocation, and where the policy wants it compression, inside.
+
+    Args:
+      model: the model.
+      cache: donated.
+      tokens: ``i32[batch]`` each row's last token, sampled but not yet cached.
+      limits: ``i32[batch]`` tokens to make at most; 0 leaves a row as it is.
+      steps: most steps of this dispatch; static. It ends earlier where no row is active, or before a step that the
+        pool can't serve.
+      sampler: how to choose tokens; None: greedily.
+      policy: what compresses sequences that have grown; static.
+      stop_tokens: end a row; static.
+    """
+    sampler = Greedy() if sampler is None else sampler
+    batch = tokens.shape[0]
+
+    def going(state: tuple[Array, Array, Decoded]) -> Array:
+        step, _, made = state
+        return (step < steps) & jnp.any(made.active) & (blocks_to_step(made.cache, made.active) <= made.cache.num_free)
+
+    def once(state: tuple[Array, Array, Decoded]) -> tuple[Array, Array, Decoded]:
+        step, last, made = state
+        cache, logits = decode_step(model, made.cache, last, made.active, policy)
+        new, logprob = _choose(sampler, logits, cache.num_tokens)
+        new, logprob = jnp.where(made.active, new, 0), jnp.where(made.active, logprob, 0.0)
+        counts = made.counts + made.active
+        active = made.active & (counts < limits) & ~_is_any(new, stop_tokens)
+        cache = _compress_grown(cache, policy, active)
+        made = Decoded(
+            cache=cache,
+            tokens=made.tokens.at[:, step].set(new),
+            logprobs=made.logprobs.at[:, step].set(logprob),
+            counts=counts,
+            active=active,
+        )
+        return step + 1, jnp.where(made.active, new, last), made
+
+    start = Decoded(
+        cache=cache,
+        tokens=jnp.zeros((batch, steps), jnp.int32),
+        logprobs=jnp.zeros((batch, steps)),
+        counts=jnp.zeros(batch, jnp.int32),
+        active=limits > 0,
+    )
+    return lax.while_loop(going, once, (jnp.int32(0), tokens, start))[2]
+
+
+def _choose(sampler: Callable[[Array, Array], Array], logits: Array, position: Array) -> tuple[Array, Array]:
+    tokens = sampler(logits, position)
+    return tokens, logprobs_of(logits, tokens)
+
+
+def _is_any(tokens: Array, stop_tokens: tuple[int, ...]) -> Array:
+    return jnp.isin(tokens, jnp.array(stop_tokens, jnp.int32)) if stop_tokens else jnp.zeros(tokens.shape, bool)
+
+
+def _compress_grown(cache: PagedCache, policy: Policy | None, active: Array) -> PagedCache:
+    """Compresses the rows whose token count is a multiple of ``compress_every``, whatever the dispatch or the batch."""
+    if policy is None or policy.compress_every is None:
+        return cache
+    due = active & (cache.num_tokens % policy.compress_every == 0)
+    return lax.cond(jnp.any(due), lambda c: compress(c, policy, due), lambda c: c, cache)
+
+
+def generate(
+    model: Llama,
+    cache: PagedCache,
+    tokens: Array,
+    lengths: Array,
+    *,
+    max_tokens: int,
+    policy: Policy | None = None,
+    sampler: Sampler | None = None,
+    stop_tokens: tuple[int, ...] = (),
+) -> Decoded:
+    """From prompts to tokens in one program. The first token comes from the full cache, then it is compressed.
+
+    Arguments as for ``prefill`` and ``decode``; ``max_tokens`` is static. Where the pool is too small for the prompts
+    no token is made; where it runs dry, decoding stops early: ``active`` tells.
+    """
+    sampler = Greedy() if sampler is None else sampler
+    cache, logits = prefill(model, cache, tokens, lengths, policy)
+    first, logprob = _choose(sampler, logits, cache.num_tokens)
+    if policy is not None:
+        cache = compress(cache, policy)
+    fits = ~jnp.isnan(logits[:, 0]) & (lengths > 0)
+    more = fits & ~_is_any(first, stop_tokens)
+    rest = decode(
+        model,
+        cache,
+        first,
+        jnp.where(more, max_tokens - 1, 0),
+        steps=max(max_tokens - 1, 1),
+        sampler=sampler,
+        policy=policy,
+        stop_tokens=stop_tokens,
+    )
+    return Decoded(
+        cache=rest.cache,
+        tokens=jnp.concatenate([jnp.where(fits, first, 0)[:, None], rest.tokens], axis=1)[:, :max_tokens],
+        logprobs=jnp.concatenate([jnp.where(fits, logprob, 0.0)[:, None], rest.logprobs], axis=1)[:, :max_tokens],
+        counts=rest.counts + fits,
+        active=rest.active | (~fits & (lengths > 0)),
+    )

@@ -1,0 +1,80 @@
+"""What a policy has to say, and what it may leave as it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jax import Array
+
+from jaxkv.policies.budget import Budget
+
+ALL_QUERIES = None
+"""Value of ``observed_queries``: every query of the prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Base of all policies: how observed attention becomes a score, what is protected, how much stays.
+
+    A policy is static to jit, so it is frozen and hashable. The mechanism evicts the KVs with the lowest ``rank``.
+    """
+
+    budget: Budget
+    protected_window: int = 32
+    """Newest tokens that are never evicted, the sampled but not yet cached one included."""
+    sinks: int = 0
+    """First tokens of the text that are never evicted."""
+    compress_every: int | None = None
+    """Compress again whenever a sequence has grown by so many tokens; None: once, after the prompt."""
+
+    def __post_init__(self) -> None:
+        if self.protected_window < 1:
+            raise ValueError(f"protected_window must be at least 1, got {self.protected_window}")
+        if self.sinks < 0:
+            raise ValueError(f"sinks must not be negative, got {self.sinks}")
+        if self.compress_every is not None and self.compress_every < 1:
+            raise ValueError(f"compress_every must be at least 1 token, got {self.compress_every}")
+
+    @property
+    def observed_queries(self) -> int | None:
+        """How many of the prompt's last queries are observed; 0: none, ``ALL_QUERIES``: all."""
+        return 0
+
+    @property
+    def observed_buffer(self) -> int:
+        """A query tells nothing of keys less than so many tokens before it."""
+        return 0
+
+    @property
+    def observes_decoding(self) -> bool:
+        """Whether each decoded token's attention is added to the scores."""
+        return False
+
+    def of_probability(self, probability: Array) -> Array:
+        """What one attention probability counts for, elementwise."""
+        return probability
+
+    def of_prompt(self, mass: Array, held: Array) -> Array:
+        """Scores of a prompt's KVs.
+
+        Args:
+          mass: ``f32[layers, batch, kv_heads, group, kvs]``, ``of_probability`` summed over the observed queries.
+          held: ``bool[layers, batch, kv_heads, kvs]``: which of them are KVs.
+
+        Returns:
+          ``f32[layers, batch, kv_heads, kvs]``.
+        """
+        return mass.sum(-2)
+
+    def of_decoding(self, probability: Array) -> Array:
+        """What a decoded token adds to the scores: probabilities ``[..., group, kvs]`` -> ``[..., kvs]``."""
+        return self.of_probability(probability).sum(-2)
+
+    def rank(self, scores: Array, positions: Array) -> Array:
+        """The order of eviction, lowest first, from the accumulated scores and the positions; same shape."""
+        return scores
+
+    def protects(self, positions: Array, num_tokens: Array) -> Array:
+        """Which KVs must stay: ``i32[layers, batch, kv_heads, kvs]``, ``i32[batch]`` -> ``bool``."""
+        last = num_tokens[None, :, None, None]  # position of the token that is sampled but not yet cached
+        return (positions > last - self.protected_window) | (positions < self.sinks)

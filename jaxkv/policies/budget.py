@@ -1,0 +1,114 @@
+"""How much of a sequence's cache stays, in the form that its user thinks in: tokens, a ratio, a fraction or bytes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+from jax import Array
+
+from jaxkv.cache import CacheConfig, num_blocks
+
+if TYPE_CHECKING:
+    from jaxkv.cache import PagedCache
+
+
+class Budget(ABC):
+    """Says how many blocks each sequence gives up. The budget is the sequence's: heads share it as they need."""
+
+    @abstractmethod
+    def evict_blocks(self, cache: PagedCache, protected_window: int) -> Array:
+        """``i32[batch]``, never negative."""
+
+    def check(self, config: CacheConfig, protected_window: int) -> None:
+        """Raises ValueError where the budget can't hold what is protected, or a block a head."""
+
+
+def _held(cache: PagedCache) -> Array:
+    return cache.blocks_held().sum((0, 2))
+
+
+def _heads(cache: PagedCache) -> int:
+    return cache.lengths.shape[0] * cache.lengths.shape[2]
+
+
+def _impossible(what: str, tokens: float, config: CacheConfig, window: int, instead: str) -> ValueError:
+    return ValueError(
+        f"{what} leaves {tokens:g} tokens a head, but a head keeps at least one block of {config.block_size} and the "
+        f"protected window of {window}; {instead}, or a smaller protected_window"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaxTokens(Budget):
+    """At most ``tokens`` KVs a head on average, in whole blocks (KV-Compress's ``max_cache_tokens``)."""
+
+    tokens: int
+
+    def evict_blocks(self, cache: PagedCache, protected_window: int) -> Array:
+        keep = -(-self.tokens // cache.block_size) * _heads(cache)
+        return jnp.maximum(_held(cache) - keep, 0)
+
+    def check(self, config: CacheConfig, protected_window: int) -> None:
+        if self.tokens < max(config.block_size, protected_window):
+            raise _impossible(
+                f"max_cache_tokens={self.tokens}", self.tokens, config, protected_window, "give more tokens"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio(Budget):
+    """The full cache's blocks divided by ``ratio``, rounded down, but never less than the protected window's blocks.
+
+    The full cache is what the whole text so far would take, ``ceil(tokens / block_size)`` blocks a head.
+    """
+
+    ratio: float
+
+    def __post_init__(self) -> None:
+        if not self.ratio >= 1:
+            raise ValueError(f"ratio must be at least 1 (1 keeps everything, 8 keeps an eighth), got {self.ratio}")
+
+    def evict_blocks(self, cache: PagedCache, protected_window: int) -> Array:
+        full = num_blocks(cache.num_tokens, cache.block_size) * _heads(cache)
+        keep = jnp.floor(full / self.ratio).astype(jnp.int32)
+        keep = jnp.where(keep * self.ratio > full, keep - 1, keep)  # a float32 quotient may round up to a whole block
+        least = max(1, -(-protected_window // cache.block_size)) * _heads(cache)
+        return jnp.maximum(_held(cache) - jnp.maximum(keep, least), 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepFraction(Budget):
+    """KV-Compress's own rate: ``fraction`` of the KVs before the protected window stays, and the window with them."""
+
+    fraction: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction kept must be in (0, 1], got {self.fraction}")
+
+    def evict_blocks(self, cache: PagedCache, protected_window: int) -> Array:
+        size, heads = cache.block_size, _heads(cache)
+        protected = -(-protected_window // size) * size
+        old = jnp.maximum(cache.num_tokens - protected, 0)
+        target = jnp.ceil(old * heads * jnp.float32(self.fraction)).astype(jnp.int32) + protected * heads
+        excess = jnp.maximum(cache.lengths.sum((0, 2)) - target, 0)
+        return jnp.where(old > 0, -(-excess // size), 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaxBytes(Budget):
+    """At most ``size`` bytes a sequence, of blocks with their scores and positions; tables come on top."""
+
+    size: int
+
+    def evict_blocks(self, cache: PagedCache, protected_window: int) -> Array:
+        block = cache.pool.nbytes // cache.pool.shape[0] + 8 * cache.block_size
+        return jnp.maximum(_held(cache) - self.size // block, 0)
+
+    def check(self, config: CacheConfig, protected_window: int) -> None:
+        tokens = self.size // config.block_bytes * config.block_size / config.heads
+        if tokens < max(config.block_size, protected_window):
+            raise _impossible(f"max_cache_bytes={self.size}", tokens, config, protected_window, "give more bytes")

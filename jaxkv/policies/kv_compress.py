@@ -1,0 +1,83 @@
+"""KV-Compress (arXiv 2410.00161): attention of the last prompt queries, squared, pooled, summed over the query group."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxkv.policies.base import Policy
+
+
+def l2(probability: Array) -> Array:
+    """Squared attention (equation 8): the paper's choice."""
+    return probability * probability
+
+
+def l1(probability: Array) -> Array:
+    """Plain attention."""
+    return probability
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVCompress(Policy):
+    """KVC-w, or with ``window=None`` KVC-full (section 3 and table 2 of the paper).
+
+    Squares before summing over the queries, and pools each query head before joining the group, as the authors' code
+    does; the paper's equations read as if the group came first.
+    """
+
+    window: int | None = 32
+    """Last queries of the prompt that are observed; None: all."""
+    norm: Callable[[Array], Array] = l2
+    """What a probability counts for: ``l2`` or ``l1``."""
+    group: Callable[..., Array] = jnp.sum
+    """How the query heads of a KV head are joined: ``jnp.sum``, ``jnp.mean`` or ``jnp.max``."""
+    pool: int = 7
+    """Width of the max-pool along the keys; 1: none."""
+    buffer: int = 0
+    """A query tells nothing of keys less than so many tokens before it."""
+    continual: bool = True
+    """Decoded tokens add to the scores (equation 20). It costs nothing unless something is compressed again."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window must be at least 1 query, or None for all, got {self.window}")
+        if self.pool < 1 or self.pool % 2 == 0:
+            raise ValueError(f"pool must be odd and at least 1, got {self.pool}")
+        if not 0 <= self.buffer <= self.protected_window:
+            raise ValueError(
+                f"buffer must lie between 0 and protected_window: {self.buffer=}, {self.protected_window=}; "
+                "a KV must be observed before it can be evicted"
+            )
+
+    @classmethod
+    def full(cls, **settings) -> "KVCompress":
+        """KVC-full with the paper's settings: all queries, a buffer of 10, no pooling."""
+        return cls(**{"window": None, "buffer": 10, "pool": 1, **settings})
+
+    @property
+    def observed_queries(self) -> int | None:
+        return self.window
+
+    @property
+    def observed_buffer(self) -> int:
+        return self.buffer
+
+    @property
+    def observes_decoding(self) -> bool:
+        return self.continual and self.compress_every is not None
+
+    def of_probability(self, probability: Array) -> Array:
+        return self.norm(probability)
+
+    def of_prompt(self, mass: Array, held: Array) -> Array:
+        if self.pool > 1:
+            mass = jnp.where(held[..., None, :], mass, -jnp.inf)
+            window = (1,) * (mass.ndim - 1) + (self.pool,)
+            mass = lax.reduce_window(mass, -jnp.inf, lax.max, window, (1,) * mass.ndim, "SAME")
+        return jnp.where(held, self.group(mass, axis=-2), 0.0)
+
+    def of_decoding(self, probability: Array) -> Array:
+        return self.group(self.norm(probability), axis=-2)

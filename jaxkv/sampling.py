@@ -1,0 +1,83 @@
+"""Choosing the next token: strategies over logits, each row of the batch with its own settings and seed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+class Sampler(ABC):
+    """A pytree that turns logits into tokens."""
+
+    @abstractmethod
+    def __call__(self, logits: Array, position: Array) -> Array:
+        """Tokens ``i32[batch]`` from ``f32[batch, vocab]``; ``position`` ``i32[batch]`` varies the random draw."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Greedy(Sampler):
+    """The likeliest token; of equals, the first."""
+
+    def __call__(self, logits: Array, position: Array) -> Array:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Random(Sampler):
+    """Draws from what temperature, top-k, top-p and min-p leave; a row with temperature 0 is greedy.
+
+    The draw depends only on a row's seed and position, so it is the same in any batch.
+    """
+
+    seed: Array
+    """``u32[batch]``."""
+    temperature: Array
+    """``f32[batch]``."""
+    top_k: Array
+    """``i32[batch]``; 0: all."""
+    top_p: Array
+    """``f32[batch]``; 1: all."""
+    min_p: Array
+    """``f32[batch]``; 0: all."""
+
+    def __call__(self, logits: Array, position: Array) -> Array:
+        greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        scaled = logits / jnp.where(self.temperature > 0, self.temperature, 1.0)[:, None]
+        kept = restrict(scaled, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+
+        def draw(seed: Array, position: Array, row: Array) -> Array:
+            return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), position), row)
+
+        drawn = jax.vmap(draw)(self.seed, position, kept).astype(jnp.int32)
+        return jnp.where(self.temperature > 0, drawn, greedy)
+
+
+def restrict(logits: Array, *, top_k: Array, top_p: Array, min_p: Array) -> Array:
+    """Logits ``f32[batch, vocab]`` with the tokens that top-k, top-p or min-p exclude at minus infinity.
+
+    Top-p keeps the fewest likeliest tokens whose probabilities reach ``top_p``; min-p those at least ``min_p`` times as
+    likely as the likeliest. The likeliest always stays.
+    """
+    vocab = logits.shape[-1]
+    descending = jnp.sort(logits, axis=-1, descending=True)
+    probability = jax.nn.softmax(descending, axis=-1)
+    before = jnp.cumsum(probability, axis=-1) - probability
+    rank = jnp.arange(vocab)
+    k = jnp.where(top_k > 0, top_k, vocab)[:, None]
+    nucleus = (top_p[:, None] >= 1) | (before < top_p[:, None])
+    likely = probability >= min_p[:, None] * probability[:, :1]
+    kept = jnp.sum((rank < k) & nucleus & likely, axis=-1)  # each excludes a suffix
+    least = jnp.take_along_axis(descending, jnp.maximum(kept - 1, 0)[:, None], axis=-1)
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def logprobs_of(logits: Array, tokens: Array) -> Array:
+    """Log probability of each row's token under the model, before any temperature, ``f32[batch]``."""
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
