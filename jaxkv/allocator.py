@@ -32,7 +32,7 @@ def grow(cache: PagedCache, lengths: Array, *, most: int) -> tuple[PagedCache, A
     need = jnp.where(granted, need, 0)
     first = (jnp.cumsum(need) - need.reshape(-1)).reshape(need.shape)
 
-    place = jnp.arange(-(-most // size) + (1 if most % size or most == 0 else 0))
+    place = jnp.arange(-(-most // size))
     wanted = place < need[..., None]
     rank = first[..., None] + place
     block = cache.free_blocks[jnp.where(wanted, cache.num_free - 1 - rank, 0)]

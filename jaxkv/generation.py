@@ -53,7 +53,7 @@ def prefill(
       The cache and the logits of each row's last token, ``f32[batch, vocab]``. Where the pool or a table row is too
       small for a chunk, nothing of it is written and the logits are NaN.
     """
-    batch, length = tokens.shape
+    length = tokens.shape[1]
     chunk = min(chunk, length)
     tokens = jnp.pad(tokens, ((0, 0), (0, -length % chunk)))
     state = start_prompt(model, cache, lengths, policy)
@@ -235,12 +235,10 @@ def decode_step(
     cache, granted = allocator.grow(cache, starts + active[None, :, None], most=1)
     counts = (active & granted).astype(jnp.int32)
     cache = _stamp(cache, starts, positions, counts)
-    observing = policy is not None and policy.observes_decoding
     lengths = jnp.where(counts[None, :, None] > 0, cache.lengths, 0)
-    slots = cache.token_slots() if observing else None
-    recent = None
-    if observing and policy.observed_buffer:
-        recent = read_slots(cache.positions, slots) > positions[None, ..., None] - policy.observed_buffer
+    observer = policy if policy is not None and policy.observes_decoding else None
+    slots = cache.token_slots()
+    tells = read_slots(cache.positions, slots) <= positions[..., None] - (observer.observed_buffer if observer else 0)
 
     def attend(
         carry: tuple[Array, Array], layer: int, query: Array, key: Array, value: Array
@@ -248,11 +246,10 @@ def decode_step(
         pool, scores = carry
         table = cache.block_table[layer]
         pool = write_blocks(pool, key, value, table, starts[layer], counts)
-        observe = (policy.of_decoding,) if observing else ()
+        observe = (observer.of_decoding,) if observer else ()
         out, masses = paged_attention(query[:, 0], pool, table, lengths[layer], observe=observe)
-        if observing:
-            mass = masses[0] if recent is None else jnp.where(recent[layer], 0.0, masses[0])
-            scores = add_to_slots(scores, slots[layer], mass)
+        for mass in masses:
+            scores = add_to_slots(scores, slots[layer], jnp.where(tells[layer], mass, 0.0))
         return (pool, scores), out[:, None]
 
     (pool, scores), hidden = model(tokens[:, None], positions, attend, (cache.pool, cache.scores))

@@ -22,7 +22,7 @@ class Budget(ABC):
     def evict_blocks(self, cache: PagedCache, protected_window: int) -> Array:
         """``i32[batch]``, never negative."""
 
-    def check(self, config: CacheConfig, protected_window: int) -> None:
+    def check(self, config: CacheConfig, protected_window: int) -> None:  # noqa: B027  # most can hold anything
         """Raises ValueError where the budget can't hold what is protected, or a block a head."""
 
 

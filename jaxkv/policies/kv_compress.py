@@ -1,4 +1,4 @@
-"""KV-Compress (arXiv 2410.00161): attention of the last prompt queries, squared, pooled, summed over the query group."""
+"""KV-Compress (arXiv 2410.00161): the last prompt queries' attention, squared, pooled, summed over the query group."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

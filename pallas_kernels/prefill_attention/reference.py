@@ -30,7 +30,7 @@ class Partial(NamedTuple):
 
 
 def attend(query: Array, key: Array, value: Array, visible: Array) -> Partial:
-    """Query ``[b, h, g, q, d]`` (scaled), key and value ``[b, h, k, d]``, visible broadcastable to ``[b, h, g, q, k]``."""
+    """Scaled query ``[b, h, g, q, d]``, key and value ``[b, h, k, d]``, visible broadcasts to ``[b, h, g, q, k]``."""
     s = jnp.where(visible, logits(query, key), MASKED)
     maximum = s.max(-1)
     p = jnp.where(visible, jnp.exp(s - maximum[..., None]), 0.0)
