@@ -1,0 +1,204 @@
+"""``python -m jaxkv generate``: a model answers a prompt from a compressed cache."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from tqdm import tqdm
+
+from jaxkv.llm import LLM
+from jaxkv.policies import Budget, KVCompress, MaxBytes, MaxTokens, Policy, Ratio
+from jaxkv.report import as_dict, summary
+from jaxkv.requests import Completion, Finished, PromptRead, SamplingParams, TextMade
+
+POLICIES = {"kv-compress": KVCompress}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    options = parser().parse_args(arguments)
+    keep_compiled_programs()
+    try:
+        return options.run(options)
+    except (ValueError, OSError) as error:
+        print(f"jaxkv: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 141
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="jaxkv", description="Paged KV-cache compression per attention head, in JAX.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    generate = commands.add_parser("generate", help="answer one prompt")
+    generate.set_defaults(run=run_generate)
+    generate.add_argument("--model", required=True, help="smollm2-135m, a directory, or a .gguf file")
+    prompt = generate.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT")
+    prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="UTF-8 text; - for standard input")
+    generate.add_argument("--chat", action="store_true", help="put the prompt in the model's chat format")
+    generate.add_argument("--system", metavar="TEXT", help="system message, with --chat")
+    add_compression(generate)
+    add_sampling(generate)
+    generate.add_argument("--cache-memory", type=byte_count, metavar="BYTES", help="for the whole cache: 500M, 2G, …")
+    generate.add_argument("--block-size", type=int, default=16, help="token slots a block (default: 16)")
+    generate.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
+    generate.add_argument("--plot", type=Path, metavar="PNG", help="draw the layer x head map of blocks kept")
+    return top
+
+
+def add_compression(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("compression")
+    group.add_argument(
+        "--compression", choices=[*POLICIES, "none"], help="default: kv-compress where a budget is given"
+    )
+    budget = group.add_mutually_exclusive_group()
+    budget.add_argument("--ratio", type=float, help="divide the full cache by this")
+    budget.add_argument("--max-cache-tokens", type=int, metavar="N", help="KVs a head, on average")
+    budget.add_argument("--max-cache-bytes", type=byte_count, metavar="BYTES", help="for the sequence")
+    group.add_argument("--protected-window", type=int, metavar="N", help="newest tokens never evicted (default: 32)")
+    group.add_argument("--sinks", type=int, metavar="N", help="first tokens never evicted (default: 0)")
+    group.add_argument("--window", type=int, metavar="N", help="prompt queries observed; 0: all (default: 32)")
+    group.add_argument("--compress-every", type=int, metavar="N", help="compress again every N tokens")
+
+
+def add_sampling(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("sampling")
+    group.add_argument("--max-tokens", type=int, default=256, metavar="N")
+    group.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
+    group.add_argument("--top-k", type=int, default=0)
+    group.add_argument("--top-p", type=float, default=1.0)
+    group.add_argument("--min-p", type=float, default=0.0)
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be given several times")
+    group.add_argument("--logprobs", action="store_true", help="log probability of each token, with --json")
+
+
+def byte_count(text: str) -> int:
+    """``1500000``, ``500M``, ``2G``, ``1.5GiB``: K, M and G are powers of 1000, KiB, MiB and GiB of 1024."""
+    units = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
+    number = text.strip().upper().removesuffix("B")
+    unit = number.lstrip("0123456789.")
+    try:
+        return int(float(number[: len(number) - len(unit)]) * units[unit.strip()])
+    except (ValueError, KeyError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes; write 500M, 2G or 1.5GiB") from None
+
+
+def compression_from(options: argparse.Namespace) -> Policy | None:
+    """The policy that the options ask for.
+
+    Raises:
+      ValueError: a policy without a budget, a budget without a policy, or a value out of range.
+    """
+    budget: Budget | None = None
+    if options.ratio is not None:
+        budget = Ratio(ratio=options.ratio)
+    elif options.max_cache_tokens is not None:
+        budget = MaxTokens(tokens=options.max_cache_tokens)
+    elif options.max_cache_bytes is not None:
+        budget = MaxBytes(size=options.max_cache_bytes)
+    name = options.compression or ("kv-compress" if budget else "none")
+    if name == "none":
+        if budget is not None:
+            raise ValueError("--compression none keeps everything; drop the budget, or name a policy")
+        return None
+    if budget is None:
+        raise ValueError(f"--compression {name} needs --ratio, --max-cache-tokens or --max-cache-bytes")
+    settings = {
+        name: getattr(options, name)
+        for name in ("protected_window", "sinks", "window", "compress_every")
+        if getattr(options, name) is not None
+    }
+    if settings.get("window") == 0:
+        settings["window"] = None
+    return POLICIES[name](budget=budget, **settings)
+
+
+def sampling_from(options: argparse.Namespace) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        seed=options.seed,
+        stop=tuple(options.stop),
+        logprobs=options.logprobs,
+    )
+
+
+def read_prompt(options: argparse.Namespace) -> str:
+    """The prompt's text.
+
+    Raises:
+      ValueError: the file can't be read, isn't UTF-8, or holds nothing.
+    """
+    if options.prompt is not None:
+        return options.prompt
+    path: Path = options.prompt_file
+    try:
+        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}") from None
+    except OSError as error:
+        raise ValueError(f"can't read the prompt from {path}: {error.strerror}") from None
+    if not text.strip():
+        raise ValueError(f"{path} holds no text; the prompt must not be empty")
+    return text
+
+
+def run_generate(options: argparse.Namespace) -> int:
+    prompt, policy, params = read_prompt(options), compression_from(options), sampling_from(options)
+    if options.system is not None and not options.chat:
+        raise ValueError("--system needs --chat")
+    if options.plot is not None and not options.plot.parent.is_dir():
+        raise ValueError(f"can't write {options.plot}: {options.plot.parent} is not a directory")
+    llm = LLM(options.model, compression=policy, cache_memory=options.cache_memory, block_size=options.block_size)
+    if options.chat:
+        system = [{"role": "system", "content": options.system}] if options.system is not None else []
+        prompt = llm.chat_prompt([*system, {"role": "user", "content": prompt}])
+
+    completion = answer(llm, prompt, params, quiet=options.json)
+    if options.plot is not None:
+        from jaxkv.plot import head_map
+
+        head_map(completion.cache, options.plot)
+    if options.json:
+        print(json.dumps(as_dict(completion)))
+    else:
+        print(f"\n\n{summary(completion)}", file=sys.stderr)
+    return 0
+
+
+def answer(llm: LLM, prompt: str, params: SamplingParams, *, quiet: bool) -> Completion:
+    """Generates with a progress bar for the prompt and, unless ``quiet``, the text as it comes."""
+    bar: tqdm | None = None
+    for event in llm.events([prompt], params):
+        match event:
+            case PromptRead(tokens=tokens, total=total):
+                bar = bar or tqdm(total=total, desc="reading the prompt", unit="tok", file=sys.stderr, leave=False)
+                bar.update(tokens - bar.n)
+            case TextMade(text=text):
+                if bar is not None:
+                    bar.close()
+                if not quiet:
+                    print(text, end="", flush=True)
+            case Finished(completion=completion):
+                return completion
+    raise AssertionError("a request ends with its Finished event")
+
+
+def keep_compiled_programs() -> None:
+    """Compiled programs go to the user's cache directory, so that a second run starts in seconds."""
+    if jax.config.jax_compilation_cache_dir is None:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(root / "jaxkv" / "programs"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

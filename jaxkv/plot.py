@@ -1,0 +1,29 @@
+"""The picture of what compression does: how many blocks each head of each layer kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jaxkv.cache import CacheStats
+
+
+def head_map(cache: CacheStats, path: Path) -> None:
+    """Draws blocks kept, layers down and KV heads across, into an image file.
+
+    Raises:
+      ValueError: matplotlib is missing; the extra ``jaxkv[plot]`` has it.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ValueError("a plot needs matplotlib: pip install 'jaxkv[plot]'") from error
+    kept = cache.blocks_per_head
+    layers, heads = kept.shape
+    figure = Figure(figsize=(max(3.2, 1.2 + 0.45 * heads), max(2.6, 1.2 + 0.19 * layers)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(kept, aspect="auto", cmap="viridis", vmin=0)
+    axes.set(xlabel="KV head", ylabel="layer", xticks=range(heads), yticks=range(0, layers, max(1, layers // 10)))
+    ratio = cache.bytes_full / cache.bytes_held
+    axes.set_title(f"{cache.blocks_held} of {cache.blocks_full} blocks kept ({ratio:.1f}x)", fontsize=10)
+    figure.colorbar(image, label=f"blocks of {cache.block_size} tokens")
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,60 @@
+"""An answer's figures, for machines and for people."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from jaxkv.cache import CacheStats
+from jaxkv.requests import Completion
+
+
+def as_dict(completion: Completion) -> dict[str, Any]:
+    """What ``generate --json`` prints: seconds, bytes, counts. ``cache`` is as it was once the prompt was compressed."""
+    timings = completion.timings
+    made = len(completion.token_ids)
+    result = {
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": completion.prompt_tokens,
+        "timings": {
+            **asdict(timings),
+            "prefill_tokens_per_second": rate(completion.prompt_tokens, timings.prefill),
+            "decode_tokens_per_second": rate(made - 1, timings.decode),
+        },
+        "cache": cache_dict(completion.cache),
+        "cache_at_end": cache_dict(completion.cache_at_end),
+    }
+    if completion.logprobs is not None:
+        result["logprobs"] = completion.logprobs
+    return result
+
+
+def cache_dict(cache: CacheStats) -> dict[str, Any]:
+    return asdict(cache) | {"blocks_per_head": cache.blocks_per_head.tolist()}
+
+
+def summary(completion: Completion) -> str:
+    """Two or three lines: speed, and cache bytes before and after."""
+    timings, cache = completion.timings, completion.cache
+    prefill = rate(completion.prompt_tokens, timings.prefill)
+    decode = rate(len(completion.token_ids) - 1, timings.decode)
+    lines = [
+        f"prompt  {completion.prompt_tokens} tokens in {timings.prefill:.2f} s ({prefill:.0f} tok/s)"
+        f"    answer  {len(completion.token_ids)} tokens in {timings.decode:.2f} s ({decode:.1f} tok/s)",
+        f"load {timings.load:.1f} s, compile {timings.compile:.1f} s, compress {1000 * timings.compress:.0f} ms",
+        f"cache   {megabytes(cache.bytes_full)} before, {megabytes(cache.bytes_held)} after compression "
+        f"({cache.bytes_full / cache.bytes_held:.2f}x): {cache.blocks_held} of {cache.blocks_full} blocks of "
+        f"{cache.block_size}, {cache.blocks_per_head.min()} to {cache.blocks_per_head.max()} a head",
+    ]
+    return "\n".join(lines)
+
+
+def rate(count: int, seconds: float) -> float:
+    """Per second; 0 where nothing was made."""
+    return count / seconds if count > 0 and seconds > 0 else 0.0
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"

@@ -1,0 +1,143 @@
+"""What a user asks for and what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxkv.cache import CacheStats
+from jaxkv.sampling import Greedy, Random, Sampler
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens and when to stop.
+
+    Raises:
+      ValueError: a value out of range.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    """0: greedy."""
+    top_k: int = 0
+    """0: all."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer, themselves left out."""
+    ignore_eos: bool = False
+    logprobs: bool = False
+    """Whether to return each token's log probability under the model."""
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, name: str, expected: str) -> None:
+            if not ok:
+                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+
+        check(self.max_tokens >= 1, "max_tokens", "at least 1")
+        check(0 <= self.temperature < float("inf"), "temperature", "0 (greedy) or a positive number")
+        check(self.top_k >= 0, "top_k", "0 (all) or positive")
+        check(0 < self.top_p <= 1, "top_p", "in (0, 1]")
+        check(0 <= self.min_p <= 1, "min_p", "in [0, 1]")
+        check(0 <= self.seed < 2**32, "seed", "in [0, 2**32)")
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        check(all(isinstance(s, str) and s for s in self.stop), "stop", "texts, none of them empty")
+
+
+def sampler_for(params: Sequence[SamplingParams]) -> Sampler:
+    """One sampler for a batch, row by row; the cheap one where all rows are greedy."""
+    if all(p.temperature == 0 for p in params):
+        return Greedy()
+    return Random(
+        seed=jnp.array([p.seed for p in params], jnp.uint32),
+        temperature=jnp.array([p.temperature for p in params], jnp.float32),
+        top_k=jnp.array([p.top_k for p in params], jnp.int32),
+        top_p=jnp.array([p.top_p for p in params], jnp.float32),
+        min_p=jnp.array([p.min_p for p in params], jnp.float32),
+    )
+
+
+@dataclass(kw_only=True)
+class Timings:
+    """Seconds of each phase. Of a batch, decoding is shared by its requests."""
+
+    load: float = 0.0
+    compile: float = 0.0
+    prefill: float = 0.0
+    compress: float = 0.0
+    decode: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """An answer."""
+
+    text: str
+    token_ids: list[int]
+    """Without the token that ended it."""
+    prompt_tokens: int
+    finish_reason: str
+    """``"stop"``: an end-of-text token or a stop text; ``"length"``: ``max_tokens`` or the context's end."""
+    logprobs: list[float] | None
+    """One a token, where asked for."""
+    cache: CacheStats
+    """Of this sequence, after its prompt was compressed."""
+    cache_at_end: CacheStats
+    timings: Timings
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptRead:
+    """Event: so much of a prompt is read."""
+
+    request: int
+    tokens: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextMade:
+    """Event: more of an answer."""
+
+    request: int
+    text: str
+    token_ids: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """Event: an answer is complete."""
+
+    request: int
+    completion: Completion
+
+
+Event = PromptRead | TextMade | Finished
+
+
+@dataclass(kw_only=True)
+class Request:
+    """A prompt on its way through the model."""
+
+    index: int
+    prompt: np.ndarray
+    """``i32[tokens]``."""
+    params: SamplingParams
+    limit: int
+    """Tokens to make at most: ``max_tokens``, or less where the context ends before."""
+    pending: int = 0
+    """The last token, not yet cached."""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    text: str = ""
+    """All text made, that not yet sent included."""
+    sent: int = 0
+    """Characters already given out."""
+    finish_reason: str | None = None
+    cache: CacheStats | None = None

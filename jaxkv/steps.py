@@ -1,0 +1,120 @@
+"""The functional layer, compiled for a model: each step is one program, with the cache donated."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from jaxkv import generation
+from jaxkv.allocator import release_sequences
+from jaxkv.cache import PagedCache, put_sequences, take_sequences
+from jaxkv.generation import Decoded, PromptState
+from jaxkv.policies import Policy
+from jaxkv.sampling import Sampler, logprobs_of
+from models import Llama
+
+
+class CompiledSteps:
+    """Prompt chunks, compression and decoding for one row or for the whole batch.
+
+    The model is split once; the programs take its leaves, since flattening a module costs milliseconds a step.
+    Programs are compiled when first needed for a shape; ``compile_seconds`` tells what that took.
+    """
+
+    def __init__(self, model: Llama, policy: Policy | None, stop_tokens: tuple[int, ...]):
+        graph, weights = nnx.split(model)
+        self.leaves, treedef = jax.tree.flatten(weights)
+        self.policy = policy
+        self.compile_seconds = 0.0
+        self._programs: dict[object, Callable[..., Any]] = {}
+
+        def merge(leaves: list[Array]) -> Llama:
+            return nnx.merge(graph, jax.tree.unflatten(treedef, leaves))
+
+        def start(leaves: list[Array], cache: PagedCache, row: Array, length: Array) -> PromptState:
+            part = generation.start_prompt(merge(leaves), take_sequences(cache, row), length, policy)
+            return replace(part, cache=put_sequences(cache, part.cache, row))
+
+        def chunk(leaves: list[Array], state: PromptState, row: Array, tokens: Array, counts: Array) -> PromptState:
+            whole = state.cache
+            state = replace(state, cache=take_sequences(whole, row))
+            state = generation.prefill_chunk(merge(leaves), state, tokens, counts, policy)
+            return replace(state, cache=put_sequences(whole, state.cache, row))
+
+        def finish(
+            leaves: list[Array], state: PromptState, row: Array, sampler: Sampler
+        ) -> tuple[PagedCache, Array, Array]:
+            whole = state.cache
+            state = replace(state, cache=take_sequences(whole, row))
+            part, logits = generation.finish_prompt(merge(leaves), state, policy)
+            token = sampler(logits, part.num_tokens)
+            return put_sequences(whole, part, row), token, logprobs_of(logits, token)
+
+        def compress(cache: PagedCache, row: Array) -> PagedCache:
+            assert policy is not None
+            return put_sequences(cache, generation.compress(take_sequences(cache, row), policy), row)
+
+        def decode(
+            leaves: list[Array], cache: PagedCache, tokens: Array, limits: Array, sampler: Sampler, steps: int
+        ) -> Decoded:
+            return generation.decode(
+                merge(leaves),
+                cache,
+                tokens,
+                limits,
+                steps=steps,
+                sampler=sampler,
+                policy=policy,
+                stop_tokens=stop_tokens,
+            )
+
+        self._start = jax.jit(start, donate_argnums=1)
+        self._chunk = jax.jit(chunk, donate_argnums=1)
+        self._finish = jax.jit(finish, donate_argnums=1)
+        self._compress = jax.jit(compress, donate_argnums=0)
+        self._decode = jax.jit(decode, donate_argnums=1, static_argnums=5)
+        self._release = jax.jit(release_sequences, donate_argnums=0)
+
+    def _call(self, step: Any, *args: Any, static: tuple[Any, ...] = ()) -> Any:
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(args))
+        key = (step, shapes, jax.tree.structure(args), static)
+        if key not in self._programs:
+            began = time.perf_counter()
+            self._programs[key] = step.lower(*args, *static).compile()
+            self.compile_seconds += time.perf_counter() - began
+        return self._programs[key](*args)
+
+    def start(self, cache: PagedCache, row: int, length: int) -> PromptState:
+        """Begins a prompt of ``length`` tokens in a row of the batch."""
+        return self._call(self._start, self.leaves, cache, _one(row), _one(length))
+
+    def chunk(self, state: PromptState, row: int, tokens: Array, count: int) -> PromptState:
+        """Reads a chunk, ``i32[1, chunk]``."""
+        return self._call(self._chunk, self.leaves, state, _one(row), tokens, _one(count))
+
+    def finish(self, state: PromptState, row: int, sampler: Sampler) -> tuple[PagedCache, Array, Array]:
+        """Ends a prompt: the cache, the first token and its log probability, ``[1]`` each."""
+        return self._call(self._finish, self.leaves, state, _one(row), sampler)
+
+    def compress(self, cache: PagedCache, row: int) -> PagedCache:
+        """Compresses one row of the batch."""
+        return self._call(self._compress, cache, _one(row))
+
+    def decode(self, cache: PagedCache, tokens: Array, limits: Array, sampler: Sampler, steps: int) -> Decoded:
+        """Up to ``steps`` tokens for every row."""
+        return self._call(self._decode, self.leaves, cache, tokens, limits, sampler, static=(steps,))
+
+    def release(self, cache: PagedCache, finished: Array) -> PagedCache:
+        """Empties rows of the batch."""
+        return self._call(self._release, cache, finished)
+
+
+def _one(value: int) -> Array:
+    return jnp.array([value], jnp.int32)
