@@ -116,10 +116,13 @@ def prefill_chunk(model: Llama, state: PromptState, tokens: Array, counts: Array
         pool, mass = carry
         table, start = cache.block_table[layer], starts[layer]
         observed = _observed(policy, positions, cached_positions[layer], counts, state.end)
+        # Written before it is read, and read to the end before the next layer writes: else XLA copies the pool.
+        pool = write_blocks(pool, key, value, table, start, counts)
         out, masses = prefill_attention(query, key, value, pool, table, start, observed=observed)
         if masses is not None:
             mass = mass.at[layer].add(_join(*masses, start, counts))
-        return (write_blocks(pool, key, value, table, start, counts), mass), out
+            out = out + _zero_from(masses[0]).astype(out.dtype)
+        return (pool, mass), out
 
     (pool, mass), hidden = model(tokens, positions, attend, (cache.pool, state.mass))
     last = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
@@ -178,6 +181,11 @@ def _join(on_cached: Array, on_own: Array, start: Array, counts: Array) -> Array
     column = jnp.where(place < counts[:, None, None], start[..., None] + place, on_cached.shape[-1])
     row, head = jnp.arange(batch)[:, None, None], jnp.arange(heads)[:, None]
     return on_cached.at[row, head, column].add(on_own, mode="drop")
+
+
+def _zero_from(computed: Array) -> Array:
+    """A zero that is known only once the array is computed; XLA on CPU ignores optimization barriers."""
+    return jnp.minimum(jnp.abs(computed.reshape(-1)[0]), 0.0).astype(jnp.int32)
 
 
 def _stamp(cache: PagedCache, starts: Array, positions: Array, counts: Array) -> PagedCache:
