@@ -1,0 +1,9 @@
+"""Llama-family models in Flax NNX, their checkpoints, and their tokenizers."""
+
+from models.attention import Attend, causal_attention
+from models.checkpoints import load_model
+from models.config import LlamaConfig
+from models.errors import CheckpointError
+from models.llama import Llama
+
+__all__ = ["Attend", "CheckpointError", "Llama", "LlamaConfig", "causal_attention", "load_model"]

@@ -1,0 +1,125 @@
+"""Our own checkpoints: an Orbax directory of weights, the config as JSON, and the tokenizer's files."""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.typing import DTypeLike
+
+from models.checkpoints.assemble import abstract_model, parameters_of
+from models.checkpoints.safetensors import read_json
+from models.config import LlamaConfig
+from models.errors import CheckpointError
+from models.fields import Fields
+from models.llama import Llama
+from models.rope import RopeScaling
+
+CONFIG_FILE = "llama.json"
+_WEIGHTS = "weights"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def save(model: Llama, directory: Path, *, tokenizer_from: Path | None = None) -> None:
+    """Write a model that `restore` reads.
+
+    Args:
+        directory: created; must not hold a checkpoint yet.
+        tokenizer_from: a directory whose tokenizer files are copied along.
+
+    Raises:
+        CheckpointError: `directory` holds a checkpoint, or `tokenizer_from` no tokenizer.
+    """
+    directory = directory.absolute()
+    if (directory / CONFIG_FILE).exists() or (directory / _WEIGHTS).exists():
+        raise CheckpointError(f"{directory} already holds a checkpoint. Choose another directory, or remove that one.")
+    copied = [tokenizer_from / name for name in _TOKENIZER_FILES] if tokenizer_from is not None else []
+    copied = [path for path in copied if path.is_file()]
+    if tokenizer_from is not None and not copied:
+        raise CheckpointError(
+            f"{tokenizer_from} has no tokenizer files, expected one of {', '.join(_TOKENIZER_FILES)}."
+        )
+
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in copied:
+        shutil.copy(path, directory)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(
+            directory / _WEIGHTS, {".".join(path): leaf[...] for path, leaf in parameters_of(model).items()}
+        )
+    # Last, so that an interrupted save isn't taken for a checkpoint.
+    (directory / CONFIG_FILE).write_text(json.dumps(asdict(model.config), indent=2) + "\n", encoding="utf-8")
+
+
+def restore(directory: Path, dtype: DTypeLike = jnp.float32) -> Llama:
+    """Read a model that `save` wrote, converted to `dtype`, onto the default device.
+
+    Raises:
+        CheckpointError: a file is absent or damaged, or a tensor isn't what the config calls for, or not finite.
+    """
+    directory = directory.absolute()
+    config = _config_from_json(directory / CONFIG_FILE)
+    model = abstract_model(config, dtype)
+    parameters = {".".join(path): leaf for path, leaf in parameters_of(model).items()}
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    expected = {
+        name: jax.ShapeDtypeStruct(leaf.shape, np.dtype(dtype), sharding=place) for name, leaf in parameters.items()
+    }
+    loaded = _restore_weights(directory / _WEIGHTS, expected)
+    for name, value in loaded.items():
+        if not bool(jnp.isfinite(value).all()):
+            raise CheckpointError(
+                f"{directory}: tensor {name!r} has NaN or infinite values as {value.dtype}. The checkpoint is damaged, "
+                "or its values don't fit; save it again or load it as float32."
+            )
+        parameters[name].set_value(value)
+    return model
+
+
+def _config_from_json(path: Path) -> LlamaConfig:
+    values = read_json(path)
+    fields = Fields(origin=str(path), values=values)
+    scaling = fields.section("rope_scaling").numbers("divisors") if fields.has("rope_scaling") else None
+    converted = {
+        "rope_scaling": None if scaling is None else RopeScaling(divisors=scaling),
+        "eos_token_ids": fields.ids("eos_token_ids"),
+    }
+    try:
+        return LlamaConfig(**{**values, **converted})
+    except (TypeError, CheckpointError) as error:
+        raise CheckpointError(f"{path} isn't a config that `save` wrote ({error}). Save the model again.") from error
+
+
+def _restore_weights(path: Path, expected: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    damaged = f"{path} is missing, incomplete or damaged, expected the weights that `save` wrote. Save the model again"
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            stored = checkpointer.metadata(path).item_metadata
+            shapes = {name: tuple(leaf.shape) for name, leaf in stored.items()}
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            raise CheckpointError(f"{damaged} ({error}).") from error
+        wanted = {name: leaf.shape for name, leaf in expected.items()}
+        if shapes != wanted:
+            name = min(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))
+            raise CheckpointError(
+                f"{path}: tensor {name!r} has shape {shapes.get(name)}, expected {wanted.get(name)} by the config. "
+                "Save the model again."
+            )
+        try:
+            return checkpointer.restore(path, expected)
+        except Exception as error:
+            raise CheckpointError(f"{damaged} ({error}).") from error

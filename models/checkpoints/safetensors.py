@@ -1,0 +1,131 @@
+"""Hugging Face directories: config.json beside safetensors weights, in one file or several."""
+
+import json
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from safetensors import SafetensorError, safe_open
+
+from models.checkpoints.assemble import assemble
+from models.checkpoints.names import HUGGING_FACE
+from models.config import LlamaConfig
+from models.errors import CheckpointError
+from models.fields import Fields
+from models.llama import Llama
+
+_INDEX = "model.safetensors.index.json"
+
+
+def load_safetensors(directory: Path, dtype: DTypeLike = jnp.float32) -> Llama:
+    """Load a model from a directory as transformers' `save_pretrained` writes it.
+
+    End-of-sequence tokens come from config.json and, where there is one, generation_config.json.
+
+    Raises:
+        CheckpointError: a file is absent, damaged, or not of a supported model.
+    """
+    config = _read_config(directory)
+
+    def harmless(name: str) -> bool:
+        # Older checkpoints store RoPE's frequencies, and some with tied embeddings store the embedding twice.
+        return name.endswith("rotary_emb.inv_freq") or (config.tie_embeddings and name == "lm_head.weight")
+
+    source = _SafetensorsFiles(directory)
+    return assemble(config, source, name_of=HUGGING_FACE, harmless=harmless, dtype=dtype)
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """A JSON object from a checkpoint's file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"can't read {path}: {error.strerror}. Use a complete checkpoint.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} isn't JSON: {error}. Download it again.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, expected a JSON object. Download it again.")
+    return value
+
+
+def _read_config(directory: Path) -> LlamaConfig:
+    path = directory / "config.json"
+    try:
+        config = LlamaConfig.from_hf(read_json(path))
+    except CheckpointError as error:
+        raise error if str(path) in str(error) else CheckpointError(f"{path}: {error}") from error
+    generation = directory / "generation_config.json"
+    if not generation.exists():
+        return config
+    more = Fields(origin=str(generation), values=read_json(generation)).ids("eos_token_id")
+    return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *more))))
+
+
+class _SafetensorsFiles:
+    """A `TensorSource` over the mapped files of one directory."""
+
+    def __init__(self, directory: Path):
+        self.origin = directory
+        self._files = {}  # tensor name -> the open file that holds it
+        index = directory / _INDEX
+        if index.exists():
+            self._open_shards(index)
+        else:
+            file = _open(_only_file(directory))
+            self._files = dict.fromkeys(file.keys(), file)
+
+    def names(self) -> Collection[str]:
+        return self._files
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def read(self, name: str) -> np.ndarray:
+        try:
+            return self._files[name].get_tensor(name)
+        except (SafetensorError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.origin}: can't read tensor {name!r} ({error}). Expected F32, F16 or BF16; use the unquantised "
+                "checkpoint."
+            ) from error
+
+    def _open_shards(self, index: Path) -> None:
+        shards = {}
+        weight_map = Fields(origin=str(index), values=read_json(index)).section("weight_map")
+        for name in weight_map.values:
+            shard = weight_map.text(name)
+            if Path(shard).name != shard:
+                raise CheckpointError(f"{index}: {name!r} is in {shard!r}, expected the name of a file beside it.")
+            if shard not in shards:
+                shards[shard] = _open(self.origin / shard)
+            self._files[name] = shards[shard]
+        held = {name for file in shards.values() for name in file.keys()}  # noqa: SIM118 (not a dict)
+        if absent := sorted(self._files.keys() - held):
+            raise CheckpointError(
+                f"{self.origin}: the shards lack {absent[0]!r}, which {_INDEX} promises. Download the checkpoint again."
+            )
+
+
+def _only_file(directory: Path) -> Path:
+    files = sorted(directory.glob("*.safetensors"))
+    if len(files) != 1:
+        raise CheckpointError(
+            f"{directory} has {len(files)} .safetensors files, expected one, or several with a {_INDEX}. "
+            "Download the checkpoint again."
+        )
+    return files[0]
+
+
+def _open(path: Path) -> safe_open:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing, expected one of the checkpoint's shards. Download it again.")
+    try:
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size} bytes) is cut short, damaged, or not safetensors ({error}). "
+            "Download it again."
+        ) from error

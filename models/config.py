@@ -1,0 +1,183 @@
+"""A Llama-family model's shape, from a Hugging Face config.json or from GGUF metadata."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from models.errors import CheckpointError
+from models.fields import Fields
+from models.rope import RopeScaling
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """The shape of a decoder.
+
+    Raises:
+        CheckpointError: sizes that don't belong together.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_context: int  # tokens; with a sliding window at most the window: within it, full attention is the same thing
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    attention_bias: bool = False  # of the query, key and value projections
+    output_bias: bool = False  # of the attention's output projection
+    qk_norm: bool = False  # an RMSNorm over each head's query and key, before RoPE
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+
+    def __post_init__(self):
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+            if getattr(self, name) < 1:
+                raise CheckpointError(f"{name} is {getattr(self, name)}, expected at least 1. The config is damaged.")
+        if self.max_context < 1 or self.head_dim < 2 or self.head_dim % 2:
+            raise CheckpointError(
+                f"expected max_context >= 1 and an even head_dim, got {self.max_context=}, {self.head_dim=}. "
+                "The config is damaged."
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise CheckpointError(
+                f"query heads must be a multiple of KV heads, got num_heads={self.num_heads} and "
+                f"num_kv_heads={self.num_kv_heads}. The config is damaged."
+            )
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, object]) -> "LlamaConfig":
+        """From the contents of a config.json of model type llama, mistral, qwen2 or qwen3.
+
+        Raises:
+            CheckpointError: another model type, an absent or malformed key, or a feature that isn't supported.
+        """
+        fields = Fields(origin="config.json", values=config)
+        kind = fields.text("model_type", "")
+        if kind not in MODEL_TYPES:
+            raise CheckpointError(
+                f"config.json: model_type is {kind!r}, expected one of {', '.join(MODEL_TYPES)}. "
+                "Only Llama-family models are supported."
+            )
+        if fields.text("hidden_act", "silu") not in ("silu", "swish"):
+            raise CheckpointError(f"config.json: hidden_act is {config['hidden_act']!r}, expected 'silu'.")
+        heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
+        head_dim = fields.integer("head_dim", hidden // max(heads, 1))
+        # transformers 5 writes rope_parameters; before, there were rope_theta and rope_scaling.
+        rope = fields.section("rope_parameters" if fields.has("rope_parameters") else "rope_scaling")
+        theta = rope.number("rope_theta", fields.number("rope_theta", 10000.0))
+        context = fields.integer("max_position_embeddings")
+        # Mistral's window is always on; Qwen names one that use_sliding_window switches on.
+        if fields.has("sliding_window") and (kind == "mistral" or fields.flag("use_sliding_window", False)):
+            context = min(context, fields.integer("sliding_window"))
+        bias = fields.flag("attention_bias", False)
+        return cls(
+            vocab_size=fields.integer("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=fields.integer("intermediate_size"),
+            num_layers=fields.integer("num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=fields.integer("num_key_value_heads", heads),
+            head_dim=head_dim,
+            max_context=context,
+            rope_theta=theta,
+            rope_scaling=_hf_rope_scaling(rope, head_dim, theta),
+            rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+            tie_embeddings=fields.flag("tie_word_embeddings", False),
+            attention_bias=kind == "qwen2" or bias,
+            output_bias=bias and kind != "qwen2",
+            qk_norm=kind == "qwen3",
+            eos_token_ids=fields.ids("eos_token_id"),
+            bos_token_id=next(iter(fields.ids("bos_token_id")), None),
+        )
+
+    @classmethod
+    def from_gguf(
+        cls,
+        metadata: Mapping[str, object],
+        *,
+        tensor_names: Collection[str],
+        rope_divisors: Sequence[float] | None = None,
+    ) -> "LlamaConfig":
+        """From the metadata of a GGUF file of architecture llama (Mistral too), qwen2 or qwen3.
+
+        Args:
+            metadata: key-value pairs, as Python values.
+            tensor_names: of the file's tensors; without an output matrix the embeddings are tied.
+            rope_divisors: contents of rope_freqs.weight, [head_dim / 2], where the file has it.
+
+        Raises:
+            CheckpointError: another architecture, an absent or malformed key, or a feature that isn't supported.
+        """
+        fields = Fields(origin="GGUF metadata", values=metadata)
+        kind = fields.text("general.architecture", "")
+        if kind not in GGUF_ARCHITECTURES:
+            raise CheckpointError(
+                f"GGUF metadata: general.architecture is {kind!r}, expected one of {', '.join(GGUF_ARCHITECTURES)}. "
+                "Only Llama-family models are supported."
+            )
+        if fields.integer(f"{kind}.expert_count", 0):
+            raise CheckpointError("GGUF metadata: this is a mixture of experts, expected a dense model.")
+        heads, hidden = fields.integer(f"{kind}.attention.head_count"), fields.integer(f"{kind}.embedding_length")
+        head_dim = fields.integer(f"{kind}.attention.key_length", hidden // max(heads, 1))
+        context = fields.integer(f"{kind}.context_length")
+        return cls(
+            vocab_size=fields.integer(f"{kind}.vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=fields.integer(f"{kind}.feed_forward_length"),
+            num_layers=fields.integer(f"{kind}.block_count"),
+            num_heads=heads,
+            num_kv_heads=fields.integer(f"{kind}.attention.head_count_kv", heads),
+            head_dim=head_dim,
+            max_context=min(context, fields.integer(f"{kind}.attention.sliding_window", context)),
+            rope_theta=fields.number(f"{kind}.rope.freq_base", 10000.0),
+            rope_scaling=_gguf_rope_scaling(fields, kind, head_dim, rope_divisors),
+            rms_norm_eps=fields.number(f"{kind}.attention.layer_norm_rms_epsilon"),
+            tie_embeddings="output.weight" not in tensor_names,
+            attention_bias="blk.0.attn_q.bias" in tensor_names,
+            output_bias="blk.0.attn_output.bias" in tensor_names,
+            qk_norm="blk.0.attn_q_norm.weight" in tensor_names,
+            eos_token_ids=fields.ids("tokenizer.ggml.eos_token_id"),
+            bos_token_id=next(iter(fields.ids("tokenizer.ggml.bos_token_id")), None),
+        )
+
+
+def _hf_rope_scaling(rope: Fields, head_dim: int, theta: float) -> RopeScaling | None:
+    kind = rope.text("rope_type", rope.text("type", "default"))
+    match kind:
+        case "default":
+            return None
+        case "linear":
+            return RopeScaling.linear(head_dim=head_dim, factor=rope.number("factor"))
+        case "llama3":
+            return RopeScaling.llama3(
+                head_dim=head_dim,
+                theta=theta,
+                factor=rope.number("factor"),
+                low_freq_factor=rope.number("low_freq_factor"),
+                high_freq_factor=rope.number("high_freq_factor"),
+                original_max_context=rope.integer("original_max_position_embeddings"),
+            )
+    raise CheckpointError(f"{rope.origin}: RoPE scaling {kind!r} isn't supported, expected default, linear or llama3.")
+
+
+def _gguf_rope_scaling(
+    fields: Fields, kind: str, head_dim: int, divisors: Sequence[float] | None
+) -> RopeScaling | None:
+    if divisors is not None:
+        if len(divisors) != head_dim // 2:
+            raise CheckpointError(f"rope_freqs.weight has {len(divisors)} values, expected {head_dim // 2}.")
+        return RopeScaling(divisors=tuple(divisors))
+    scaling = fields.text(f"{kind}.rope.scaling.type", "none")
+    if scaling in ("none", "default"):
+        return None
+    if scaling == "linear":
+        return RopeScaling.linear(head_dim=head_dim, factor=fields.number(f"{kind}.rope.scaling.factor"))
+    raise CheckpointError(f"GGUF metadata: RoPE scaling {scaling!r} isn't supported, expected none or linear.")
