@@ -9,6 +9,7 @@ from models.rope import RopeScaling
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+_GGUF_EOS_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")  # end of sequence, of turn, of message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +52,21 @@ class LlamaConfig:
                 f"query heads must be a multiple of KV heads, got num_heads={self.num_heads} and "
                 f"num_kv_heads={self.num_kv_heads}. The config is damaged."
             )
+        if not (self.rope_theta > 0 and self.rms_norm_eps > 0):
+            raise CheckpointError(
+                f"expected positive numbers, got {self.rope_theta=}, {self.rms_norm_eps=}. The config is damaged."
+            )
+        if self.rope_scaling is not None and len(self.rope_scaling.divisors) != self.head_dim // 2:
+            raise CheckpointError(
+                f"RoPE scaling has {len(self.rope_scaling.divisors)} divisors, expected head_dim / 2 = "
+                f"{self.head_dim // 2}. The config or the rope_freqs tensor is damaged."
+            )
 
     @classmethod
     def from_hf(cls, config: Mapping[str, object]) -> "LlamaConfig":
         """From the contents of a config.json of model type llama, mistral, qwen2 or qwen3.
+
+        What the file leaves out takes transformers' own default for that model type.
 
         Raises:
             CheckpointError: another model type, an absent or malformed key, or a feature that isn't supported.
@@ -66,27 +78,22 @@ class LlamaConfig:
                 f"config.json: model_type is {kind!r}, expected one of {', '.join(MODEL_TYPES)}. "
                 "Only Llama-family models are supported."
             )
-        if fields.text("hidden_act", "silu") not in ("silu", "swish"):
-            raise CheckpointError(f"config.json: hidden_act is {config['hidden_act']!r}, expected 'silu'.")
+        _reject_hf_variants(fields)
         heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
-        head_dim = fields.integer("head_dim", hidden // max(heads, 1))
+        head_dim = fields.integer("head_dim", 128 if kind == "qwen3" else hidden // max(heads, 1))
         # transformers 5 writes rope_parameters; before, there were rope_theta and rope_scaling.
         rope = fields.section("rope_parameters" if fields.has("rope_parameters") else "rope_scaling")
         theta = rope.number("rope_theta", fields.number("rope_theta", 10000.0))
-        context = fields.integer("max_position_embeddings")
-        # Mistral's window is always on; Qwen names one that use_sliding_window switches on.
-        if fields.has("sliding_window") and (kind == "mistral" or fields.flag("use_sliding_window", False)):
-            context = min(context, fields.integer("sliding_window"))
-        bias = fields.flag("attention_bias", False)
+        bias = kind != "mistral" and fields.flag("attention_bias", False)  # Mistral has none, whatever its config says
         return cls(
             vocab_size=fields.integer("vocab_size"),
             hidden_size=hidden,
             intermediate_size=fields.integer("intermediate_size"),
             num_layers=fields.integer("num_hidden_layers"),
             num_heads=heads,
-            num_kv_heads=fields.integer("num_key_value_heads", heads),
+            num_kv_heads=fields.integer("num_key_value_heads", heads if kind == "llama" else None),
             head_dim=head_dim,
-            max_context=context,
+            max_context=_hf_max_context(fields, kind),
             rope_theta=theta,
             rope_scaling=_hf_rope_scaling(rope, head_dim, theta),
             rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
@@ -125,9 +132,20 @@ class LlamaConfig:
             )
         if fields.integer(f"{kind}.expert_count", 0):
             raise CheckpointError("GGUF metadata: this is a mixture of experts, expected a dense model.")
+        if fields.integer("split.count", 1) > 1:
+            raise CheckpointError(
+                "GGUF metadata: the file is one part of a split model, expected a whole one. Join the parts with "
+                "`llama-gguf-split --merge`."
+            )
         heads, hidden = fields.integer(f"{kind}.attention.head_count"), fields.integer(f"{kind}.embedding_length")
         head_dim = fields.integer(f"{kind}.attention.key_length", hidden // max(heads, 1))
+        for key in (f"{kind}.attention.value_length", f"{kind}.rope.dimension_count"):
+            if fields.integer(key, head_dim) != head_dim:
+                raise CheckpointError(
+                    f"GGUF metadata: {key} is {fields.integer(key)}, expected {head_dim}, as for keys."
+                )
         context = fields.integer(f"{kind}.context_length")
+        eos = [token for key in _GGUF_EOS_KEYS for token in fields.ids(f"tokenizer.ggml.{key}")]
         return cls(
             vocab_size=fields.integer(f"{kind}.vocab_size"),
             hidden_size=hidden,
@@ -141,12 +159,40 @@ class LlamaConfig:
             rope_scaling=_gguf_rope_scaling(fields, kind, head_dim, rope_divisors),
             rms_norm_eps=fields.number(f"{kind}.attention.layer_norm_rms_epsilon"),
             tie_embeddings="output.weight" not in tensor_names,
-            attention_bias="blk.0.attn_q.bias" in tensor_names,
+            attention_bias=kind == "qwen2" or "blk.0.attn_q.bias" in tensor_names,
             output_bias="blk.0.attn_output.bias" in tensor_names,
-            qk_norm="blk.0.attn_q_norm.weight" in tensor_names,
-            eos_token_ids=fields.ids("tokenizer.ggml.eos_token_id"),
+            qk_norm=kind == "qwen3",
+            eos_token_ids=tuple(dict.fromkeys(eos)),
             bos_token_id=next(iter(fields.ids("tokenizer.ggml.bos_token_id")), None),
         )
+
+
+def _reject_hf_variants(fields: Fields) -> None:
+    """Refuse what would load as a Llama but compute something else."""
+    if fields.text("hidden_act", "silu") not in ("silu", "swish"):
+        raise CheckpointError(f"config.json: hidden_act is {fields.text('hidden_act')!r}, expected 'silu'.")
+    if fields.flag("mlp_bias", False):
+        raise CheckpointError("config.json: mlp_bias is true, expected false. Such models aren't supported.")
+    rotary = fields.number(
+        "partial_rotary_factor", fields.section("rope_parameters").number("partial_rotary_factor", 1)
+    )
+    if rotary != 1:
+        raise CheckpointError(f"config.json: partial_rotary_factor is {rotary}, expected 1: RoPE over the whole head.")
+    if fields.has("quantization_config"):
+        raise CheckpointError(
+            "config.json has a quantization_config, expected plain float weights. Use the unquantised checkpoint, or a "
+            "GGUF file for quantised weights."
+        )
+
+
+def _hf_max_context(fields: Fields, kind: str) -> int:
+    context = fields.integer("max_position_embeddings")
+    if kind == "mistral":  # its window is always on; null means none, and transformers takes an absent one for 4096
+        absent = context if "sliding_window" in fields.values else 4096
+        return min(context, fields.integer("sliding_window", absent))
+    # Qwen names a window that use_sliding_window switches on.
+    windowed = kind in ("qwen2", "qwen3") and fields.flag("use_sliding_window", False)
+    return min(context, fields.integer("sliding_window", context)) if windowed else context
 
 
 def _hf_rope_scaling(rope: Fields, head_dim: int, theta: float) -> RopeScaling | None:
@@ -171,13 +217,15 @@ def _hf_rope_scaling(rope: Fields, head_dim: int, theta: float) -> RopeScaling |
 def _gguf_rope_scaling(
     fields: Fields, kind: str, head_dim: int, divisors: Sequence[float] | None
 ) -> RopeScaling | None:
-    if divisors is not None:
-        if len(divisors) != head_dim // 2:
-            raise CheckpointError(f"rope_freqs.weight has {len(divisors)} values, expected {head_dim // 2}.")
-        return RopeScaling(divisors=tuple(divisors))
-    scaling = fields.text(f"{kind}.rope.scaling.type", "none")
-    if scaling in ("none", "default"):
-        return None
+    # Older files have rope.scale_linear where newer ones have rope.scaling.type and rope.scaling.factor.
+    older = f"{kind}.rope.scale_linear"
+    scaling = fields.text(f"{kind}.rope.scaling.type", "linear" if fields.has(older) else "none")
+    if scaling not in ("none", "default", "linear"):
+        raise CheckpointError(f"GGUF metadata: RoPE scaling {scaling!r} isn't supported, expected none or linear.")
+    factor = 1.0
     if scaling == "linear":
-        return RopeScaling.linear(head_dim=head_dim, factor=fields.number(f"{kind}.rope.scaling.factor"))
-    raise CheckpointError(f"GGUF metadata: RoPE scaling {scaling!r} isn't supported, expected none or linear.")
+        newer = f"{kind}.rope.scaling.factor"
+        factor = fields.number(newer if fields.has(newer) else older)
+    if divisors is not None:
+        return RopeScaling(divisors=tuple(factor * float(divisor) for divisor in divisors))
+    return None if factor == 1.0 else RopeScaling.linear(head_dim=head_dim, factor=factor)

@@ -1,0 +1,108 @@
+"""Tiny models of ours and of transformers', and how their logits are computed."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import save_file
+
+from models.attention import causal_attention
+from models.checkpoints.assemble import parameters_of
+from models.checkpoints.names import HUGGING_FACE
+from models.config import LlamaConfig
+from models.llama import Llama
+
+TINY = LlamaConfig(
+    vocab_size=160,
+    hidden_size=64,
+    intermediate_size=96,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    max_context=256,
+    rope_theta=10_000.0,
+    rope_scaling=None,
+    rms_norm_eps=1e-5,
+    tie_embeddings=False,
+    attention_bias=False,
+    output_bias=False,
+    qk_norm=False,
+    eos_token_ids=(2,),
+    bos_token_id=1,
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., Llama]:
+    """A random model of `TINY`'s shape with the given fields changed; no parameter is at its initial 0 or 1."""
+
+    def build(**changes: object) -> Llama:
+        model = Llama(replace(TINY, **changes), rngs=nnx.Rngs(0))
+        generator = np.random.default_rng(1)
+        for leaf in parameters_of(model).values():
+            leaf.set_value(leaf[...] + jnp.asarray(generator.normal(0, 0.1, leaf.shape), jnp.float32))
+        return model
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def forward() -> Callable[[Llama, np.ndarray], np.ndarray]:
+    """f32[batch, length, vocab] from tokens i32[batch, length], by dense attention."""
+
+    def run(model: Llama, tokens: np.ndarray) -> np.ndarray:
+        graph, state = nnx.split(model)
+
+        @jax.jit
+        def logits(state: nnx.State, tokens: jax.Array) -> jax.Array:
+            model = nnx.merge(graph, state)
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+            return model.logits(model(tokens, positions, causal_attention, None)[1])
+
+        return np.asarray(logits(state, jnp.asarray(tokens, jnp.int32)))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tokens() -> np.ndarray:
+    """Random prompts, i32[2, 32]."""
+    return np.random.default_rng(2).integers(3, TINY.vocab_size, (2, 32)).astype(np.int32)
+
+
+@pytest.fixture
+def hf_directory(tmp_path: Path, tiny_model: Callable[..., Llama]) -> Path:
+    """A tiny Llama in Hugging Face's layout, written without transformers; tests damage it."""
+    model = tiny_model()
+    config = {
+        "model_type": "llama",
+        "vocab_size": TINY.vocab_size,
+        "hidden_size": TINY.hidden_size,
+        "intermediate_size": TINY.intermediate_size,
+        "num_hidden_layers": TINY.num_layers,
+        "num_attention_heads": TINY.num_heads,
+        "num_key_value_heads": TINY.num_kv_heads,
+        "head_dim": TINY.head_dim,
+        "max_position_embeddings": TINY.max_context,
+        "rope_theta": TINY.rope_theta,
+        "rms_norm_eps": TINY.rms_norm_eps,
+        "tie_word_embeddings": TINY.tie_embeddings,
+        "eos_token_id": 2,
+        "bos_token_id": 1,
+    }
+    directory = tmp_path / "llama"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config))
+    tensors = {}
+    for path, leaf in parameters_of(model).items():
+        value = np.asarray(leaf[...])
+        tensors[HUGGING_FACE(path)] = np.ascontiguousarray(value.T if path[-1] == "kernel" else value)
+    save_file(tensors, directory / "model.safetensors")
+    return directory
