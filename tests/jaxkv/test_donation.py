@@ -1,0 +1,67 @@
+"""No compiled step copies the pool: it is aliased, and temporaries stay below a tenth of it."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+
+from jaxkv.allocator import release_sequences
+from jaxkv.cache import put_sequences, take_sequences
+from jaxkv.generation import (
+    compress,
+    decode,
+    decode_step,
+    finish_prompt,
+    generate,
+    prefill,
+    prefill_chunk,
+    start_prompt,
+)
+from jaxkv.policies import KVCompress, Ratio
+
+BATCH = 2
+POLICIES = {
+    "full": None,
+    "all queries": KVCompress.full(budget=Ratio(ratio=8)),
+    "continual": KVCompress(budget=Ratio(ratio=8), compress_every=16),
+}
+
+
+def programs(policy):
+    """Step name -> (function of (state, …), arguments)."""
+    model = tiny.MODEL
+    cache = tiny.empty_cache(batch=BATCH, num_blocks=40_000)
+    ids, row = jnp.zeros((BATCH, 64), jnp.int32), jnp.zeros(BATCH, jnp.int32)
+    one = jnp.array([1])
+
+    def chunk_of_one_row(state, row, tokens, counts):
+        whole = state.cache
+        state = prefill_chunk(model, replace(state, cache=take_sequences(whole, row)), tokens, counts, policy)
+        return replace(state, cache=put_sequences(whole, state.cache, row))
+
+    state = start_prompt(model, take_sequences(cache, one), one, policy)
+    state = replace(state, cache=cache)
+    steps = {
+        "prefill": (lambda c, t, n: prefill(model, c, t, n, policy), (cache, ids, row)),
+        "chunk": (chunk_of_one_row, (state, one, ids[:1], one)),
+        "finish": (lambda s: finish_prompt(model, replace(s, cache=take_sequences(s.cache, one)), policy), (state,)),
+        "decode_step": (lambda c, t: decode_step(model, c, t, t > 0, policy), (cache, row)),
+        "decode": (lambda c, t: decode(model, c, t, t, steps=8, policy=policy), (cache, row)),
+        "generate": (lambda c, t, n: generate(model, c, t, n, max_tokens=8, policy=policy), (cache, ids, row)),
+        "release": (lambda c, t: release_sequences(c, t > 0), (cache, row)),
+    }
+    if policy is not None:
+        steps["compress"] = (lambda c: compress(c, policy), (cache,))
+    return steps
+
+
+@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_step_updates_the_pool_in_place(name):
+    for step, (function, arguments) in programs(POLICIES[name]).items():
+        pool = (arguments[0] if hasattr(arguments[0], "pool") else arguments[0].cache).pool.nbytes
+        memory = jax.jit(function, donate_argnums=0).lower(*arguments).compile().memory_analysis()
+        assert memory.alias_size_in_bytes >= pool, step
+        assert memory.temp_size_in_bytes < pool / 10, (step, memory.temp_size_in_bytes / pool)

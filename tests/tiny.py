@@ -1,0 +1,110 @@
+"""A tiny random Llama and its dense, uncompressed run, for tests of everything above the kernels."""
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from oracles.attention import dense_attention
+
+from jaxkv.cache import CacheConfig, PagedCache, init_cache
+from models import Llama, LlamaConfig
+
+CONFIG = LlamaConfig(
+    vocab_size=101,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=16,
+    max_context=512,
+    tie_embeddings=True,
+    eos_token_ids=(100,),
+)
+
+
+def _random_model() -> Llama:
+    """Weights large enough that attention is far from uniform, in some heads more than in others."""
+    llama = Llama(CONFIG, rngs=nnx.Rngs(0))
+    graph, weights = nnx.split(llama)
+    rng = np.random.default_rng(7)
+
+    def weight(leaf):
+        if leaf.ndim == 1:
+            return jnp.asarray(1 + 0.1 * rng.standard_normal(leaf.shape), jnp.float32)
+        sharpness = rng.uniform(1.0, 3.0, leaf.shape[-1] // 16).repeat(16) if leaf.shape[-1] % 16 == 0 else 1.0
+        return jnp.asarray(rng.standard_normal(leaf.shape) * sharpness / np.sqrt(leaf.shape[0]), jnp.float32)
+
+    return nnx.merge(graph, nnx.map_state(lambda path, leaf: leaf.replace(weight(leaf[...])), weights))
+
+
+MODEL = _random_model()
+
+
+def empty_cache(*, batch: int = 1, max_context: int = 256, block_size: int = 16, num_blocks: int | None = None):
+    config = CacheConfig.for_model(
+        CONFIG, batch=batch, max_context=max_context, block_size=block_size, num_blocks=num_blocks
+    )
+    return init_cache(config)
+
+
+def prompt(length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 100, length).astype(np.int32)
+
+
+def padded(prompts: list[np.ndarray]) -> tuple[jnp.ndarray, jnp.ndarray]:
+    """Prompts as tokens ``i32[batch, longest]`` and lengths ``i32[batch]``."""
+    tokens = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
+    for row, ids in enumerate(prompts):
+        tokens[row, : len(ids)] = ids
+    return jnp.asarray(tokens), jnp.array([len(p) for p in prompts], jnp.int32)
+
+
+def dense_run(tokens: np.ndarray, visible=None) -> tuple[np.ndarray, np.ndarray]:
+    """Logits ``[tokens, vocab]`` and probabilities ``[layers, heads, tokens, tokens]`` of the plain model.
+
+    ``visible``: ``bool[layers, kv_heads, tokens, tokens]`` keys that each query may see; None: all before it.
+    """
+    length = len(tokens)
+    seen = []
+
+    def attend(state, layer, query, key, value):
+        q, k, v = (np.asarray(x[0], np.float64) for x in (query, key, value))
+        if visible is None:
+            out, probabilities = dense_attention(q, k, v, np.arange(length), np.arange(length))
+        else:
+            out, probabilities = masked_attention(q, k, v, visible[layer])
+        seen.append(probabilities)
+        return state, jnp.asarray(out, jnp.float32)[None]
+
+    _, hidden = MODEL(jnp.asarray(tokens)[None], jnp.arange(length)[None], attend, None)
+    return np.asarray(MODEL.logits(hidden))[0], np.stack(seen)
+
+
+def masked_attention(q, k, v, visible):
+    """Attention of ``[tokens, heads, d]`` queries to the keys that ``bool[kv_heads, tokens, tokens]`` lets them see."""
+    group = q.shape[1] // k.shape[1]
+    k, v, visible = (np.repeat(x, group, axis=a) for x, a in ((k, 1), (v, 1), (visible, 0)))
+    scores = np.where(visible, np.einsum("qhd,khd->hqk", q, k) / np.sqrt(q.shape[-1]), -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("hqk,khd->qhd", weights, v), weights
+
+
+def dense_greedy(tokens: np.ndarray, count: int) -> list[int]:
+    """Tokens that the plain model continues with."""
+    start = len(tokens)
+    tokens = np.concatenate([tokens, np.zeros(count, tokens.dtype)])  # one length, one compilation
+    for at in range(start, start + count):
+        tokens[at] = dense_run(tokens)[0][at - 1].argmax()
+    return tokens[start:].tolist()
+
+
+def by_position(cache: PagedCache, values, layer: int, row: int, head: int) -> dict[int, np.ndarray]:
+    """What each KV of a head has in ``values`` (scores, or the pool's rows), keyed by its position in the text."""
+    size = cache.block_size
+    table = np.asarray(cache.block_table[layer, row, head])
+    count = int(cache.lengths[layer, row, head])
+    slots = [table[i // size] * size + i % size for i in range(count)]
+    flat = np.asarray(values).reshape(-1, *([values.shape[-1]] if values.ndim == 3 else []))
+    positions = np.asarray(cache.positions).reshape(-1)
+    return {int(positions[s]): flat[s] for s in slots}
