@@ -40,8 +40,10 @@ class LlamaConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
-            if getattr(self, name) < 1:
-                raise CheckpointError(f"{name} is {getattr(self, name)}, expected at least 1. The config is damaged.")
+            if not 1 <= getattr(self, name) < 2**31:
+                raise CheckpointError(
+                    f"{name} is {getattr(self, name)}, expected 1 to 2**31 - 1. The config is damaged."
+                )
         if self.max_context < 1 or self.head_dim < 2 or self.head_dim % 2:
             raise CheckpointError(
                 f"expected max_context >= 1 and an even head_dim, got {self.max_context=}, {self.head_dim=}. "

@@ -63,6 +63,11 @@ def assemble(
     Raises:
         CheckpointError: a tensor is missing, unexpected, of the wrong shape, or not finite.
     """
+    if config.num_layers > len(source.names()):  # before so many layers are built
+        raise CheckpointError(
+            f"{source.origin} has {len(source.names())} tensors, too few for the {config.num_layers} layers that its "
+            "config calls for. Check that config and weights belong together."
+        )
     model = abstract_model(config, dtype)
     parameters = parameters_of(model)
     _check_names({name_of(path) for path in parameters}, source, harmless)

@@ -82,6 +82,15 @@ def halves_from_interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
+class _Reader(GGUFReader):
+    """gguf's reader, but it stops at the end of the file: by itself, it walks a damaged length to its end."""
+
+    def _get(self, offset, dtype, count=1, override_order=None):  # offset and count in bytes and items, as there
+        if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
+            raise ValueError(f"{count} items of {np.dtype(dtype)} at byte {offset} are past the end")
+        return super()._get(offset, dtype, count, override_order)
+
+
 def _open(path: Path) -> GGUFReader:
     try:
         with path.open("rb") as file:
@@ -93,7 +102,7 @@ def _open(path: Path) -> GGUFReader:
             f"{path} begins with {magic!r}, expected b'GGUF'. It isn't a GGUF file; download it again."
         )
     try:
-        return GGUFReader(path)
+        return _Reader(path)
     except Exception as error:  # the reader trusts the file, so damage surfaces as whatever its arithmetic meets
         raise CheckpointError(
             f"{path} ({path.stat().st_size} bytes) is cut short or damaged, expected a whole GGUF file ({error}). "

@@ -111,7 +111,7 @@ def _restore_weights(path: Path, expected: dict[str, jax.ShapeDtypeStruct]) -> d
             stored = checkpointer.metadata(path).item_metadata
             shapes = {name: tuple(leaf.shape) for name, leaf in stored.items()}
         except Exception as error:  # Orbax and TensorStore raise many kinds
-            raise CheckpointError(f"{damaged} ({error}).") from error
+            raise CheckpointError(f"{damaged} ({type(error).__name__}).") from error
         wanted = {name: leaf.shape for name, leaf in expected.items()}
         if shapes != wanted:
             name = min(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))
@@ -122,4 +122,4 @@ def _restore_weights(path: Path, expected: dict[str, jax.ShapeDtypeStruct]) -> d
         try:
             return checkpointer.restore(path, expected)
         except Exception as error:
-            raise CheckpointError(f"{damaged} ({error}).") from error
+            raise CheckpointError(f"{damaged} ({type(error).__name__}).") from error

@@ -95,6 +95,8 @@ class _SafetensorsFiles:
     def _open_shards(self, index: Path) -> None:
         shards = {}
         weight_map = Fields(origin=str(index), values=read_json(index)).section("weight_map")
+        if not weight_map.values:
+            raise CheckpointError(f"{index} has no weight_map of tensors to shards. Download it again.")
         for name in weight_map.values:
             shard = weight_map.text(name)
             if Path(shard).name != shard:

@@ -187,7 +187,6 @@ def test_gguf_metadata_that_is_not_a_llama_is_refused(changes, message):
 def test_one_odd_value_gives_a_config_or_a_checkpoint_error(key, value):
     try:
         config = LlamaConfig.from_hf({**HF, key: value})
-    except CheckpointError as error:
-        assert str(error)
-    else:
-        assert config.num_heads % config.num_kv_heads == 0
+    except CheckpointError:
+        return
+    assert config.num_heads % config.num_kv_heads == 0
