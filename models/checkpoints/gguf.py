@@ -46,7 +46,10 @@ def read_metadata(reader: GGUFReader) -> dict[str, object]:
     metadata: dict[str, object] = {}
     for key, field in reader.fields.items():
         if not (key.startswith("tokenizer.") and len(field.data) > 1):
-            metadata[key] = field.contents()
+            try:
+                metadata[key] = field.contents()
+            except UnicodeDecodeError as error:
+                raise CheckpointError(f"{key} isn't text ({error}). The file is damaged; download it again.") from error
     embedding = next((tensor for tensor in reader.tensors if tensor.name == "token_embd.weight"), None)
     if embedding is not None:
         metadata.setdefault(f"{metadata.get('general.architecture')}.vocab_size", int(embedding.shape[-1]))

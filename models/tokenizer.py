@@ -1,0 +1,155 @@
+"""Text to token ids and back, from a `tokenizer.json` or from a GGUF file's own vocabulary."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tokenizers
+
+from models.chat import render_chat
+from models.errors import CheckpointError
+from models.vocabulary import tokenizer_from_gguf
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+    """A tokenizer with what a model needs to know beside it."""
+
+    core: tokenizers.Tokenizer
+    eos_ids: tuple[int, ...] = ()
+    """Tokens that end an answer."""
+    bos_id: int | None = None
+    adds_bos: bool = False
+    """Whether `encode` itself puts the first token in front (else the core's post-processor does what is due)."""
+    chat_template: str | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.core.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
+        """Token ids; `add_special` adds what the model expects at the text's beginning, unless it is there."""
+        bos = self.core.id_to_token(self.bos_id) if self.bos_id is not None else None
+        add_special = add_special and not (bos and text.startswith(bos))
+        ids = self.core.encode(text, add_special_tokens=add_special).ids
+        return [self.bos_id, *ids] if self.adds_bos and add_special and self.bos_id is not None else ids
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """The text; bytes that are no UTF-8 become U+FFFD."""
+        return self.core.decode(list(ids), skip_special_tokens=skip_special)
+
+    def stream(self) -> Detokenizer:
+        """Text from tokens that come one by one."""
+        return Detokenizer(tokenizer=self)
+
+    def chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
+        """A conversation in the model's format, as text.
+
+        Raises:
+            CheckpointError: the checkpoint has no chat template, or it refuses the conversation.
+        """
+        if self.chat_template is None:
+            raise CheckpointError("this model has no chat template; give the prompt as plain text, without chat")
+        named = {"bos_token": self.bos_id, "eos_token": self.eos_ids[0] if self.eos_ids else None}
+        special = {name: self.core.id_to_token(i) or "" for name, i in named.items() if i is not None}
+        return render_chat(
+            self.chat_template, messages, add_generation_prompt=add_generation_prompt, special_tokens=special
+        )
+
+
+@dataclass(kw_only=True)
+class Detokenizer:
+    """Gives out only whole characters: bytes of an unfinished one are held back."""
+
+    tokenizer: Tokenizer
+    _ids: list[int] = field(default_factory=list)
+    _start: int = 0
+    """Where the text that gives the next token its context begins."""
+    _given: int = 0
+    """Tokens whose text is out."""
+
+    def push(self, token: int) -> str:
+        """The text that this token completes; often empty."""
+        self._ids.append(token)
+        text = self._new_text()
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self._start, self._given = self._given, len(self._ids)
+        return text
+
+    def flush(self) -> str:
+        """What is still held back, with U+FFFD for what never became a character."""
+        text = self._new_text()
+        self._start = self._given = len(self._ids)
+        return text
+
+    def _new_text(self) -> str:
+        before = self.tokenizer.decode(self._ids[self._start : self._given])
+        return self.tokenizer.decode(self._ids[self._start :])[len(before) :]
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a `.gguf` file, or of a directory with `tokenizer.json` or one `.gguf`.
+
+    Raises:
+        CheckpointError: there is none, it can't be read, or it is of an unknown kind.
+    """
+    path = Path(path)
+    if path.is_dir() and not (path / "tokenizer.json").exists():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) != 1:
+            raise CheckpointError(f"{path} has no tokenizer.json; copy the model's own beside its weights.")
+        path = files[0]
+    if path.is_dir():
+        return _from_directory(path)
+    parts = tokenizer_from_gguf(path)
+    return Tokenizer(
+        core=parts.core,
+        eos_ids=parts.eos_ids,
+        bos_id=parts.bos_id,
+        adds_bos=parts.adds_bos,
+        chat_template=parts.chat_template,
+    )
+
+
+def _from_directory(path: Path) -> Tokenizer:
+    try:
+        core = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"{path / 'tokenizer.json'} can't be read ({error}). Download it again.") from error
+    config = _json(path / "tokenizer_config.json")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = next((t["template"] for t in template if t.get("name") == "default"), None)
+    if (path / "chat_template.jinja").exists():
+        template = (path / "chat_template.jinja").read_text(encoding="utf-8")
+    ends = [core.token_to_id(token) for token in [_content(config.get("eos_token"))] if token]
+    more = _json(path / "generation_config.json").get("eos_token_id")
+    ends += more if isinstance(more, list) else [more]
+    bos = _content(config.get("bos_token"))
+    return Tokenizer(
+        core=core,
+        eos_ids=tuple(dict.fromkeys(i for i in ends if isinstance(i, int))),
+        bos_id=core.token_to_id(bos) if bos else None,
+        chat_template=template if isinstance(template, str) else None,
+    )
+
+
+def _content(token: object) -> str | None:
+    """A special token, which is written as text or as an object with its text in it."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _json(path: Path) -> dict:
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} isn't JSON: {error}. Download it again.") from error
+    return value if isinstance(value, dict) else {}
