@@ -223,6 +223,10 @@ def test_other_architectures_and_other_files_are_refused(tiny_model, tmp_path):
     path = write_gguf(tmp_path / "model.gguf", model, gguf_tensors(model, "falcon"), "falcon")
     with pytest.raises(CheckpointError, match=r"model\.gguf.*'falcon'.*expected.*llama"):
         load_model(path)
+    path = write_gguf(tmp_path / "model.gguf", model, gguf_tensors(model, "llama"))
+    path.write_bytes(path.read_bytes().replace(b"\0llama", b"\0llam\xff", 1))  # a value, not a key
+    with pytest.raises(CheckpointError, match=r"model\.gguf: general\.architecture isn't text"):
+        load_model(path)
     path.write_bytes(b"PK\x03\x04 an archive")
     with pytest.raises(CheckpointError, match="expected b'GGUF'"):
         load_model(path)

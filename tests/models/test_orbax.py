@@ -54,7 +54,7 @@ def test_a_checkpoint_is_never_overwritten(tiny_model, tmp_path):
         save(tiny_model(), tmp_path / "saved")
 
 
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_damage_is_named(tiny_model, tmp_path):
     directory = tmp_path / "saved"
     save(tiny_model(), directory)

@@ -7,7 +7,7 @@ import pytest
 from models.hub import smollm2_gguf
 from models.tokenizer import load_tokenizer
 
-from models import load_model
+from models import Llama, load_model
 
 PROMPT, NEW = 512, 64
 PROSE = Path(__file__).parents[2] / "LICENSE"
@@ -19,6 +19,11 @@ def gguf() -> Path:
 
 
 @pytest.fixture(scope="module")
+def model(gguf) -> Llama:
+    return load_model(gguf)
+
+
+@pytest.fixture(scope="module")
 def prompt(gguf) -> np.ndarray:
     """i32[1, PROMPT], the beginning of an English text."""
     ids = load_tokenizer(gguf).encode(PROSE.read_text(encoding="utf-8"))
@@ -26,7 +31,7 @@ def prompt(gguf) -> np.ndarray:
     return np.asarray([ids[:PROMPT]], np.int32)
 
 
-def test_logits_and_greedy_tokens_are_those_of_transformers(gguf, prompt, forward):
+def test_logits_and_greedy_tokens_are_those_of_transformers(gguf, model, prompt, forward):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
@@ -40,14 +45,13 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(gguf, prompt, forwar
         expected = theirs(generated).logits.numpy()
     assert generated.shape == (1, PROMPT + NEW)
 
-    ours = forward(load_model(gguf), generated.numpy())
+    ours = forward(model, generated.numpy())
     assert np.abs(ours - expected).max() <= 2e-3
     # Given the tokens before it, each generated token is our argmax too; so, by induction, greedy runs are identical.
     np.testing.assert_array_equal(ours[0, PROMPT - 1 : -1].argmax(-1), generated[0, PROMPT:])
 
 
-def test_it_reads_english(gguf, prompt, forward):
-    model = load_model(gguf)
+def test_it_reads_english(model, prompt, forward):
     config = model.config
     assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (30, 9, 3, 64)
     assert (config.max_context, config.rope_theta, config.tie_embeddings) == (8192, 100_000.0, True)
