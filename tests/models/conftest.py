@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +76,14 @@ def forward() -> Callable[[Llama, np.ndarray], np.ndarray]:
 def tokens() -> np.ndarray:
     """Random prompts, i32[2, 32]."""
     return np.random.default_rng(2).integers(3, TINY.vocab_size, (2, 32)).astype(np.int32)
+
+
+@pytest.fixture(scope="session")
+def torch() -> ModuleType:
+    """torch on one thread: on a busy machine, its threads spend a tiny model's time waiting for each other."""
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)
+    return torch
 
 
 @pytest.fixture

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from models.hub import smollm2_gguf
-from models.tokenizer import load_tokenizer
 
 from models import Llama, load_model
+from models.hub import smollm2_gguf
+from models.tokenizer import load_tokenizer
 
 PROMPT, NEW = 512, 64
 PROSE = Path(__file__).parents[2] / "LICENSE"
@@ -31,8 +31,8 @@ def prompt(gguf) -> np.ndarray:
     return np.asarray([ids[:PROMPT]], np.int32)
 
 
-def test_logits_and_greedy_tokens_are_those_of_transformers(gguf, model, prompt, forward):
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+def test_logits_and_greedy_tokens_are_those_of_transformers(gguf, model, prompt, forward, torch):
+    transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     ).eval()
