@@ -16,6 +16,7 @@ from jaxkv.llm import LLM
 from jaxkv.policies import Budget, KVCompress, MaxBytes, MaxTokens, Policy, Ratio
 from jaxkv.report import as_dict, summary
 from jaxkv.requests import Completion, Finished, PromptRead, SamplingParams, TextMade
+from models.hub import cache_directory
 
 POLICIES = {"kv-compress": KVCompress}
 
@@ -26,11 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_compiled_programs()
     try:
         return options.run(options)
+    except BrokenPipeError:
+        return 141
     except (ValueError, OSError) as error:
         print(f"jaxkv: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:
-        return 141
 
 
 def parser() -> argparse.ArgumentParser:
@@ -145,11 +146,12 @@ def read_prompt(options: argparse.Namespace) -> str:
     path: Path = options.prompt_file
     try:
         data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"can't read the prompt from {path}: {error.strerror}") from None
+    try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}") from None
-    except OSError as error:
-        raise ValueError(f"can't read the prompt from {path}: {error.strerror}") from None
     if not text.strip():
         raise ValueError(f"{path} holds no text; the prompt must not be empty")
     return text
@@ -198,7 +200,6 @@ def answer(llm: LLM, prompt: str, params: SamplingParams, *, quiet: bool) -> Com
 
 def keep_compiled_programs() -> None:
     """Compiled programs go to the user's cache directory, so that a second run starts in seconds."""
-    if jax.config.jax_compilation_cache_dir is None:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(root / "jaxkv" / "programs"))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "programs"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -101,7 +101,7 @@ def observes_prompt(policy: Policy | None) -> bool:
 
 def prefill_chunk(model: Llama, state: PromptState, tokens: Array, counts: Array, policy: Policy | None) -> PromptState:
     """Reads one chunk, ``i32[batch, chunk]``, of which the first ``i32[batch]`` counts are real."""
-    cache, chunk = state.cache, tokens.shape[1]
+    cache, chunk, end = state.cache, tokens.shape[1], state.end
     place = jnp.arange(chunk)
     positions = cache.num_tokens[:, None] + place
     starts = cache.lengths
@@ -111,11 +111,11 @@ def prefill_chunk(model: Llama, state: PromptState, tokens: Array, counts: Array
     cache = _stamp(cache, starts, positions, counts)
 
     def attend(
-        carry: tuple[Array, Array], layer: int, query: Array, key: Array, value: Array
+        state: tuple[Array, Array], layer: int, query: Array, key: Array, value: Array
     ) -> tuple[tuple[Array, Array], Array]:
-        pool, mass = carry
+        pool, mass = state
         table, start = cache.block_table[layer], starts[layer]
-        observed = _observed(policy, positions, cached_positions[layer], counts, state.end)
+        observed = _observed(policy, positions, cached_positions[layer], counts, end)
         # Written before it is read, and read to the end before the next layer writes: else XLA copies the pool.
         pool = write_blocks(pool, key, value, table, start, counts)
         out, masses = prefill_attention(query, key, value, pool, table, start, observed=observed)
@@ -129,7 +129,7 @@ def prefill_chunk(model: Llama, state: PromptState, tokens: Array, counts: Array
     return PromptState(
         cache=replace(cache, pool=pool, num_tokens=cache.num_tokens + counts),
         mass=mass,
-        end=state.end,
+        end=end,
         hidden=jnp.where((counts > 0)[:, None], last, state.hidden),
         granted=state.granted & granted,
     )
@@ -249,9 +249,9 @@ def decode_step(
     tells = read_slots(cache.positions, slots) <= positions[..., None] - (observer.observed_buffer if observer else 0)
 
     def attend(
-        carry: tuple[Array, Array], layer: int, query: Array, key: Array, value: Array
+        state: tuple[Array, Array], layer: int, query: Array, key: Array, value: Array
     ) -> tuple[tuple[Array, Array], Array]:
-        pool, scores = carry
+        pool, scores = state
         table = cache.block_table[layer]
         pool = write_blocks(pool, key, value, table, starts[layer], counts)
         observe = (observer.of_decoding,) if observer else ()

@@ -10,7 +10,7 @@ from jaxkv.requests import Completion
 
 
 def as_dict(completion: Completion) -> dict[str, Any]:
-    """What ``generate --json`` prints: seconds, bytes, counts. ``cache`` is as it was once the prompt was compressed."""
+    """What ``generate --json`` prints; ``cache`` is as it was once the prompt was compressed."""
     timings = completion.timings
     made = len(completion.token_ids)
     result = {

@@ -49,9 +49,8 @@ class CompiledSteps:
             return replace(state, cache=put_sequences(whole, state.cache, row))
 
         def finish(
-            leaves: list[Array], state: PromptState, row: Array, sampler: Sampler
+            leaves: list[Array], whole: PagedCache, state: PromptState, row: Array, sampler: Sampler
         ) -> tuple[PagedCache, Array, Array]:
-            whole = state.cache
             state = replace(state, cache=take_sequences(whole, row))
             part, logits = generation.finish_prompt(merge(leaves), state, policy)
             token = sampler(logits, part.num_tokens)
@@ -101,7 +100,8 @@ class CompiledSteps:
 
     def finish(self, state: PromptState, row: int, sampler: Sampler) -> tuple[PagedCache, Array, Array]:
         """Ends a prompt: the cache, the first token and its log probability, ``[1]`` each."""
-        return self._call(self._finish, self.leaves, state, _one(row), sampler)
+        read = replace(state, cache=None)  # pyright: ignore[reportArgumentType]  # only the cache is donated
+        return self._call(self._finish, self.leaves, state.cache, read, _one(row), sampler)
 
     def compress(self, cache: PagedCache, row: int) -> PagedCache:
         """Compresses one row of the batch."""

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def prefill_metric(probabilities, kv_heads, window, norm, group, pool, buffer):
-    """Section 3: ``[heads, t, t]`` -> ``[kv_heads, t]``. Square, mask, sum over queries, pool each head, join groups."""
+    """Section 3: ``[heads, t, t]`` -> ``[kv_heads, t]``. Square, mask, sum over queries, pool, join the group."""
     heads, queries, keys = probabilities.shape
     counted = probabilities**2 if norm == "l2" else probabilities
     old_enough = np.arange(keys)[None, :] <= np.arange(queries)[:, None] - buffer

@@ -1,0 +1,39 @@
+# Set-up shared by the scripts: a Python that runs, and a virtual environment with this project in it.
+
+repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+# find_python VERSION: prints the path of a Python of that version (3.11) that really runs, or fails.
+find_python() {
+    local candidate
+    for candidate in "python$1" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1".*/bin/python; do
+        if "$candidate" -c "import sys, venv, ensurepip; sys.exit('%d.%d' % sys.version_info[:2] != '$1')" 2>/dev/null; then
+            echo "$candidate"
+            return 0
+        fi
+    done
+    return 1
+}
+
+# find_any_python: the first of the versions that jaxkv supports.
+find_any_python() {
+    local version
+    for version in 3.11 3.12 3.13; do
+        find_python "$version" && return 0
+    done
+    echo "jaxkv needs Python 3.11, 3.12 or 3.13 with venv; none was found on PATH" >&2
+    return 1
+}
+
+# ensure_venv DIRECTORY PYTHON EXTRAS [REQUIREMENT...]: makes the environment, or brings it up to date.
+ensure_venv() {
+    local directory="$1" python="$2" extras="$3" wanted
+    shift 3
+    wanted="$(cat "$repo/pyproject.toml"; echo "$repo" "$extras" "$@")"
+    if [ "$(cat "$directory/.installed" 2>/dev/null)" = "$wanted" ] && "$directory/bin/python" -c "" 2>/dev/null; then
+        return 0
+    fi
+    echo "installing into $directory (once)" >&2
+    "$python" -m venv --clear "$directory"
+    "$directory/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$repo[$extras]" "$@"
+    echo "$wanted" >"$directory/.installed"
+}
