@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFReader
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from models.checkpoints.gguf import open_gguf
 from models.errors import CheckpointError
 
 _CONTROL, _USER_DEFINED = 3, 4
@@ -36,7 +36,8 @@ def tokenizer_from_gguf(path: Path) -> GgufTokenizer:
     Raises:
         CheckpointError: the file can't be read, has no vocabulary, or one of an unknown kind.
     """
-    values = _metadata(path)
+    fields = open_gguf(path).fields
+    values = {key: field.contents() for key, field in fields.items() if key.startswith("tokenizer.")}
     kind = values.get("tokenizer.ggml.model")
     tokens = values.get("tokenizer.ggml.tokens")
     if not tokens:
@@ -61,14 +62,6 @@ def tokenizer_from_gguf(path: Path) -> GgufTokenizer:
         adds_bos=bool(values.get("tokenizer.ggml.add_bos_token", kind == "llama")),
         chat_template=values.get("tokenizer.chat_template"),
     )
-
-
-def _metadata(path: Path) -> dict[str, Any]:
-    try:
-        reader = GGUFReader(path)
-    except Exception as error:  # the reader trusts the file, so damage surfaces as whatever its arithmetic meets
-        raise CheckpointError(f"{path} is no GGUF file, or a damaged one ({error}). Download it again.") from error
-    return {key: field.contents() for key, field in reader.fields.items() if key.startswith("tokenizer.")}
 
 
 def _byte_level(path: Path, values: Mapping[str, Any]) -> Tokenizer:

@@ -24,7 +24,7 @@ def load_gguf(path: Path, dtype: DTypeLike = jnp.float32) -> Llama:
     Raises:
         CheckpointError: the file is absent, damaged, not a GGUF, or not of a supported architecture.
     """
-    reader = _open(path)
+    reader = open_gguf(path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     try:
         metadata = read_metadata(reader)
@@ -94,7 +94,12 @@ class _Reader(GGUFReader):
         return super()._get(offset, dtype, count, override_order)
 
 
-def _open(path: Path) -> GGUFReader:
+def open_gguf(path: Path) -> GGUFReader:
+    """The file, mapped.
+
+    Raises:
+        CheckpointError: it can't be read, isn't a GGUF, or is damaged.
+    """
     try:
         with path.open("rb") as file:
             magic = file.read(4)

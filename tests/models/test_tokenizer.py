@@ -1,0 +1,184 @@
+"""Text to ids and back: SmolLM2's tokenizer against one built by hand, and other kinds on tiny vocabularies."""
+
+import json
+
+import pytest
+import tokenizers
+from gguf import GGUFWriter
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import decoders, pre_tokenizers
+
+from models import CheckpointError, load_tokenizer
+from models.hub import smollm2_gguf
+
+TEXTS = [
+    "Emma Woodhouse, handsome, clever, and rich",
+    "def f(x):\n\treturn x ** 2  # 3.14159\n\n\n",
+    "In 1815 it cost 12,345.67 pounds; don't ask.",
+    "naïve café — “quotes” … ½",
+    "日本語のテキスト、中文文本。 한국어",
+    "🙂👩‍👩‍👧‍👦 emoji",
+    "  leading and trailing   spaces  \r\n",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return load_tokenizer(smollm2_gguf())
+
+
+@pytest.fixture(scope="module")
+def by_hand():
+    """From the file's lists alone: byte-level BPE with every digit apart."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(smollm2_gguf()).fields
+    tokens, merges = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges"))
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    core = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [tuple(m.split(" ")) for m in merges]))
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    core.decoder = decoders.ByteLevel()
+    return core
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_ids_are_those_of_a_tokenizer_built_by_hand(smollm2, by_hand, text):
+    ids = smollm2.encode(text)
+    assert ids == by_hand.encode(text).ids
+    assert smollm2.decode(ids) == text
+
+
+def spelled(**limits):
+    """Texts that SmolLM2 can spell: its vocabulary lacks a few bytes, of control characters and unused planes."""
+    return st.text(
+        st.characters(max_codepoint=0xFFFF, exclude_categories=["Cc", "Cs", "Cn", "Co"], include_characters="\n\t"),
+        **limits,
+    )
+
+
+@given(text=spelled())
+def test_text_comes_back(smollm2, text):
+    assert smollm2.decode(smollm2.encode(text, add_special=False), skip_special=False) == text
+
+
+@given(text=spelled(min_size=1))
+def test_a_stream_gives_whole_characters_that_join_to_the_text(smollm2, text):
+    ids, stream = smollm2.encode(text, add_special=False), smollm2.stream()
+    pieces = [stream.push(i) for i in ids]
+    if "\N{REPLACEMENT CHARACTER}" not in text:
+        assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+    assert "".join(pieces) + stream.flush() == smollm2.decode(ids)
+
+
+def test_a_stream_that_ends_within_a_character_says_so(smollm2):
+    first = smollm2.encode("日", add_special=False)[:-1]
+    stream = smollm2.stream()
+    assert "".join(stream.push(i) for i in first) == ""
+    assert stream.flush() == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_special_tokens_are_single_ids_that_decoding_leaves_out(smollm2):
+    ids = smollm2.encode("<|im_start|>user\nHi<|im_end|>")
+    assert ids[0] == 1
+    assert ids[-1] == 2
+    assert smollm2.decode(ids) == "user\nHi"
+    assert smollm2.decode(ids, skip_special=False) == "<|im_start|>user\nHi<|im_end|>"
+    assert smollm2.eos_ids == (2,)
+    assert smollm2.vocab_size == 49152
+
+
+def test_a_conversation_in_smollm2s_own_format(smollm2):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    assert smollm2.chat(messages) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert smollm2.chat(messages, add_generation_prompt=False).endswith("Hi<|im_end|>\n")
+
+
+def write_gguf(path, **values):
+    writer = GGUFWriter(path, "llama")
+    writer.add_tokenizer_model(values.get("model", "llama"))
+    if "pre" in values:
+        writer.add_tokenizer_pre(values["pre"])
+    if values.get("tokens"):
+        writer.add_token_list(values["tokens"])
+        writer.add_token_scores(values.get("scores", [0.0] * len(values["tokens"])))
+        writer.add_token_types(values.get("types", [1] * len(values["tokens"])))
+        writer.add_token_merges(values.get("merges", ["a b"]))
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def test_a_sentencepiece_vocabulary_merges_the_best_scored_pieces_first(tmp_path):
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
+    words = ["▁", "a", "b", "c", "ab", "bc", "▁a", "▁ab", "abc"]
+    scores = [0.0] * len(pieces) + [-9.0, -9.0, -9.0, -9.0, -2.0, -1.0, -3.0, -4.0, -5.0]
+    types = [2, 3, 3] + [6] * 256 + [1] * len(words)
+    path = write_gguf(tmp_path / "spm.gguf", tokens=pieces + words, scores=scores, types=types)
+    tokenizer = load_tokenizer(path)
+    at = {word: len(pieces) + i for i, word in enumerate(words)}
+    assert tokenizer.encode("abc") == [1, at["▁a"], at["bc"]]  # bc (-1) before ab (-2)
+    assert tokenizer.encode("ab ab") == [1, at["▁ab"], at["▁ab"]]
+    assert tokenizer.encode("<s>ab")[0] == 1
+    assert tokenizer.encode("<s>ab").count(1) == 1
+    assert tokenizer.decode(tokenizer.encode("ab ab")) == "ab ab"
+    assert tokenizer.decode(tokenizer.encode("aé")) == "aé"  # by its bytes
+
+
+def test_a_directory_with_tokenizer_json(tmp_path, smollm2):
+    smollm2.core.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(
+            {"eos_token": {"content": "<|im_end|>"}, "bos_token": "<|im_start|>", "chat_template": "{{ bos_token }}"}
+        )
+    )
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode(TEXTS[0]) == smollm2.encode(TEXTS[0])
+    assert tokenizer.eos_ids == (2, 0)
+    assert tokenizer.chat([{"role": "user", "content": "x"}]) == "<|im_start|>"
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content | tojson }}")
+    assert load_tokenizer(tmp_path).chat([{"role": "user", "content": 'é"'}]) == '"é\\""'
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": "t5", "tokens": ["a", "b", "c"]}, "'t5' is not supported"),
+        ({"model": "gpt2", "pre": "mystery", "tokens": ["a", "b", "ab"]}, "pre-tokenizer 'mystery' is not known"),
+        ({"model": "gpt2"}, "has no vocabulary"),
+    ],
+)
+def test_an_unknown_vocabulary_is_refused(tmp_path, values, message):
+    with pytest.raises(CheckpointError, match=message):
+        load_tokenizer(write_gguf(tmp_path / "odd.gguf", **values))
+
+
+def test_files_that_are_no_tokenizer_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"has no tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="can't be read"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "x.gguf").write_bytes(b"nonsense")
+    with pytest.raises(CheckpointError, match="isn't a GGUF"):
+        load_tokenizer(tmp_path / "x.gguf")
+
+
+def test_a_conversation_that_the_template_can_not_take_is_refused(tmp_path, smollm2):
+    from dataclasses import replace
+
+    with pytest.raises(CheckpointError, match="no chat template"):
+        replace(smollm2, chat_template=None).chat([{"role": "user", "content": "x"}])
+    with pytest.raises(CheckpointError, match="only two"):
+        replace(smollm2, chat_template="{{ raise_exception('only two') }}").chat([{"role": "user", "content": "x"}])
+    with pytest.raises(ValueError, match="message 0 needs a 'role' and a 'content'"):
+        smollm2.chat([{"text": "x"}])
