@@ -20,7 +20,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--model", default="smollm2-135m")
     options.add_argument("--document", type=Path, default=DATA / "emma-chapters-1-2.txt")
-    options.add_argument("--question", default="What was the name of Emma's governess who got married?")
+    options.add_argument("--question", default="What is the name of Mr. Weston's son?")
     options.add_argument("--ratio", type=float, default=8)
     options.add_argument("--max-tokens", type=int, default=40)
     options.add_argument("--plot", type=Path, default=Path("head-map.png"))
