@@ -8,7 +8,7 @@ from jaxkv.cache import CacheStats
 
 
 def head_map(cache: CacheStats, path: Path) -> None:
-    """Draws blocks kept, layers down and KV heads across, into an image file.
+    """Draws blocks kept, layers across and KV heads down, into an image file.
 
     Raises:
       ValueError: matplotlib is missing; the extra ``jaxkv[plot]`` has it.
@@ -17,13 +17,13 @@ def head_map(cache: CacheStats, path: Path) -> None:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ValueError("a plot needs matplotlib: pip install 'jaxkv[plot]'") from error
-    kept = cache.blocks_per_head
-    layers, heads = kept.shape
-    figure = Figure(figsize=(max(3.2, 1.2 + 0.45 * heads), max(2.6, 1.2 + 0.19 * layers)), layout="constrained")
+    kept = cache.blocks_per_head.T
+    heads, layers = kept.shape
+    figure = Figure(figsize=(max(4.0, 2.4 + 0.2 * layers), max(2.0, 1.3 + 0.32 * heads)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(kept, aspect="auto", cmap="viridis", vmin=0)
-    axes.set(xlabel="KV head", ylabel="layer", xticks=range(heads), yticks=range(0, layers, max(1, layers // 10)))
+    axes.set(xlabel="layer", ylabel="KV head", xticks=range(0, layers, max(1, layers // 10)), yticks=range(heads))
     ratio = cache.bytes_full / cache.bytes_held
-    axes.set_title(f"{cache.blocks_held} of {cache.blocks_full} blocks kept ({ratio:.1f}x)", fontsize=10)
-    figure.colorbar(image, label=f"blocks of {cache.block_size} tokens")
+    axes.set_title(f"{cache.blocks_held:,} of {cache.blocks_full:,} blocks kept ({ratio:.1f}x)", fontsize=10)
+    figure.colorbar(image, label=f"blocks of {cache.block_size}")
     figure.savefig(path, dpi=150)
