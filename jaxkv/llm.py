@@ -118,17 +118,13 @@ class LLM:
         config = self._cache_config(requests)
         cache = self._empty_cache(config)
         waiting = list(requests)
-        try:
-            while waiting:
-                steps = self._compiled(waiting[0].params)
-                wave = _Wave(self, steps, config, cache)
-                while waiting and wave.has_room_for(waiting[0]):
-                    yield from wave.read(waiting.pop(0))
-                yield from wave.answer()
-                cache = wave.cache
-        finally:
-            # A wave that was cut short has given its cache away; the next call makes a new one.
-            self._cache = (config, cache) if not waiting else None
+        while waiting:
+            wave = _Wave(self, self._compiled(waiting[0].params), config, cache)
+            while waiting and wave.has_room_for(waiting[0]):
+                yield from wave.read(waiting.pop(0))
+            yield from wave.answer()
+            cache = wave.cache
+        self._cache = (config, cache)  # only now: a call that is cut short leaves a cache that was given away
 
     def _requests(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None

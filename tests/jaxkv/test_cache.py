@@ -1,0 +1,90 @@
+"""Sizes, bytes and views of the cache."""
+
+from dataclasses import fields, replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from jaxkv.cache import CacheConfig, init_cache, put_sequences, stats, take_sequences
+
+
+def allocated(cache):
+    return sum(getattr(cache, f.name).nbytes for f in fields(cache))
+
+
+@pytest.mark.parametrize("memory", [60_000, 1_000_000, 3_333_333])
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_a_cache_fills_the_memory_it_is_given(memory, block_size):
+    config = CacheConfig.for_model(tiny.CONFIG, batch=2, max_context=300, memory=memory, block_size=block_size)
+    held = allocated(init_cache(config))
+    slack = 128 * 8 + 8  # scores and positions come in whole rows
+    assert held <= memory + slack
+    assert held + config.block_bytes + 4 > memory - slack
+
+
+def test_without_a_size_every_row_can_be_full():
+    config = CacheConfig.for_model(tiny.CONFIG, batch=3, max_context=100)
+    assert config.max_blocks == 7
+    assert config.num_blocks == 1 + 3 * 4 * 7
+
+
+def test_the_dtype_is_the_one_asked_for():
+    config = CacheConfig.for_model(tiny.CONFIG, batch=1, max_context=64, dtype=jnp.bfloat16)
+    assert init_cache(config).pool.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"memory": 100}, "cache memory of 100 bytes holds no block"),
+        ({"memory": 10**6, "num_blocks": 5}, "not both"),
+        ({"num_blocks": 1}, "null block"),
+        ({"block_size": 24}, "block_size must divide 128, got 24"),
+        ({"batch": 0}, "batch must be at least 1"),
+        ({"max_context": 0}, "max_context must be at least 1"),
+    ],
+)
+def test_impossible_sizes_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        CacheConfig.for_model(tiny.CONFIG, **{"batch": 1, "max_context": 64, **settings})
+
+
+def test_stats_are_of_bytes_really_held():
+    cache = tiny.empty_cache(batch=2, max_context=64)
+    lengths = jnp.zeros_like(cache.lengths).at[0, 0, 0].set(17).at[1, 1, 1].set(16)
+    cache = replace(
+        cache,
+        lengths=lengths,
+        num_tokens=jnp.array([33, 16]),
+    )
+    got = stats(cache)
+    block = 16 * (2 * 16 * 4 + 4 + 4)
+    tables = cache.block_table.nbytes + cache.lengths.nbytes + cache.num_tokens.nbytes
+    assert got.bytes_allocated == allocated(cache)
+    assert got.blocks_held == 3
+    assert got.bytes_held == 3 * block + tables
+    assert got.blocks_full == 4 * (3 + 1)
+    assert got.bytes_full == 16 * block + tables
+    assert got.kvs_held == 33
+    assert got.kvs_full == 4 * 49
+    assert got.blocks_per_head.tolist() == [[2, 0], [0, 1]]
+    assert got.fragmentation == pytest.approx(1 - 33 / 48)
+
+
+def test_rows_taken_out_and_put_back():
+    cache = tiny.empty_cache(batch=4, max_context=64)
+    rng = np.random.default_rng(0)
+    cache = replace(
+        cache,
+        block_table=jnp.asarray(rng.integers(0, 9, cache.block_table.shape), jnp.int32),
+        lengths=jnp.asarray(rng.integers(0, 60, cache.lengths.shape), jnp.int32),
+        num_tokens=jnp.arange(4),
+    )
+    rows = jnp.array([2, 0])
+    part = take_sequences(cache, rows)
+    assert part.num_tokens.tolist() == [2, 0]
+    back = put_sequences(cache, part, rows)
+    for f in fields(cache):
+        np.testing.assert_array_equal(getattr(back, f.name), getattr(cache, f.name), err_msg=f.name)

@@ -1,0 +1,218 @@
+"""Prompts in, answers out: as the dense model would say, alone or in company, and with clear refusals."""
+
+import numpy as np
+import pytest
+import tiny
+
+from jaxkv import LLM, KVCompress, MaxBytes, MaxTokens, Ratio, SamplingParams
+
+HEADS = 4
+
+
+class Letters:
+    """A tokenizer of 100 characters, one each, with the interface of models.Tokenizer."""
+
+    eos_ids = (100,)
+
+    def encode(self, text):
+        return [ord(c) - 32 for c in text]
+
+    def decode(self, ids):
+        return "".join(chr(i + 32) for i in ids if i != 100)
+
+    def stream(self):
+        return self
+
+    def push(self, token):
+        return self.decode([token])
+
+    def flush(self):
+        return ""
+
+    def chat(self, messages):
+        return "".join(f"{m['role']}:{m['content']};" for m in messages)
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return LLM(tiny.MODEL)
+
+
+@pytest.fixture(scope="module")
+def small():
+    return LLM(tiny.MODEL, compression=KVCompress(budget=Ratio(ratio=4), window=8, protected_window=8), max_batch=2)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return LLM(tiny.MODEL, tokenizer=Letters())
+
+
+FREE = SamplingParams(max_tokens=20, ignore_eos=True)
+PROMPTS = [tiny.prompt(70, 1).tolist(), tiny.prompt(3, 2).tolist(), tiny.prompt(41, 3).tolist()]
+
+
+def test_answers_are_the_dense_models(llm):
+    for answer, prompt in zip(llm.generate(PROMPTS, FREE), PROMPTS, strict=True):
+        assert answer.token_ids == tiny.dense_greedy(np.array(prompt, np.int32), 20)
+        assert answer.finish_reason == "length"
+        assert answer.prompt_tokens == len(prompt)
+
+
+def test_each_answer_is_as_if_alone_also_compressed_and_in_waves(small):
+    together = small.generate(PROMPTS, FREE)  # three prompts, two rows: two waves
+    for answer, prompt in zip(together, PROMPTS, strict=True):
+        [alone] = small.generate(prompt, FREE)
+        assert alone.token_ids == answer.token_ids
+        assert alone.cache.blocks_held == answer.cache.blocks_held
+
+
+def test_little_memory_makes_waves_not_mistakes(llm):
+    tight = LLM(tiny.MODEL, cache_memory=75_000)
+    answers = tight.generate(PROMPTS, FREE)
+    assert [a.token_ids for a in answers] == [a.token_ids for a in llm.generate(PROMPTS, FREE)]
+
+
+@pytest.mark.parametrize(
+    ("budget", "blocks"),
+    [
+        (MaxTokens(tokens=40), HEADS * 3),
+        (Ratio(ratio=3), HEADS * 13 // 3),
+        (MaxBytes(size=40_000), 40_000 // (16 * (2 * 16 * 4 + 8))),
+    ],
+)
+def test_blocks_held_are_exactly_the_budgets(budget, blocks):
+    llm = LLM(tiny.MODEL, compression=KVCompress(budget=budget, protected_window=8))
+    [answer] = llm.generate(tiny.prompt(200).tolist(), SamplingParams(max_tokens=2))
+    assert answer.cache.blocks_held == blocks
+    assert answer.cache.blocks_full == HEADS * 13
+    assert answer.cache.blocks_per_head.sum() == blocks
+
+
+def test_an_end_token_stops_and_is_left_out(llm):
+    [free] = llm.generate(PROMPTS[0], FREE)
+    ends = free.token_ids[5]
+    stops = LLM(tiny.MODEL, tokenizer=type("Ends", (Letters,), {"eos_ids": (ends,)})())
+    [answer] = stops.generate(PROMPTS[0], SamplingParams(max_tokens=20))
+    assert answer.token_ids == free.token_ids[: free.token_ids.index(ends)]
+    assert answer.finish_reason == "stop"
+    [ignoring] = stops.generate(PROMPTS[0], FREE)
+    assert ignoring.token_ids == free.token_ids
+
+
+def test_a_stop_text_cuts_the_answer_and_is_never_streamed(texts):
+    [free] = texts.generate("Hello there", FREE)
+    stop = free.text[7:10]
+    params = SamplingParams(max_tokens=20, ignore_eos=True, stop=(stop, "never said"))
+    pieces = list(texts.stream("Hello there", params))
+    [answer] = texts.generate("Hello there", params)
+    assert answer.text == free.text[: free.text.index(stop)]
+    assert answer.finish_reason == "stop"
+    assert "".join(pieces) == answer.text
+
+
+def test_a_stream_joins_to_the_answer(texts):
+    [answer] = texts.generate("abc", SamplingParams(max_tokens=40, ignore_eos=True))
+    pieces = list(texts.stream("abc", SamplingParams(max_tokens=40, ignore_eos=True)))
+    assert len(pieces) > 2
+    assert "".join(pieces) == answer.text
+
+
+def test_what_may_begin_a_stop_text_waits(texts):
+    [free] = texts.generate("Hello there", FREE)
+    params = SamplingParams(max_tokens=20, ignore_eos=True, stop=(free.text[15:18] + "\x7f",))  # begins, never ends
+    assert "".join(texts.stream("Hello there", params)) == free.text
+
+
+def test_a_seed_gives_its_answer_in_any_company(llm):
+    def params(seed):
+        return SamplingParams(max_tokens=12, temperature=1.5, seed=seed, ignore_eos=True)
+
+    [one] = llm.generate(PROMPTS[0], params(1))
+    [again] = llm.generate(PROMPTS[0], params(1))
+    [other] = llm.generate(PROMPTS[0], params(2))
+    mixed = llm.generate([PROMPTS[1], PROMPTS[0], PROMPTS[2]], [FREE, params(1), params(3)])
+    assert one.token_ids == again.token_ids == mixed[1].token_ids
+    assert one.token_ids != other.token_ids
+    assert mixed[0].token_ids == llm.generate(PROMPTS[1], FREE)[0].token_ids
+
+
+def test_logprobs_are_the_dense_models(llm):
+    [answer] = llm.generate(PROMPTS[2], SamplingParams(max_tokens=6, ignore_eos=True, logprobs=True))
+    dense, _ = tiny.dense_run(np.array(PROMPTS[2] + answer.token_ids, np.int32))
+    at = np.arange(len(PROMPTS[2]) - 1, len(PROMPTS[2]) + 5)
+    wanted = dense[at, answer.token_ids] - np.logaddexp.reduce(dense[at], axis=-1)
+    np.testing.assert_allclose(answer.logprobs, wanted, atol=1e-4)
+    assert llm.generate(PROMPTS[2], FREE)[0].logprobs is None
+
+
+def test_an_answer_ends_with_the_context(llm):
+    prompt = tiny.prompt(tiny.CONFIG.max_context - 5).tolist()
+    [answer] = llm.generate(prompt, SamplingParams(max_tokens=100, ignore_eos=True))
+    assert len(answer.token_ids) == 5
+    assert answer.finish_reason == "length"
+
+
+def test_a_stream_left_half_way_leaves_the_model_usable(texts):
+    stream = texts.stream("Hello there", SamplingParams(max_tokens=60, ignore_eos=True))
+    next(stream)
+    stream.close()
+    assert texts.generate("Hello there", FREE)[0].text
+
+
+def test_nothing_in_nothing_out(llm):
+    assert llm.generate([]) == []
+
+
+def test_a_conversation_takes_the_models_format(texts):
+    assert texts.chat_prompt([{"role": "user", "content": "hi"}]) == "user:hi;"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([[]], None, "prompt 0 is empty"),
+        ([tiny.prompt(512).tolist()], None, "prompt 0 has 512 tokens, but the model's context is 512"),
+        ([[1, 2], [3, 101]], None, r"prompt 1 has token ids outside 0\.\.100"),
+        ([[1, -1]], None, r"outside 0\.\.100"),
+        (["text"], None, "no tokenizer"),
+        ([[1]], [SamplingParams(), SamplingParams()], "1 prompts, 2 params"),
+        ([[1]], SamplingParams(stop=("x",)), "stop texts need a tokenizer"),
+    ],
+)
+def test_bad_prompts_are_refused(llm, prompt, params, message):
+    with pytest.raises(ValueError, match=message):
+        llm.generate(prompt, params)
+
+
+def test_a_prompt_longer_than_the_pool_says_how_much_it_needs():
+    tight = LLM(tiny.MODEL, cache_memory=60_000, compression=KVCompress(budget=Ratio(ratio=8)))
+    with pytest.raises(ValueError, match=r"has 400 tokens and needs 104 blocks .* cache_memory of at least") as error:
+        tight.generate(tiny.prompt(400).tolist(), SamplingParams(max_tokens=4))
+    enough = int(str(error.value).split("at least ")[1].split()[0])
+    roomy = LLM(tiny.MODEL, cache_memory=enough, compression=KVCompress(budget=Ratio(ratio=8)))
+    assert roomy.generate(tiny.prompt(400).tolist(), SamplingParams(max_tokens=4))
+
+
+@pytest.mark.parametrize("budget", [MaxTokens(tokens=10), MaxTokens(tokens=31), MaxBytes(size=3000)])
+def test_an_impossible_budget_is_refused_before_any_work(budget):
+    with pytest.raises(ValueError, match="protected window of 32"):
+        LLM(tiny.MODEL, compression=KVCompress(budget=budget)).generate(PROMPTS[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"seed": -1}, "seed"),
+        ({"stop": ("",)}, "stop"),
+    ],
+)
+def test_sampling_values_out_of_range_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**settings)
