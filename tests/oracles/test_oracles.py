@@ -2,11 +2,13 @@
 
 import math
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from oracles.attention import dense_attention, ragged_attention
 from oracles.kv_compress import (
     after_lengths,
@@ -104,14 +106,13 @@ def test_the_prompt_metric_of_a_plain_case_is_the_column_sum_of_squares():
 
 
 def test_the_prompt_metric_by_hand():
-    """Two query heads on one KV head, three tokens: squares, the diagonal left out, pooled before they are added."""
+    """Two query heads on one KV head, three tokens: squares, the diagonal left out, pooled before heads are added."""
     probabilities = np.array([[[1, 0, 0], [0.5, 0.5, 0], [0.2, 0.3, 0.5]], [[1, 0, 0], [0, 1, 0], [0, 0.6, 0.4]]])
     first, second = [0.25 + 0.04, 0.09, 0], [0, 0.36, 0]
     plain = prefill_metric(probabilities, 1, None, "l2", "sum", 1, 1)
     np.testing.assert_allclose(plain, [[first[0] + second[0], first[1] + second[1], 0]])
     pooled = prefill_metric(probabilities, 1, None, "l2", "sum", 3, 1)
     np.testing.assert_allclose(pooled, [[0.29 + 0.36, 0.29 + 0.36, 0.09 + 0.36]])
-    assert (pooled.max() > plain.max()) and not np.isclose(pooled, plain.max()).any()  # not pooled after the group
 
 
 @given(st.permutations(range(3)), st.sampled_from(["sum", "mean", "max"]), st.sampled_from([1, 3, 7]))
@@ -164,7 +165,7 @@ def test_without_pooling_chunks_of_queries_add_up(group, cuts, buffer):
     *_, probabilities = random_attention()
     edges = [0, *sorted(cuts), 12]
     total = np.zeros((2, 12))
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         total[:, :end] += prefill_metric(probabilities[:, start:end, :end], 2, None, "l2", group, 1, buffer)
     np.testing.assert_allclose(total, prefill_metric(probabilities, 2, None, "l2", group, 1, buffer), rtol=1e-12)
 
