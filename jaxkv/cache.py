@@ -188,6 +188,29 @@ def add_to_slots(values: Array, slots: Array, new: Array) -> Array:
     return values.at[slots // LANES, slots % LANES].add(new, mode="promise_in_bounds")
 
 
+def stamp_slots(cache: PagedCache, starts: Array, positions: Array, counts: Array) -> PagedCache:
+    """Gives new KVs score 0, whatever their slot's last owner had, and their position in the text.
+
+    Args:
+      cache: its blocks for the new KVs are allocated.
+      starts: ``i32[layers, batch, kv_heads]`` index of the first new KV within its head.
+      positions: ``i32[batch, new]``.
+      counts: ``i32[batch]`` how many of ``new`` are real.
+    """
+    place = jnp.arange(positions.shape[1])
+    index = starts[..., None] + place  # [layers, batch, kv_heads, new]
+    real = place < counts[None, :, None, None]
+    column = jnp.minimum(index // cache.block_size, cache.block_table.shape[-1] - 1)
+    block = jnp.take_along_axis(cache.block_table, column, axis=-1)
+    slots = jnp.where(real, block * cache.block_size + index % cache.block_size, NULL_BLOCK)
+    new = jnp.broadcast_to(positions[None, :, None], slots.shape)
+    return replace(
+        cache,
+        scores=write_slots(cache.scores, slots, jnp.zeros(slots.shape)),
+        positions=write_slots(cache.positions, slots, new),
+    )
+
+
 def take_sequences(cache: PagedCache, sequences: Array) -> PagedCache:
     """A cache of only these rows of the batch, ``i32[n]``, over the same pool; give it back by ``put_sequences``."""
     return replace(

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.cache import CacheConfig, PagedCache, init_cache, stats, take_sequences
-from jaxkv.generation import CHUNK
 from jaxkv.policies import Policy
+from jaxkv.prompt import CHUNK
 from jaxkv.requests import (
     Completion,
     Event,

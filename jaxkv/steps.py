@@ -15,8 +15,9 @@ from jax import Array
 from jaxkv import generation
 from jaxkv.allocator import release_sequences
 from jaxkv.cache import PagedCache, put_sequences, take_sequences
-from jaxkv.generation import Decoded, PromptState
+from jaxkv.generation import Decoded
 from jaxkv.policies import Policy
+from jaxkv.prompt import PromptState, finish_prompt, prefill_chunk, start_prompt
 from jaxkv.sampling import Sampler, logprobs_of
 from models import Llama
 
@@ -39,20 +40,20 @@ class CompiledSteps:
             return nnx.merge(graph, jax.tree.unflatten(treedef, leaves))
 
         def start(leaves: list[Array], cache: PagedCache, row: Array, length: Array) -> PromptState:
-            part = generation.start_prompt(merge(leaves), take_sequences(cache, row), length, policy)
+            part = start_prompt(merge(leaves), take_sequences(cache, row), length, policy)
             return replace(part, cache=put_sequences(cache, part.cache, row))
 
         def chunk(leaves: list[Array], state: PromptState, row: Array, tokens: Array, counts: Array) -> PromptState:
             whole = state.cache
             state = replace(state, cache=take_sequences(whole, row))
-            state = generation.prefill_chunk(merge(leaves), state, tokens, counts, policy)
+            state = prefill_chunk(merge(leaves), state, tokens, counts, policy)
             return replace(state, cache=put_sequences(whole, state.cache, row))
 
         def finish(
             leaves: list[Array], whole: PagedCache, state: PromptState, row: Array, sampler: Sampler
         ) -> tuple[PagedCache, Array, Array]:
             state = replace(state, cache=take_sequences(whole, row))
-            part, logits = generation.finish_prompt(merge(leaves), state, policy)
+            part, logits = finish_prompt(merge(leaves), state, policy)
             token = sampler(logits, part.num_tokens)
             return put_sequences(whole, part, row), token, logprobs_of(logits, token)
 

@@ -9,8 +9,9 @@ import pytest
 import tiny
 
 from jaxkv.cache import stats
-from jaxkv.generation import compress, decode, decode_step, generate, prefill
+from jaxkv.generation import compress, decode, decode_step, generate
 from jaxkv.policies import KeepFraction, KVCompress, MaxBytes, MaxTokens, Ratio
+from jaxkv.prompt import prefill
 
 HEADS = tiny.CONFIG.num_layers * tiny.CONFIG.num_kv_heads
 

@@ -9,9 +9,10 @@ import pytest
 import tiny
 from oracles.kv_compress import decode_metric, prefill_metric
 
-from jaxkv.generation import decode_step, prefill
+from jaxkv.generation import decode_step
 from jaxkv.policies import KVCompress, MaxTokens
 from jaxkv.policies.kv_compress import l1, l2
+from jaxkv.prompt import prefill
 
 BUDGET = MaxTokens(tokens=512)
 NAMES = {l1: "l1", l2: "l2", jnp.sum: "sum", jnp.mean: "mean", jnp.max: "max"}

@@ -1,0 +1,184 @@
+"""Reading a prompt into the cache, chunk by chunk, and scoring its KVs by the attention that they got.
+
+``prefill`` is the whole of it, in one program; a host that wants to show progress calls ``start_prompt``,
+``prefill_chunk`` and ``finish_prompt`` itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxkv import allocator
+from jaxkv.cache import PagedCache, add_to_slots, read_slots, stamp_slots
+from jaxkv.policies import Policy
+from pallas_kernels.block_writes import write_blocks
+from pallas_kernels.prefill_attention import Observed, prefill_attention
+
+if TYPE_CHECKING:
+    from models import Llama
+
+CHUNK = 512
+"""Tokens of a prompt that go through the model at once."""
+
+
+def prefill(
+    model: Llama,
+    cache: PagedCache,
+    tokens: Array,
+    lengths: Array,
+    policy: Policy | None = None,
+    *,
+    chunk: int = CHUNK,
+) -> tuple[PagedCache, Array]:
+    """Reads prompts into the cache, after what each sequence already holds, and scores their KVs for the policy.
+
+    Args:
+      model: the model.
+      cache: donated; its batch is that of the prompts.
+      tokens: ``i32[batch, length]``, padded at the end.
+      lengths: ``i32[batch]`` real tokens of each row; 0 leaves a row as it is.
+      policy: whose scores to record; None records none.
+      chunk: tokens that go through the model at once; static. The work follows the longest prompt, not ``length``.
+
+    Returns:
+      The cache and the logits of each row's last token, ``f32[batch, vocab]``. Where the pool or a table row is too
+      small for a chunk, nothing of it is written and the logits are NaN.
+    """
+    length = tokens.shape[1]
+    chunk = min(chunk, length)
+    tokens = jnp.pad(tokens, ((0, 0), (0, -length % chunk)))
+    state = start_prompt(model, cache, lengths, policy)
+
+    def read(i: Array, state: PromptState) -> PromptState:
+        part = lax.dynamic_slice_in_dim(tokens, i * chunk, chunk, axis=1)
+        return prefill_chunk(model, state, part, jnp.clip(lengths - i * chunk, 0, chunk), policy)
+
+    state = lax.fori_loop(0, -(-jnp.max(lengths) // chunk), read, state)
+    return finish_prompt(model, state, policy)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class PromptState:
+    """A prompt that is being read, chunk by chunk."""
+
+    cache: PagedCache
+    mass: Array
+    """``f32[layers, batch, heads, capacity]``: observed attention on each KV so far; no KVs wide without a policy."""
+    end: Array
+    """``i32[batch]``: position after the prompt's last token."""
+    hidden: Array
+    """``[batch, hidden]`` of the last token read."""
+    granted: Array
+    """``bool[]``: all chunks so far found room."""
+
+
+def start_prompt(model: Llama, cache: PagedCache, lengths: Array, policy: Policy | None) -> PromptState:
+    """Before the first chunk of prompts of ``i32[batch]`` lengths."""
+    layers, batch, _ = cache.lengths.shape
+    width = cache.capacity if observes_prompt(policy) else 0
+    return PromptState(
+        cache=cache,
+        mass=jnp.zeros((layers, batch, model.config.num_heads, width)),
+        end=cache.num_tokens + lengths,
+        hidden=jnp.zeros((batch, model.config.hidden_size)),
+        granted=jnp.bool_(True),
+    )
+
+
+def observes_prompt(policy: Policy | None) -> bool:
+    return policy is not None and policy.observed_queries != 0
+
+
+def prefill_chunk(model: Llama, state: PromptState, tokens: Array, counts: Array, policy: Policy | None) -> PromptState:
+    """Reads one chunk, ``i32[batch, chunk]``, of which the first ``i32[batch]`` counts are real."""
+    cache, chunk, end = state.cache, tokens.shape[1], state.end
+    place = jnp.arange(chunk)
+    positions = cache.num_tokens[:, None] + place
+    starts = cache.lengths
+    cached_positions = read_slots(cache.positions, cache.token_slots())
+    cache, granted = allocator.grow(cache, starts + counts[None, :, None], most=chunk)
+    counts = jnp.where(granted, counts, 0)
+    cache = stamp_slots(cache, starts, positions, counts)
+
+    def attend(
+        state: tuple[Array, Array], layer: int, query: Array, key: Array, value: Array
+    ) -> tuple[tuple[Array, Array], Array]:
+        pool, mass = state
+        table, start = cache.block_table[layer], starts[layer]
+        observed = _observed(policy, positions, cached_positions[layer], counts, end)
+        # Written before it is read, and read to the end before the next layer writes: else XLA copies the pool.
+        pool = write_blocks(pool, key, value, table, start, counts)
+        out, masses = prefill_attention(query, key, value, pool, table, start, observed=observed)
+        if masses is not None:
+            mass = mass.at[layer].add(_join(*masses, start, counts))
+            out = out + _zero_from(masses[0]).astype(out.dtype)
+        return (pool, mass), out
+
+    (pool, mass), hidden = model(tokens, positions, attend, (cache.pool, state.mass))
+    last = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
+    return PromptState(
+        cache=replace(cache, pool=pool, num_tokens=cache.num_tokens + counts),
+        mass=mass,
+        end=end,
+        hidden=jnp.where((counts > 0)[:, None], last, state.hidden),
+        granted=state.granted & granted,
+    )
+
+
+def finish_prompt(model: Llama, state: PromptState, policy: Policy | None) -> tuple[PagedCache, Array]:
+    """After the last chunk: scores from the observed attention, and the logits of the last tokens."""
+    cache = state.cache
+    if policy is not None and observes_prompt(policy):
+        layers, batch, kv_heads = cache.lengths.shape
+        mass = state.mass.reshape(layers, batch, kv_heads, -1, cache.capacity)
+        held = jnp.arange(cache.capacity) < cache.lengths[..., None]
+        added = jnp.where(held, policy.of_prompt(mass, held), 0.0)
+        cache = replace(cache, scores=add_to_slots(cache.scores, cache.token_slots(), added))
+    logits = model.logits(state.hidden)
+    return cache, jnp.where(state.granted, logits, jnp.nan)
+
+
+def _observed(
+    policy: Policy | None, positions: Array, cached_positions: Array, counts: Array, end: Array
+) -> Observed | None:
+    """The chunk's queries that are among the prompt's last ``observed_queries``."""
+    if policy is None or policy.observed_queries == 0:
+        return None
+    batch, chunk = positions.shape
+    window = chunk if policy.observed_queries is None else policy.observed_queries
+    if window < chunk:
+        rows = (end - window - positions[:, 0])[:, None] + jnp.arange(window)
+        real = (rows >= 0) & (rows < counts[:, None])
+    else:
+        rows = jnp.broadcast_to(jnp.arange(chunk), (batch, chunk))
+        real = rows < counts[:, None]
+        if policy.observed_queries is not None:
+            real &= positions >= end[:, None] - window
+    return Observed(
+        rows=jnp.where(real, rows, -1),
+        positions=positions,
+        cached_positions=cached_positions,
+        function=policy.of_probability,
+        buffer=policy.observed_buffer,
+    )
+
+
+def _join(on_cached: Array, on_own: Array, start: Array, counts: Array) -> Array:
+    """Masses ``[batch, heads, capacity]`` and ``[batch, heads, chunk]`` as one in table order."""
+    batch, heads, chunk = on_own.shape
+    start = jnp.repeat(start, heads // start.shape[1], axis=1)
+    place = jnp.arange(chunk)
+    column = jnp.where(place < counts[:, None, None], start[..., None] + place, on_cached.shape[-1])
+    row, head = jnp.arange(batch)[:, None, None], jnp.arange(heads)[:, None]
+    return on_cached.at[row, head, column].add(on_own, mode="drop")
+
+
+def _zero_from(computed: Array) -> Array:
+    """A zero that is known only once the array is computed; XLA on CPU ignores optimization barriers."""
+    return jnp.minimum(jnp.abs(computed.reshape(-1)[0]), 0.0).astype(jnp.int32)
