@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkv.allocator import blocks_needed
 from jaxkv.cache import CacheConfig, PagedCache, init_cache, stats, take_sequences
 from jaxkv.policies import Policy
 from jaxkv.prompt import CHUNK
@@ -164,24 +165,29 @@ class LLM:
         """A cache for these requests; rounded up, so that calls of like sizes share compiled programs."""
         longest = max((len(r.prompt) + r.limit for r in requests), default=1)
         rows = min(self.max_batch, 1 << (max(len(requests), 1) - 1).bit_length())
-        config = CacheConfig.for_model(
-            self.model.config,
-            batch=rows,
-            max_context=-(-longest // 256) * 256,
-            memory=self.cache_memory,
-            block_size=self.block_size,
-            dtype=self.dtype,
-        )
+        kept = self._cache[0] if self._cache is not None else None
+        if kept is not None and kept.batch == rows and longest <= kept.max_context:
+            config = kept
+        else:
+            config = CacheConfig.for_model(
+                self.model.config,
+                batch=rows,
+                max_context=_rounded_up(longest),
+                memory=self.cache_memory,
+                block_size=self.block_size,
+                dtype=self.dtype,
+            )
         if self.compression is not None:
             self.compression.budget.check(config, self.compression.protected_window)
         for request in requests:
-            need = config.heads * -(-(len(request.prompt) + 1) // self.block_size)
+            # Uncompressed, the answer comes on top; compressed, what is left then is checked then.
+            tokens = len(request.prompt) + (0 if self.compression else request.limit)
+            need = config.heads * -(-tokens // self.block_size)
             if need > config.num_blocks - 1:
-                least = config.table_bytes + (need + 1) * (config.block_bytes + 4)
                 raise ValueError(
-                    f"prompt {request.index} has {len(request.prompt)} tokens and needs {need} blocks before it is "
-                    f"compressed, but the pool has {config.num_blocks - 1}; give cache_memory of at least "
-                    f"{least} bytes, or shorten it"
+                    f"prompt {request.index} has {len(request.prompt)} tokens and needs {need} blocks "
+                    f"{'before it is compressed' if self.compression else 'with its answer'}, but the pool has "
+                    f"{config.num_blocks - 1}; {_more_memory(config, need)}, or shorten it"
                 )
         return config
 
@@ -212,17 +218,14 @@ class _Wave:
         self.timings: list[Timings] = []
         self.reserved = 0
 
-    def growth(self, request: Request) -> int:
-        """Blocks that decoding a request may take: every head may cross a block's edge at another time."""
-        return self.config.heads * -(-request.limit // self.config.block_size)
-
     def has_room_for(self, request: Request) -> bool:
         if not self.requests:
             return True
         same_stop = self.llm._compiled(request.params) is self.steps
-        full = self.config.heads * -(-len(request.prompt) // self.config.block_size)
-        free = int(self.cache.num_free) - self.reserved
-        return same_stop and len(self.requests) < self.config.batch and full + self.growth(request) <= free
+        size = self.config.block_size
+        blocks = self.config.heads * (-(-len(request.prompt) // size) - (-request.limit // size))
+        fits = blocks <= int(self.cache.num_free) - self.reserved
+        return same_stop and len(self.requests) < self.config.batch and fits
 
     def read(self, request: Request) -> Iterator[Event]:
         """Prompt chunks, the first token from the full cache, then compression."""
@@ -254,8 +257,16 @@ class _Wave:
             compiling = self.steps.compile_seconds - compiled
             timings.compile += compiling
             timings.compress = time.perf_counter() - began - compiling
-        request.cache = stats(take_sequences(self.cache, jnp.array([row])))
-        self.reserved += self.growth(request)
+        own = take_sequences(self.cache, jnp.array([row]))
+        request.cache = stats(own)
+        self.reserved += int(blocks_needed(own, own.lengths + request.limit))
+        if self.reserved > request.cache.blocks_free:
+            need = self.config.num_blocks - 1 - request.cache.blocks_free + self.reserved
+            raise ValueError(
+                f"prompt {request.index} leaves {request.cache.blocks_free} blocks free once it is compressed, but "
+                f"{request.limit} more tokens may need {self.reserved}; {_more_memory(self.config, need)}, or ask for "
+                "fewer tokens"
+            )
         yield from self.accept(row, [first], [logprob])
 
     def answer(self) -> Iterator[Event]:
@@ -329,6 +340,19 @@ class _Wave:
             cache_at_end=stats(take_sequences(self.cache, jnp.array([row]))),
             timings=replace(self.timings[row]),
         )
+
+
+def _rounded_up(tokens: int) -> int:
+    """To 256, 384, 512, 768, 1024, …: few different sizes, none more than half too large."""
+    size = 256
+    while size < tokens:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
+def _more_memory(config: CacheConfig, blocks: int) -> str:
+    least = config.table_bytes + (blocks + 1) * (config.block_bytes + 4)
+    return f"give cache_memory of at least {least} bytes"
 
 
 def _cut_at_stop(request: Request) -> bool:

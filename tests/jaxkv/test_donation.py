@@ -9,17 +9,9 @@ import tiny
 
 from jaxkv.allocator import release_sequences
 from jaxkv.cache import put_sequences, take_sequences
-from jaxkv.generation import (
-    compress,
-    decode,
-    decode_step,
-    finish_prompt,
-    generate,
-    prefill,
-    prefill_chunk,
-    start_prompt,
-)
+from jaxkv.generation import compress, decode, decode_step, generate
 from jaxkv.policies import KVCompress, Ratio
+from jaxkv.prompt import finish_prompt, prefill, prefill_chunk, start_prompt
 
 BATCH = 2
 POLICIES = {

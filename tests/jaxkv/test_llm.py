@@ -187,11 +187,35 @@ def test_bad_prompts_are_refused(llm, prompt, params, message):
 
 def test_a_prompt_longer_than_the_pool_says_how_much_it_needs():
     tight = LLM(tiny.MODEL, cache_memory=60_000, compression=KVCompress(budget=Ratio(ratio=8)))
-    with pytest.raises(ValueError, match=r"has 400 tokens and needs 104 blocks .* cache_memory of at least") as error:
+    with pytest.raises(ValueError, match=r"has 400 tokens and needs 100 blocks .* cache_memory of at least") as error:
         tight.generate(tiny.prompt(400).tolist(), SamplingParams(max_tokens=4))
     enough = int(str(error.value).split("at least ")[1].split()[0])
     roomy = LLM(tiny.MODEL, cache_memory=enough, compression=KVCompress(budget=Ratio(ratio=8)))
     assert roomy.generate(tiny.prompt(400).tolist(), SamplingParams(max_tokens=4))
+
+
+def test_an_answer_that_may_not_fit_is_refused_before_it_begins():
+    """Rather than running dry half-way."""
+    full = LLM(tiny.MODEL, cache_memory=60_000)
+    with pytest.raises(ValueError, match="needs 112 blocks with its answer"):
+        full.generate(tiny.prompt(200).tolist(), SamplingParams(max_tokens=240))
+    policy = KVCompress(budget=MaxTokens(tokens=64), protected_window=8)
+    small = LLM(tiny.MODEL, cache_memory=140_000, compression=policy)
+    with pytest.raises(ValueError, match="240 more tokens may need 60; give cache_memory of at least") as error:
+        small.generate(tiny.prompt(200).tolist(), SamplingParams(max_tokens=240, ignore_eos=True))
+    enough = int(str(error.value).split("at least ")[1].split()[0])
+    roomy = LLM(tiny.MODEL, cache_memory=enough, compression=policy)
+    [answer] = roomy.generate(tiny.prompt(200).tolist(), SamplingParams(max_tokens=240, ignore_eos=True))
+    assert len(answer.token_ids) == 240
+
+
+def test_calls_of_like_sizes_share_their_programs():
+    llm = LLM(tiny.MODEL)
+    llm.generate(tiny.prompt(200).tolist(), SamplingParams(max_tokens=4))
+    [again] = llm.generate(tiny.prompt(130).tolist(), SamplingParams(max_tokens=90, ignore_eos=True))
+    compiled = again.timings.compile
+    [third] = llm.generate(tiny.prompt(131).tolist(), SamplingParams(max_tokens=80, ignore_eos=True))
+    assert third.timings.compile == 0 <= compiled
 
 
 @pytest.mark.parametrize("budget", [MaxTokens(tokens=10), MaxTokens(tokens=31), MaxBytes(size=3000)])
