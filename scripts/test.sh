@@ -12,13 +12,13 @@ if python="$(find_python 3.11)"; then
     "$first/bin/ruff" check .
     "$first/bin/ruff" format --check .
     "$first/bin/pyright" --pythonpath "$first/bin/python"
-    "$first/bin/python" -m pytest -m "not slow" "$@"
+    "$first/bin/python" -m pytest -n 2 --dist loadfile -m "not slow" "$@"
     ran="Python 3.11 with jax 0.10.2"
 fi
 if python="$(find_python 3.12)"; then
     second="$first-312"
     ensure_venv "$second" "$python" "test" "jax==0.11.2" "jaxlib==0.11.2"
-    "$second/bin/python" -m pytest -m "not slow" "$@"
+    "$second/bin/python" -m pytest -n 2 --dist loadfile -m "not slow" "$@"
     ran="${ran:+$ran, }Python 3.12 with jax 0.11.2"
 fi
 if [ -z "$ran" ]; then
