@@ -17,10 +17,10 @@ find_python() {
 # find_any_python: the first of the versions that jaxkv supports.
 find_any_python() {
     local version
-    for version in 3.11 3.12 3.13; do
+    for version in 3.11 3.12; do
         find_python "$version" && return 0
     done
-    echo "jaxkv needs Python 3.11, 3.12 or 3.13 with venv; none was found on PATH" >&2
+    echo "jaxkv needs Python 3.11 or 3.12 with venv; none was found on PATH" >&2
     return 1
 }
 
