@@ -76,8 +76,10 @@ class CacheConfig:
         )
         if memory is not None:
             num_blocks = (memory - config.table_bytes) // (config.block_bytes + 4)
+            while num_blocks >= 2 and config.bytes_with(num_blocks) > memory:
+                num_blocks -= 1
             if num_blocks < 2:
-                least = config.table_bytes + 2 * (config.block_bytes + 4)
+                least = config.bytes_with(2)
                 raise ValueError(f"cache memory of {memory} bytes holds no block; it must be at least {least} bytes")
         elif num_blocks is None:
             num_blocks = 1 + batch * config.heads * config.max_blocks
@@ -101,6 +103,13 @@ class CacheConfig:
     def table_bytes(self) -> int:
         """Bytes of what doesn't grow with the pool: block table, lengths and token counts."""
         return 4 * self.batch * (self.heads * (self.max_blocks + 1) + 1)
+
+    def bytes_with(self, num_blocks: int) -> int:
+        """Bytes of the whole cache with so many blocks: scores and positions come in whole rows."""
+        slots = num_blocks * self.block_size
+        rows = -(-slots // LANES)
+        pool = slots * 2 * self.head_dim * np.dtype(self.dtype).itemsize
+        return pool + rows * LANES * 8 + self.table_bytes + 4 * num_blocks + 4
 
 
 @jax.tree_util.register_dataclass

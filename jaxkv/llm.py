@@ -301,6 +301,7 @@ class _Wave:
         request, stream = self.requests[row], self.streams[row]
         before = len(request.token_ids)
         ends = self.llm._stop_tokens(request.params)
+        stopped_by_text = False
         for token, logprob in zip(tokens, logprobs, strict=True):
             if token in ends:
                 request.finish_reason = "stop"
@@ -310,12 +311,13 @@ class _Wave:
             request.logprobs.append(logprob)
             if stream is not None:
                 request.text += stream.push(token)
-                if _cut_at_stop(request):
+                stopped_by_text = _cut_at_stop(request)
+                if stopped_by_text:
                     request.finish_reason = "stop"
                     break
         if request.finish_reason is None and len(request.token_ids) >= request.limit:
             request.finish_reason = "length"
-        if request.finish_reason and stream is not None and not _cut_at_stop(request):
+        if request.finish_reason and stream is not None and not stopped_by_text:
             request.text += stream.flush()
             _cut_at_stop(request)
         ready = len(request.text) if request.finish_reason else _safe_length(request.text, request.params.stop)
@@ -351,8 +353,7 @@ def _rounded_up(tokens: int) -> int:
 
 
 def _more_memory(config: CacheConfig, blocks: int) -> str:
-    least = config.table_bytes + (blocks + 1) * (config.block_bytes + 4)
-    return f"give cache_memory of at least {least} bytes"
+    return f"give cache_memory of at least {config.bytes_with(blocks + 1)} bytes"
 
 
 def _cut_at_stop(request: Request) -> bool:

@@ -19,9 +19,8 @@ def allocated(cache):
 def test_a_cache_fills_the_memory_it_is_given(memory, block_size):
     config = CacheConfig.for_model(tiny.CONFIG, batch=2, max_context=300, memory=memory, block_size=block_size)
     held = allocated(init_cache(config))
-    slack = 128 * 8 + 8  # scores and positions come in whole rows
-    assert held <= memory + slack
-    assert held + config.block_bytes + 4 > memory - slack
+    assert held == config.bytes_with(config.num_blocks) <= memory
+    assert config.bytes_with(config.num_blocks + 1) > memory
 
 
 def test_without_a_size_every_row_can_be_full():

@@ -4,8 +4,9 @@ import argparse
 import json
 
 import pytest
+import tiny
 
-from jaxkv import cli
+from jaxkv import LLM, SamplingParams, cli
 from jaxkv.cli import byte_count, main
 
 
@@ -39,15 +40,56 @@ def test_a_whole_run_prints_one_object(capsys, tmp_path):
     timings = result["timings"]
     for phase in ("load", "compile", "prefill", "compress"):
         assert timings[phase] > 0
+    made = len(result["token_ids"]) - 1  # the first comes of the prompt
+    speed = made / timings["decode"] if timings["decode"] else 0
+    assert timings["decode_tokens_per_second"] == pytest.approx(speed)
     assert timings["prefill_tokens_per_second"] == pytest.approx(tokens / timings["prefill"])
     cache = result["cache"]
     full = 90 * -(-tokens // 16)
     assert cache["blocks_held"] == full // 4 == sum(map(sum, cache["blocks_per_head"]))
     assert (len(cache["blocks_per_head"]), len(cache["blocks_per_head"][0])) == (30, 3)
     assert cache["kvs_full"] == 90 * tokens
-    assert cache["kvs_held"] <= cache["blocks_held"] * cache["block_size"]
+    assert cache["block_size"] == 16
+    assert 0 < cache["kvs_held"] <= cache["blocks_held"] * 16
     assert 3.5 < cache["bytes_full"] / cache["bytes_held"] < 4.1
     assert (tmp_path / "heads.png").read_bytes().startswith(b"\x89PNG")
+
+
+class Letters:
+    """One character a token."""
+
+    eos_ids = ()
+
+    def encode(self, text):
+        return [ord(c) - 32 for c in text]
+
+    def stream(self):
+        return self
+
+    def push(self, token):
+        return chr(token + 32)
+
+    def flush(self):
+        return ""
+
+
+def test_the_text_goes_to_standard_output_and_the_figures_to_the_other(capsys, monkeypatch):
+    llm = LLM(tiny.MODEL, tokenizer=Letters())
+    monkeypatch.setattr(cli, "LLM", lambda *_, **__: llm)
+    code, out = run(capsys, "--model", "any", "--prompt", "Hello", "--max-tokens", 3)
+    assert code == 0
+    made = llm.generate("Hello", SamplingParams(max_tokens=3))[0]
+    assert out.out == made.text
+    assert "prompt  5 tokens" in out.err
+    assert f"answer  {len(made.token_ids)} tokens" in out.err
+    assert f"{made.cache.blocks_held} of {made.cache.blocks_full} blocks of 16" in out.err
+
+
+def test_an_unknown_byte_unit_is_refused_by_the_parser(capsys):
+    with pytest.raises(SystemExit) as end:
+        run(capsys, "--model", "m", "--prompt", "x", "--max-cache-bytes", "5Q")
+    assert end.value.code == 2
+    assert "'5Q' is no number of bytes; write 500M, 2G or 1.5GiB" in capsys.readouterr().err
 
 
 def test_bad_input_is_named(capsys, tmp_path):

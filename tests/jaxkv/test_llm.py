@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxkv import LLM, KVCompress, MaxBytes, MaxTokens, Ratio, SamplingParams
+from jaxkv import LLM, CacheConfig, KVCompress, MaxBytes, MaxTokens, Ratio, SamplingParams, init_cache, stats
+from jaxkv.requests import Finished, PromptRead
 
 HEADS = 4
+BLOCK_BYTES = 16 * (2 * 16 * 4 + 8)
 
 
 class Letters:
@@ -31,6 +33,24 @@ class Letters:
 
     def chat(self, messages):
         return "".join(f"{m['role']}:{m['content']};" for m in messages)
+
+
+class LateLetters(Letters):
+    """Gives each letter out only when the next one comes, as a decoder of unfinished characters may."""
+
+    def __init__(self):
+        self.held = ""
+
+    def stream(self):
+        return LateLetters()
+
+    def push(self, token):
+        out, self.held = self.held, self.decode([token])
+        return out
+
+    def flush(self):
+        out, self.held = self.held, ""
+        return out
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +89,18 @@ def test_each_answer_is_as_if_alone_also_compressed_and_in_waves(small):
 
 def test_little_memory_makes_waves_not_mistakes(llm):
     tight = LLM(tiny.MODEL, cache_memory=75_000)
-    answers = tight.generate(PROMPTS, FREE)
-    assert [a.token_ids for a in answers] == [a.token_ids for a in llm.generate(PROMPTS, FREE)]
+    events = [e for e in tight.events(PROMPTS, FREE) if isinstance(e, PromptRead | Finished)]
+    answers = {e.request: e.completion.token_ids for e in events if isinstance(e, Finished)}
+    assert [answers[i] for i in range(3)] == [a.token_ids for a in llm.generate(PROMPTS, FREE)]
+    first_end = next(i for i, e in enumerate(events) if isinstance(e, Finished))
+    assert {e.request for e in events[:first_end]} == {0}
+    assert {e.request for e in events[first_end + 1 :]} == {1, 2}
+
+
+def test_the_cache_stays_within_its_memory():
+    for memory in range(60_000, 64_000, 100):
+        config = CacheConfig.for_model(tiny.CONFIG, batch=1, max_context=256, memory=memory)
+        assert stats(init_cache(config)).bytes_allocated <= memory
 
 
 @pytest.mark.parametrize(
@@ -78,15 +108,19 @@ def test_little_memory_makes_waves_not_mistakes(llm):
     [
         (MaxTokens(tokens=40), HEADS * 3),
         (Ratio(ratio=3), HEADS * 13 // 3),
-        (MaxBytes(size=40_000), 40_000 // (16 * (2 * 16 * 4 + 8))),
+        (MaxBytes(size=40_000), 40_000 // BLOCK_BYTES),
     ],
 )
 def test_blocks_held_are_exactly_the_budgets(budget, blocks):
     llm = LLM(tiny.MODEL, compression=KVCompress(budget=budget, protected_window=8))
-    [answer] = llm.generate(tiny.prompt(200).tolist(), SamplingParams(max_tokens=2))
+    [answer] = llm.generate(tiny.prompt(200).tolist(), SamplingParams(max_tokens=1))
     assert answer.cache.blocks_held == blocks
     assert answer.cache.blocks_full == HEADS * 13
+    assert answer.cache.blocks_per_head.shape == (2, 2)
     assert answer.cache.blocks_per_head.sum() == blocks
+    tables = 4 * (HEADS * (256 // 16 + 1) + 1)  # block tables with a length each, and the token count
+    assert answer.cache.bytes_held == blocks * BLOCK_BYTES + tables
+    assert answer.cache.bytes_full == HEADS * 13 * BLOCK_BYTES + tables
 
 
 def test_an_end_token_stops_and_is_left_out(llm):
@@ -109,6 +143,22 @@ def test_a_stop_text_cuts_the_answer_and_is_never_streamed(texts):
     assert answer.text == free.text[: free.text.index(stop)]
     assert answer.finish_reason == "stop"
     assert "".join(pieces) == answer.text
+
+
+def test_text_that_the_tokenizer_holds_back_comes_at_the_end(texts):
+    late = LLM(tiny.MODEL, tokenizer=LateLetters())
+    [free] = texts.generate("Hello there", FREE)
+    [answer] = late.generate("Hello there", FREE)
+    assert answer.text == free.text
+    assert "".join(late.stream("Hello there", FREE)) == free.text
+
+
+def test_text_held_back_behind_a_stop_text_is_dropped(texts):
+    late = LLM(tiny.MODEL, tokenizer=LateLetters())
+    [free] = texts.generate("Hello there", FREE)
+    stop = free.text[7:10]
+    [answer] = late.generate("Hello there", SamplingParams(max_tokens=20, ignore_eos=True, stop=(stop,)))
+    assert answer.text == free.text[: free.text.index(stop)]
 
 
 def test_a_stream_joins_to_the_answer(texts):
@@ -137,6 +187,13 @@ def test_a_seed_gives_its_answer_in_any_company(llm):
     assert mixed[0].token_ids == llm.generate(PROMPTS[1], FREE)[0].token_ids
 
 
+def test_drawing_from_the_likeliest_alone_is_greedy(llm):
+    [answer] = llm.generate(
+        PROMPTS[0], SamplingParams(max_tokens=12, temperature=1.5, top_k=1, seed=5, ignore_eos=True)
+    )
+    assert answer.token_ids == llm.generate(PROMPTS[0], FREE)[0].token_ids[:12]
+
+
 def test_logprobs_are_the_dense_models(llm):
     [answer] = llm.generate(PROMPTS[2], SamplingParams(max_tokens=6, ignore_eos=True, logprobs=True))
     dense, _ = tiny.dense_run(np.array(PROMPTS[2] + answer.token_ids, np.int32))
@@ -154,10 +211,12 @@ def test_an_answer_ends_with_the_context(llm):
 
 
 def test_a_stream_left_half_way_leaves_the_model_usable(texts):
+    [before] = texts.generate("Hello there", FREE)
     stream = texts.stream("Hello there", SamplingParams(max_tokens=60, ignore_eos=True))
     next(stream)
     stream.close()
-    assert texts.generate("Hello there", FREE)[0].text
+    [after] = texts.generate("Hello there", FREE)
+    assert after.token_ids == before.token_ids
 
 
 def test_nothing_in_nothing_out(llm):
@@ -218,10 +277,30 @@ def test_calls_of_like_sizes_share_their_programs():
     assert third.timings.compile == 0 <= compiled
 
 
-@pytest.mark.parametrize("budget", [MaxTokens(tokens=10), MaxTokens(tokens=31), MaxBytes(size=3000)])
-def test_an_impossible_budget_is_refused_before_any_work(budget):
-    with pytest.raises(ValueError, match="protected window of 32"):
-        LLM(tiny.MODEL, compression=KVCompress(budget=budget)).generate(PROMPTS[0])
+@pytest.mark.parametrize(
+    ("budget", "window", "message"),
+    [
+        (MaxTokens(tokens=31), 32, "max_cache_tokens=31 leaves 31 tokens .* protected window of 32; give more tokens"),
+        (MaxTokens(tokens=15), 8, "max_cache_tokens=15 leaves 15 tokens .* at least one block of 16"),
+        (MaxBytes(size=3000), 32, "max_cache_bytes=3000 leaves 4 tokens .* give more bytes"),
+        (MaxBytes(size=4 * BLOCK_BYTES - 1), 8, "leaves 12 tokens a head, .* at least one block of 16"),
+    ],
+)
+def test_an_impossible_budget_is_refused_before_any_work(budget, window, message):
+    llm = LLM(tiny.MODEL, compression=KVCompress(budget=budget, protected_window=window))
+    with pytest.raises(ValueError, match=message):
+        next(llm.events([PROMPTS[0]]))
+
+
+@pytest.mark.parametrize("ratio", [0.99, 0.0, -2.0, float("nan")])
+def test_a_ratio_below_one_is_refused(ratio):
+    with pytest.raises(ValueError, match="ratio must be at least 1"):
+        Ratio(ratio=ratio)
+
+
+def test_a_batch_of_none_is_refused():
+    with pytest.raises(ValueError, match="max_batch must be at least 1, got 0"):
+        LLM(tiny.MODEL, max_batch=0)
 
 
 @pytest.mark.parametrize(
@@ -230,10 +309,14 @@ def test_an_impossible_budget_is_refused_before_any_work(budget):
         ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
         ({"top_k": -1}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.01}, "top_p"),
         ({"min_p": 1.1}, "min_p"),
+        ({"min_p": -0.1}, "min_p"),
         ({"seed": -1}, "seed"),
+        ({"seed": 2**32}, "seed"),
         ({"stop": ("",)}, "stop"),
     ],
 )

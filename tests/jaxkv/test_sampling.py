@@ -43,6 +43,24 @@ def test_what_is_left_to_draw_from(seed, top_k, top_p, min_p):
     np.testing.assert_array_equal(np.asarray(got)[list(left)], logits[list(left)])
 
 
+@pytest.mark.parametrize(
+    ("settings", "left"),
+    [
+        ({"top_k": 1}, {1, 3}),
+        ({"top_k": 3}, {0, 1, 3, 4}),
+        ({"top_k": 4}, {0, 1, 3, 4}),
+        ({"top_p": 0.3}, {1, 3}),
+        ({"min_p": 1.0}, {1, 3}),
+        ({}, {0, 1, 2, 3, 4}),
+    ],
+)
+def test_equally_likely_tokens_stay_or_go_together(settings, left):
+    logits = np.array([1.0, 2.0, -1.0, 2.0, 1.0], np.float32)
+    wanted = {"top_k": 0, "top_p": 1.0, "min_p": 0.0} | settings
+    got = restricted(logits[None], **{name: jnp.array([value]) for name, value in wanted.items()})[0]
+    assert set(np.flatnonzero(np.isfinite(got))) == left
+
+
 def sampler(rows, **settings):
     default = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     chosen = {**default, **settings}
@@ -62,6 +80,18 @@ def test_draws_follow_the_softmax(temperature):
     drawn = sampler(rows, temperature=temperature)(jnp.tile(logits, (rows, 1)), jnp.zeros(rows, jnp.int32))
     share = np.bincount(np.asarray(drawn), minlength=4) / rows
     np.testing.assert_allclose(share, jax.nn.softmax(logits / temperature), atol=4 * 0.5 / rows**0.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "left"), [({"top_k": 2}, [3, 0]), ({"top_p": 0.8}, [3, 0]), ({"min_p": 0.1}, [3, 0, 1])]
+)
+def test_draws_follow_the_softmax_of_what_is_left(settings, left):
+    rows, logits = 20_000, np.array([1.0, 0.0, -1.0, 2.0])
+    drawn = sampler(rows, **settings)(jnp.tile(jnp.asarray(logits), (rows, 1)), jnp.zeros(rows, jnp.int32))
+    counts = np.bincount(np.asarray(drawn), minlength=4)
+    expected = rows * np.exp(logits[left]) / np.exp(logits[left]).sum()
+    assert counts[left].sum() == rows
+    assert ((counts[left] - expected) ** 2 / expected).sum() < 16  # chi-square, 2 degrees at most: p > 0.0003
 
 
 def test_a_row_draws_the_same_in_any_batch_and_anew_at_each_position():
@@ -88,3 +118,9 @@ def test_logprobs_are_the_models():
     tokens = jnp.array([4, 0, 19])
     wanted = np.log(np.exp(logits) / np.exp(logits).sum(-1, keepdims=True))[np.arange(3), np.asarray(tokens)]
     np.testing.assert_allclose(logprobs_of(jnp.asarray(logits), tokens), wanted, atol=1e-5)
+
+
+def test_logprobs_of_large_logits_stay_finite():
+    logits = jnp.array([[1000.0, 998.0, -1000.0], [-5000.0, -5000.0, -5001.0]])
+    wanted = [-2 - np.log1p(np.exp(-2)), -np.log(2 + np.exp(-1))]
+    np.testing.assert_allclose(logprobs_of(logits, jnp.array([1, 0])), wanted, rtol=1e-3)
