@@ -151,7 +151,7 @@ class LLM:
             if param.stop and self.tokenizer is None:
                 raise ValueError("stop texts need a tokenizer, and this LLM has none")
             limit = min(param.max_tokens, context - len(ids))
-            requests.append(Request(index=i, prompt=ids, params=param, limit=limit))
+            requests.append(Request(index=i, prompt=ids.astype(np.int32), params=param, limit=limit))
         return requests
 
     def _encode(self, prompt: Prompt) -> np.ndarray:
@@ -159,7 +159,10 @@ class LLM:
             if self.tokenizer is None:
                 raise ValueError("this LLM has no tokenizer; give prompts as token ids")
             prompt = self.tokenizer.encode(prompt)
-        return np.asarray(prompt, np.int32)
+        ids = np.asarray(prompt)
+        if len(ids) and not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"token ids must be whole numbers, got {ids.dtype}: {ids[:4].tolist()}")
+        return ids
 
     def _cache_config(self, requests: Sequence[Request]) -> CacheConfig:
         """A cache for these requests; rounded up, so that calls of like sizes share compiled programs."""

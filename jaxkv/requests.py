@@ -39,6 +39,8 @@ class SamplingParams:
             if not ok:
                 raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
 
+        for name in ("max_tokens", "top_k", "seed"):
+            check(type(getattr(self, name)) is int, name, "a whole number")
         check(self.max_tokens >= 1, "max_tokens", "at least 1")
         check(0 <= self.temperature < float("inf"), "temperature", "0 (greedy) or a positive number")
         check(self.top_k >= 0, "top_k", "0 (all) or positive")

@@ -62,7 +62,7 @@ def restrict(logits: Array, *, top_k: Array, top_p: Array, min_p: Array) -> Arra
     """Logits ``f32[batch, vocab]`` with the tokens that top-k, top-p or min-p exclude at minus infinity.
 
     Top-p keeps the fewest likeliest tokens whose probabilities reach ``top_p``; min-p those at least ``min_p`` times as
-    likely as the likeliest. The likeliest always stays.
+    likely as the likeliest. The likeliest always stays, and so does what ties with the last one kept.
     """
     vocab = logits.shape[-1]
     descending = jnp.sort(logits, axis=-1, descending=True)
