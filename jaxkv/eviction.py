@@ -34,7 +34,8 @@ class Plan:
 
 def sort_keys(scores: Array) -> Array:
     """Integers in the order of the floats: they sort several times faster on CPU, and -0.0 and NaN have a place."""
-    bits = lax.bitcast_convert_type(scores.astype(jnp.float32) + 0.0, jnp.int32)
+    scores = jnp.where(scores == 0, 0.0, scores.astype(jnp.float32))  # XLA takes x + 0.0 for x, which -0.0 is not
+    bits = lax.bitcast_convert_type(scores, jnp.int32)
     return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
 
 
