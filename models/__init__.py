@@ -5,7 +5,7 @@ from models.checkpoints import load_model
 from models.config import LlamaConfig
 from models.errors import CheckpointError
 from models.hub import resolve
-from models.llama import Llama
+from models.llama import Llama, stack_layers
 from models.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "resolve",
+    "stack_layers",
 ]

@@ -18,7 +18,8 @@ class Attend(Protocol[State]):
 
         Args:
             state: whatever the caller threads through the layers: a cache, or None.
-            layer: 0 for the first.
+            layer: 0 for the first. A traced i32[] where the layers are stacked (`models.stack_layers`), which indexes
+                arrays but no lists or dicts; and then `state` must keep its structure, shapes and dtypes.
             query: [batch, length, heads, head_dim], after RoPE and any qk-norm. Not yet scaled.
             key: [batch, length, kv_heads, head_dim], after RoPE and any qk-norm.
             value: [batch, length, kv_heads, head_dim]

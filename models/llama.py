@@ -1,7 +1,7 @@
 """The Llama family (Llama, Mistral, Qwen2, Qwen3, SmolLM) in Flax NNX, with attention left to the caller."""
 
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +96,8 @@ class Layer(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """A decoder-only transformer. Every layer's weights are leaves of their own; kernels are [in, out].
+    """A decoder-only transformer. Every layer's weights are leaves of their own, until `stack_layers`; kernels are
+    [in, out].
 
     `Llama(config, rngs=...)` initialises random weights; `models.load_model` builds one from a checkpoint. For a fast
     step, `nnx.split` the model once and pass the leaves, not the module, through `jax.jit`.
@@ -105,7 +106,8 @@ class Llama(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         self.config = config
         self.embed = nnx.Embed(config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs)
-        self.layers = nnx.List([Layer(config, rngs=rngs, dtype=dtype) for _ in range(config.num_layers)])
+        layers = [Layer(config, rngs=rngs, dtype=dtype) for _ in range(config.num_layers)]
+        self.layers: nnx.List[Layer] | Layer = nnx.List(layers)  # one Layer once stacked, each leaf [layers, ...]
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.head = (
             None
@@ -123,8 +125,9 @@ class Llama(nnx.Module):
         Args:
             tokens: i32[batch, length]
             positions: i32[batch, length], each token's place in its sequence, from 0.
-            attend: called once a layer.
-            state: handed to the first layer's `attend`, and from each layer to the next.
+            attend: called once a layer; traced once for all of them where they are stacked.
+            state: handed to the first layer's `attend`, and from each layer to the next. Where the layers are stacked,
+                a pytree of arrays whose shapes and dtypes stay as they are.
 
         Returns:
             The last layer's state, and [batch, length, hidden] after the final norm.
@@ -132,8 +135,18 @@ class Llama(nnx.Module):
         config = self.config
         rotated_by = rotation(positions, head_dim=config.head_dim, theta=config.rope_theta, scaling=config.rope_scaling)
         x = self.embed(tokens)
-        for index, layer in enumerate(self.layers):
-            state, x = layer(x, rotated_by, index, attend, state)
+        if isinstance(self.layers, Layer):
+            graph, stacked = nnx.split(self.layers)
+
+            def step(carry: tuple[State, jax.Array], xs: Any) -> tuple[tuple[State, jax.Array], None]:
+                state, x = carry
+                index, weights = xs
+                return nnx.merge(graph, weights)(x, rotated_by, index, attend, state), None
+
+            (state, x), _ = jax.lax.scan(step, (state, x), (jnp.arange(config.num_layers), stacked))
+        else:
+            for index, layer in enumerate(self.layers):
+                state, x = layer(x, rotated_by, index, attend, state)
         return state, self.norm(x)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -142,3 +155,30 @@ class Llama(nnx.Module):
             table = self.embed.embedding[...]
             return jnp.einsum("...h,vh->...v", hidden, table, preferred_element_type=jnp.float32)
         return jnp.einsum("...h,hv->...v", hidden, self.head.kernel[...], preferred_element_type=jnp.float32)
+
+
+def stack_layers(model: Llama) -> Llama:
+    """The same model, changed to run its layers by one `jax.lax.scan`: much quicker to compile, slower on CPU.
+
+    Each of a layer's weights becomes one leaf, [layers, ...]. The layers' own weights are given up one by one, so that
+    only one leaf at a time is held twice; keep no other reference to them. Leaves may be shapes without memory.
+    """
+    if isinstance(model.layers, Layer):
+        return model
+    graph = nnx.graphdef(model.layers[0])
+    tree = jax.tree.structure(nnx.state(model.layers[0]))
+    leaves = [jax.tree.leaves(nnx.state(layer)) for layer in model.layers]
+    del model.layers
+    stacked = [_stacked([layer.pop() for layer in leaves]) for _ in range(tree.num_leaves)]
+    model.layers = nnx.merge(graph, jax.tree.unflatten(tree, stacked[::-1]))
+    return model
+
+
+def _stacked(leaves: list[Any]) -> Any:
+    """[...] leaves, arrays or shapes, as one [len(leaves), ...]."""
+    if isinstance(leaves[0], jax.ShapeDtypeStruct):
+        return jax.eval_shape(jnp.stack, leaves)
+    return jax.block_until_ready(_stack(leaves))  # waits, lest the next leaf be stacked before these are freed
+
+
+_stack = jax.jit(jnp.stack)  # compiled, since op by op it copies every leaf once more

@@ -16,7 +16,7 @@ from models.checkpoints.safetensors import read_json
 from models.config import LlamaConfig
 from models.errors import CheckpointError
 from models.fields import Fields
-from models.llama import Llama
+from models.llama import Layer, Llama
 from models.rope import RopeScaling
 
 CONFIG_FILE = "llama.json"
@@ -42,8 +42,10 @@ def save(model: Llama, directory: Path, *, tokenizer_from: Path | None = None) -
         tokenizer_from: a directory whose tokenizer files are copied along.
 
     Raises:
-        CheckpointError: `directory` holds a checkpoint, or `tokenizer_from` no tokenizer.
+        CheckpointError: `directory` holds a checkpoint, `tokenizer_from` no tokenizer, or the layers are stacked.
     """
+    if isinstance(model.layers, Layer):
+        raise CheckpointError("the model's layers are stacked, expected one by one. Save it before `stack_layers`.")
     directory = directory.absolute()
     if (directory / CONFIG_FILE).exists() or (directory / _WEIGHTS).exists():
         raise CheckpointError(f"{directory} already holds a checkpoint. Choose another directory, or remove that one.")
