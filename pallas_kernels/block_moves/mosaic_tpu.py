@@ -1,0 +1,269 @@
+"""Survivors into the holes as a TPU kernel: whole tiles of blocks come in, a matrix of ones puts the rows in place.
+
+The ``m``-th source of a head goes to its ``m``-th hole, and both are numbered in table order, so source tiles and hole
+tiles are walked like two sorted lists. For each pair that shares numbers, ``ones[source, hole]`` marks the moves: its
+product with the source tile is exact, since each row has a single one, and no row is ever copied on its own. Scores and
+positions go the same way in integers, in table order, and are put back in their slots a block at a time.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import slot_values
+from pallas_kernels.tiles_tpu import LANES, SMEM_ENTRIES, Tiling, TileStream, ceil_div, check_pool, floor_div
+
+if TYPE_CHECKING:
+    from pallas_kernels.block_moves.api import Moves
+
+TILE_KVS = 256
+BUFFERS = 8
+STAGES = 2
+"""Rebuilt tiles on their way back to the pool."""
+NO_SOURCE, NO_HOLE = -1, -2
+
+
+def move_kvs(
+    pool: Array,
+    scores: Array,
+    positions: Array,
+    block_table: Array,
+    moves: Moves,
+    *,
+    tiles: Tiling | None = None,
+    smem_entries: int = SMEM_ENTRIES,
+    interpret: Any = False,
+) -> tuple[Array, Array, Array]:
+    """See ``api.move_kvs``; ``tiles`` and ``smem_entries`` are for tests."""
+    check_pool(pool, pool.shape[-1] // 2)
+    rows, max_blocks = block_table.shape
+    size = pool.shape[1]
+    if tiles is None:
+        blocks = min(TILE_KVS // size, -(-max_blocks * size // LANES) * LANES // size)
+        tiles = Tiling(block_size=size, blocks=blocks, max_blocks=max_blocks, buffers=BUFFERS)
+
+    a_row = max_blocks + 2 * tiles.tiles + 6
+    if a_row > smem_entries:
+        raise ValueError(f"a head's table row must fit in SMEM: {max_blocks=} is too much for {smem_entries} entries")
+    at_once = max(1, smem_entries // a_row)
+    for at in range(0, rows, at_once):
+        part = slice(at, at + at_once)
+        pool, scores, positions = _run(
+            pool, scores, positions, block_table[part], moves.is_source[part], moves.is_hole[part], tiles, interpret
+        )
+    return pool, scores, positions
+
+
+def _run(
+    pool: Array,
+    scores: Array,
+    positions: Array,
+    table: Array,
+    is_source: Array,
+    is_hole: Array,
+    tiles: Tiling,
+    interpret: Any,
+) -> tuple[Array, Array, Array]:
+    """One call: table ``i32[rows, max_blocks]``, marks ``bool[rows, kvs]``."""
+    rows, max_blocks = table.shape
+    size = tiles.block_size
+    source_number, source_before, source_span, source_blocks = _numbers(is_source, NO_SOURCE, tiles)
+    hole_number, hole_before, hole_span, hole_blocks = _numbers(is_hole, NO_HOLE, tiles)
+
+    known = jnp.where(source_blocks | hole_blocks, table, 0)
+    old = [slot_values.read_blocks(values, known, size) for values in (scores, positions)]
+    old = [_in_tiles(lax.bitcast_convert_type(x, jnp.int32).reshape(rows, -1), 0, tiles) for x in old]
+
+    in_vmem = pl.BlockSpec((1, tiles.tiles, tiles.kvs), lambda row, *_: (row, 0, 0))
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    values = jax.ShapeDtypeStruct((rows, tiles.tiles, tiles.kvs), jnp.int32)
+    width = pool.shape[-1]
+    scalars = (table.reshape(-1), source_span, hole_span, source_before.reshape(-1), hole_before.reshape(-1))
+    pool, *new = pl.pallas_call(
+        partial(_kernel, tiles=tiles),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(rows,),
+            in_specs=[in_vmem] * 4 + [anywhere],
+            out_specs=[anywhere] + [in_vmem] * 2,
+            scratch_shapes=[
+                *TileStream.scratch_shapes(tiles, pool),
+                *TileStream.scratch_shapes(tiles, pool),
+                pltpu.VMEM((tiles.kvs, width), jnp.float32),
+                pltpu.VMEM((STAGES, tiles.kvs, width), pool.dtype),
+                pltpu.SemaphoreType.DMA((STAGES,)),
+                pltpu.SMEM((STAGES + 1,), jnp.int32),
+            ],
+        ),
+        out_shape=[jax.ShapeDtypeStruct(pool.shape, pool.dtype), values, values],
+        input_output_aliases={len(scalars) + 4: 0},
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=32 * 2**20),
+        name="move_kvs",
+        interpret=interpret,
+    )(*scalars, source_number, hole_number, *old, pool)
+
+    def put_back(values: Array, new: Array) -> Array:
+        new = new.reshape(rows, -1)[:, : max_blocks * size].reshape(rows, max_blocks, size)
+        new = lax.bitcast_convert_type(new, values.dtype)
+        return slot_values.write_blocks(values, known, new, hole_blocks)
+
+    return pool, put_back(scores, new[0]), put_back(positions, new[1])
+
+
+def _in_tiles(per_kv: Array, fill: int, tiles: Tiling) -> Array:
+    """``[rows, kvs]`` as ``[rows, tiles, tile kvs]``."""
+    pad = tiles.tiles * tiles.kvs - per_kv.shape[1]
+    return jnp.pad(per_kv, ((0, 0), (0, pad)), constant_values=fill).reshape(-1, tiles.tiles, tiles.kvs)
+
+
+def _numbers(marked: Array, unmarked: int, tiles: Tiling) -> tuple[Array, Array, Array, Array]:
+    """The marked KVs of each row numbered in order.
+
+    Returns:
+      Numbers ``i32[rows, tiles, tile kvs]``; how many are marked before each tile and in all ``i32[rows, tiles + 1]``;
+      ``i32[2 * rows]`` first and end of the blocks from the first mark to the last; ``bool[rows, max_blocks]`` which
+      blocks hold a mark.
+    """
+    number = jnp.where(marked, jnp.cumsum(marked, axis=1, dtype=jnp.int32) - 1, unmarked)
+    in_tile = _in_tiles(marked.astype(jnp.int32), 0, tiles).sum(-1)
+    before = jnp.pad(jnp.cumsum(in_tile, axis=1), ((0, 0), (1, 0)))
+    in_block = marked.reshape(len(marked), tiles.max_blocks, tiles.block_size).any(-1)
+    first = jnp.argmax(in_block, axis=1)
+    end = jnp.where(in_block.any(1), tiles.max_blocks - jnp.argmax(in_block[:, ::-1], axis=1), first)
+    span = jnp.stack([first, end], axis=1).astype(jnp.int32)
+    return _in_tiles(number, unmarked, tiles), before.astype(jnp.int32), span.reshape(-1), in_block
+
+
+def _column(row: Array) -> Array:
+    """``[1, n]`` as ``[n, 1]``."""
+    return jnp.transpose(jnp.broadcast_to(row, (8, row.shape[1])))[:, :1]
+
+
+def _kernel(
+    table: Any,
+    source_span: Any,
+    hole_span: Any,
+    source_before: Any,
+    hole_before: Any,
+    source_number: Any,
+    hole_number: Any,
+    old_scores: Any,
+    old_positions: Any,
+    pool: Any,
+    moved_pool: Any,
+    new_scores: Any,
+    new_positions: Any,
+    source_buffer: Any,
+    source_arrived: Any,
+    source_state: Any,
+    hole_buffer: Any,
+    hole_arrived: Any,
+    hole_state: Any,
+    gathered: Any,
+    staged: Any,
+    stored: Any,
+    on_the_way: Any,
+    *,
+    tiles: Tiling,
+) -> None:
+    """``pool`` and ``moved_pool`` are the same memory; no block holds both sources and holes."""
+    row, rows = pl.program_id(0), pl.num_programs(0)
+
+    def stream(span: Any, *scratch: Any) -> TileStream:
+        return TileStream(tiles, pool, table, lambda r: (span[2 * r], span[2 * r + 1]), scratch, (0, rows))
+
+    sources = stream(source_span, source_buffer, source_arrived, source_state)
+    holes = stream(hole_span, hole_buffer, hole_arrived, hole_state)
+
+    @pl.when(row == 0)
+    def _():
+        sources.start()
+        holes.start()
+        for i in range(STAGES + 1):
+            on_the_way[i] = 0  # blocks in each stage, then the stage that is next
+
+    new_scores[...] = old_scores[...]
+    new_positions[...] = old_positions[...]
+    exact = lax.Precision.HIGHEST if pool.dtype == jnp.float32 else None
+
+    def gather(source: Array, hole: Array, slot: Array) -> None:
+        """What this source tile has for this tile of holes."""
+        number = _column(source_number[0, pl.ds(source, 1)])
+        is_move = number == hole_number[0, pl.ds(hole, 1)]
+        kv = jnp.where(number >= 0, source_buffer[slot].astype(jnp.float32), 0.0).astype(pool.dtype)
+        ones = is_move.astype(jnp.float32).astype(pool.dtype)
+        gathered[...] += lax.dot_general(
+            ones, kv, (((0,), (0,)), ((), ())), precision=exact, preferred_element_type=jnp.float32
+        )
+        fills = is_move.astype(jnp.int32).sum(0, keepdims=True) > 0
+        for old, new in ((old_scores, new_scores), (old_positions, new_positions)):
+            value = jnp.where(is_move, _column(old[0, pl.ds(source, 1)]), 0).sum(0, keepdims=True)
+            new[0, pl.ds(hole, 1)] = jnp.where(fills, value, new[0, pl.ds(hole, 1)])
+
+    def blocks_of(stage: Array, hole: Array) -> tuple[Array, Array, Any]:
+        """First and end of the entries to store, and the copy of one of them."""
+        first = jnp.maximum(hole_span[2 * row], hole * tiles.blocks)
+        end = jnp.minimum(hole_span[2 * row + 1], (hole + 1) * tiles.blocks)
+
+        def copy(entry: Array) -> Any:
+            at = pl.multiple_of((entry - hole * tiles.blocks) * tiles.block_size, tiles.block_size)
+            block = moved_pool.at[table[row * tiles.max_blocks + entry]]
+            return pltpu.make_async_copy(staged.at[stage, pl.ds(at, tiles.block_size)], block, stored.at[stage])
+
+        return first, end, copy
+
+    def await_stage(stage: Array) -> None:
+        one = staged.at[0, pl.ds(0, tiles.block_size)]
+        wait = pltpu.make_async_copy(one, one, stored.at[stage]).wait
+        lax.fori_loop(0, on_the_way[stage], lambda _, __: wait(), None)
+        on_the_way[stage] = 0
+
+    def store(hole: Array) -> None:
+        """The tile of holes goes back, with what was gathered in its holes."""
+        slot = holes.take(row, hole)
+        stage = on_the_way[STAGES]
+        await_stage(stage)
+        is_hole = _column(hole_number[0, pl.ds(hole, 1)]) >= 0
+        old = hole_buffer[slot].astype(jnp.float32)
+        staged[stage] = jnp.where(is_hole, gathered[...], old).astype(pool.dtype)
+        gathered[...] = jnp.zeros(gathered.shape, gathered.dtype)
+        first, end, copy = blocks_of(stage, hole)
+        lax.fori_loop(first, end, lambda entry, _: copy(entry).start(), None)
+        on_the_way[stage] = end - first
+        on_the_way[STAGES] = lax.rem(stage + 1, jnp.int32(STAGES))
+
+    width = tiles.tiles + 1
+    moves = source_before[row * width + tiles.tiles]
+
+    @pl.when(moves > 0)
+    def _():
+        gathered[...] = jnp.zeros(gathered.shape, gathered.dtype)
+
+        def pair(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+            _, source, hole, slot = state
+            gather(source, hole, slot)
+            source_end, hole_end = source_before[row * width + source + 1], hole_before[row * width + hole + 1]
+            done = jnp.minimum(source_end, hole_end)
+            pl.when(hole_end == done)(lambda: store(hole))
+            next_source = jnp.where(source_end == done, source + 1, source)
+            slot = lax.cond(
+                (source_end == done) & (done < moves), lambda: sources.take(row, next_source), lambda: slot
+            )
+            return done, next_source, jnp.where(hole_end == done, hole + 1, hole), slot
+
+        source, _ = sources.tiles(row)
+        hole, _ = holes.tiles(row)
+        start = jnp.int32(0), source, hole, sources.take(row, source)
+        lax.while_loop(lambda state: state[0] < moves, pair, start)
+
+    @pl.when(row == rows - 1)
+    def _():
+        for stage in range(STAGES):
+            await_stage(jnp.int32(stage))

@@ -1,0 +1,183 @@
+"""Decode attention as a TPU kernel: one grid step a row (a KV head of a sequence), its blocks streamed tile by tile.
+
+Where K and V share a register's 128 lanes (head_dim 64), whole rows go to the matrix unit and the half that isn't
+wanted meets zeros, or is dropped: the unit has time to spare, and no lane is ever shuffled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.tiles_tpu import LANES, SMEM_ENTRIES, Tiling, TileStream, ceil_div, check_pool, tiling
+
+MASKED = -1e30
+CORES = 2
+"""Halves of the grid, which the two cores of a v4 or v5p share; on other chips they follow each other."""
+
+
+def paged_attention(
+    query: Array,
+    pool: Array,
+    block_table: Array,
+    lengths: Array,
+    *,
+    observe: tuple[Callable[[Array], Array], ...] = (),
+    tiles: Tiling | None = None,
+    smem_entries: int = SMEM_ENTRIES,
+    interpret: Any = False,
+) -> tuple[Array, tuple[Array, ...]]:
+    """See ``api.paged_attention``.
+
+    ``tiles`` and ``smem_entries`` are for tests: how heads are cut, and how large a table one call may take.
+
+    Raises:
+      ValueError: a pool whose rows or blocks don't fill registers, or a table row too long for SMEM.
+    """
+    batch, heads, head_dim = query.shape
+    kv_heads, max_blocks = block_table.shape[1:]
+    check_pool(pool, head_dim)
+    if max_blocks > smem_entries:
+        raise ValueError(f"a head's table row must fit in SMEM: {max_blocks=} exceeds {smem_entries}; use larger blocks")
+    tiles = tiles or tiling(pool, max_blocks)
+    rows, group = batch * kv_heads, heads // kv_heads
+    half = pool.shape[-1] // 2
+    width, value_at = (half, 0) if half % LANES == 0 else (2 * half, half)
+
+    query = query.reshape(rows, group, head_dim)
+    padded = jnp.pad(query, ((0, 0), (0, 0), (0, width - head_dim)))
+    arguments = (padded, block_table.reshape(rows, max_blocks), lengths.reshape(rows))
+    run = partial(_run, pool, scale=head_dim**-0.5, observe=observe, tiles=tiles, interpret=interpret)
+    at_once = max(1, smem_entries // max_blocks)
+    parts = [run(*(x[at : at + at_once] for x in arguments)) for at in range(0, rows, at_once)]
+    out, *masses = (jnp.concatenate(xs) if len(xs) > 1 else xs[0] for xs in zip(*parts, strict=True))
+    out = out[..., value_at : value_at + head_dim].reshape(batch, heads, head_dim)
+    kvs = max_blocks * tiles.block_size
+    return out, tuple(m.reshape(batch, kv_heads, -1)[..., :kvs] for m in masses)
+
+
+def _run(
+    pool: Array,
+    query: Array,
+    table: Array,
+    lengths: Array,
+    *,
+    scale: float,
+    observe: tuple[Callable[[Array], Array], ...],
+    tiles: Tiling,
+    interpret: Any,
+) -> list[Array]:
+    """One call: query ``[rows, group, width]`` -> output like it, and masses ``f32[rows, tiles, kvs]``."""
+    rows, group, width = query.shape
+    steps = -(-rows // CORES)
+    pad = CORES * steps - rows
+    query = jnp.pad(query, ((0, pad), (0, 0), (0, 0)))
+    mass = jax.ShapeDtypeStruct((CORES * steps, tiles.tiles, tiles.kvs), jnp.float32)
+    of_query = pl.BlockSpec((1, group, width), lambda core, step, *_: (core * steps + step, 0, 0))
+    of_mass = pl.BlockSpec((1, tiles.tiles, tiles.kvs), lambda core, step, *_: (core * steps + step, 0, 0))
+    logits = [pltpu.VMEM((tiles.tiles, group, tiles.kvs), jnp.float32)] if observe else []
+    kernel = partial(_kernel, scale=scale, observe=observe, tiles=tiles, steps=steps)
+    results = pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(CORES, steps),
+            in_specs=[of_query, pl.BlockSpec(memory_space=pl.ANY)],
+            out_specs=[of_query] + [of_mass for _ in observe],
+            scratch_shapes=[*TileStream.scratch_shapes(tiles, pool), *logits],
+        ),
+        out_shape=[jax.ShapeDtypeStruct(query.shape, query.dtype)] + [mass for _ in observe],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_vmem_limit(tiles, pool, group, observe)
+        ),
+        name="paged_attention",
+        interpret=interpret,
+    )(jnp.pad(lengths, (0, pad)), jnp.pad(table, ((0, pad), (0, 0))).reshape(-1), query, pool)
+    return [x[:rows] for x in results]
+
+
+def _vmem_limit(tiles: Tiling, pool: Array, group: int, observe: tuple[Any, ...]) -> int:
+    buffers = tiles.buffers * tiles.kvs * pool.shape[-1] * pool.dtype.itemsize
+    masses = tiles.tiles * tiles.kvs * 4 * (2 * len(observe) + 8 * bool(observe))
+    return 16 * 2**20 + buffers + masses
+
+
+def _kernel(
+    lengths: Any,
+    table: Any,
+    query_ref: Any,
+    pool: Any,
+    out_ref: Any,
+    *rest: Any,
+    scale: float,
+    observe: tuple[Callable[[Array], Array], ...],
+    tiles: Tiling,
+    steps: int,
+) -> None:
+    mass_refs, (buffer, arrived, state, *logits_ref) = rest[: len(observe)], rest[len(observe) :]
+    core, step = pl.program_id(0), pl.program_id(1)
+    row = core * steps + step
+    length = lengths[row]
+
+    def span(row: Array) -> tuple[Array, Array]:
+        return jnp.int32(0), ceil_div(lengths[row], tiles.block_size)
+
+    stream = TileStream(tiles, pool, table, span, (buffer, arrived, state), (core * steps, (core + 1) * steps))
+    pl.when(step == 0)(stream.start)
+
+    query = query_ref[0].astype(buffer.dtype)
+    group, width = query.shape
+    value_at = buffer.shape[-1] - width  # K is the row's first ``width`` lanes, V its last; they may be the same
+    precision = lax.Precision.HIGHEST if buffer.dtype == jnp.float32 else None
+    end = stream.tiles(row)[1]
+
+    def attend(tile: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        maximum, total, output = carry
+        slot = stream.take(row, tile)
+        left = length - tile * tiles.kvs
+
+        # A freed block keeps its old bytes, and 0 * NaN is NaN: what is no KV must be zero.
+        @pl.when(left < tiles.kvs)
+        def _():
+            held = lax.broadcasted_iota(jnp.int32, buffer.shape[1:], 0) < left
+            kv = buffer[slot].astype(jnp.float32)
+            buffer[slot] = jnp.where(held, kv, 0.0).astype(buffer.dtype)
+
+        key, value = buffer[slot, :, :width], buffer[slot, :, value_at:]
+        s = lax.dot_general(
+            query, key, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+        )
+        s = jnp.where(lax.broadcasted_iota(jnp.int32, s.shape, 1) < left, s * scale, MASKED)
+        if logits_ref:
+            logits_ref[0][tile] = s
+        new_maximum = jnp.maximum(maximum, s.max(-1, keepdims=True))
+        p = jnp.exp(s - new_maximum)
+        decay = jnp.exp(maximum - new_maximum)
+        out = jnp.dot(p.astype(buffer.dtype), value, precision=precision, preferred_element_type=jnp.float32)
+        return new_maximum, total * decay + p.sum(-1, keepdims=True), output * decay + out
+
+    start = jnp.full((group, 1), MASKED), jnp.zeros((group, 1)), jnp.zeros((group, width))
+    maximum, total, output = lax.fori_loop(0, end, attend, start)
+    share = 1.0 / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+    out_ref[0] = (output * share).astype(out_ref.dtype)
+
+    if observe:
+
+        def normalise(tile: Array, _: None) -> None:
+            p = jnp.exp(logits_ref[0][tile] - maximum) * share
+            for mass_ref, function in zip(mass_refs, observe, strict=True):
+                mass_ref[0, pl.ds(tile, 1)] = function(p[None])
+
+        def clear(tile: Array, _: None) -> None:
+            for mass_ref in mass_refs:
+                mass_ref[0, pl.ds(tile, 1)] = jnp.zeros((1, tiles.kvs))
+
+        lax.fori_loop(0, end, normalise, None)
+        lax.fori_loop(end, tiles.tiles, clear, None)

@@ -1,0 +1,201 @@
+"""Tiles of a head's blocks, streamed from the pool into a ring of VMEM buffers while earlier ones are worked on.
+
+The blocks of a head are cut into tiles of ``Tiling.blocks`` table entries. One stream runs over all heads of a kernel's
+grid in order, so the next head's first tiles are under way while the last of this one are in use. A copy moves one
+block: that is all the table promises to be contiguous.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+LANES = 128
+TILE_BYTES = 256 * 1024
+BUFFERS = 4
+"""With tiles of 256 KiB three quarters of a MiB are in flight: about what bandwidth times latency asks for."""
+SMEM_ENTRIES = 128 * 1024
+"""i32 a call may prefetch; SMEM is 1 MiB on every generation, and half of it is the compiler's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """How a head's blocks are cut."""
+
+    block_size: int
+    blocks: int
+    """Table entries a tile."""
+    max_blocks: int
+    """Table entries a head."""
+    buffers: int = BUFFERS
+
+    @property
+    def kvs(self) -> int:
+        return self.blocks * self.block_size
+
+    @property
+    def tiles(self) -> int:
+        """Tiles that a whole table row makes."""
+        return -(-self.max_blocks // self.blocks)
+
+
+def tiling(pool: jax.Array, max_blocks: int, tile_bytes: int = TILE_BYTES) -> Tiling:
+    """Tiles of about so many bytes, a multiple of 128 KVs where blocks allow."""
+    block_size, width = pool.shape[1:]
+    kvs = max(LANES, tile_bytes // (width * pool.dtype.itemsize) // LANES * LANES)
+    whole = -(-max_blocks * block_size // LANES) * LANES
+    return Tiling(block_size=block_size, blocks=max(1, min(kvs, whole) // block_size), max_blocks=max_blocks)
+
+
+def sublanes(dtype: jnp.dtype) -> int:
+    """Rows of a register: what a copy must begin and end at."""
+    return 8 * 4 // jnp.dtype(dtype).itemsize
+
+
+def check_pool(pool: Array, head_dim: int) -> None:
+    """Raises ValueError for a pool that these kernels can't read."""
+    size, width = pool.shape[1:]
+    packed = sublanes(pool.dtype)
+    if width % LANES or width < 2 * head_dim:
+        wanted = 2 * -(-head_dim // 64) * 64
+        raise ValueError(
+            f"on a TPU a pool row must be a multiple of {LANES} values wide: {pool.shape=}, {head_dim=}; "
+            f"give the cache rows of {wanted} values, K and V padded to {wanted // 2} each"
+        )
+    if size % packed or LANES % size:
+        raise ValueError(
+            f"on a TPU a {pool.dtype} block must hold {packed} to {LANES} KVs, a power of two: {pool.shape=}"
+        )
+
+
+def floor_div(x: Array, y: int) -> Array:
+    """Of what isn't negative: ``//`` asks about signs, and in a kernel each question is an instruction."""
+    return lax.div(x, jnp.int32(y))
+
+
+def ceil_div(x: Array, y: int) -> Array:
+    return floor_div(x + (y - 1), y)
+
+
+class TileStream:
+    """Inside a kernel: tiles of all heads in the order in which the grid visits them.
+
+    ``start`` once before the first, then ``take`` once for each tile of each head in turn.
+    """
+
+    def __init__(
+        self,
+        tiling: Tiling,
+        pool: Any,
+        table: Any,
+        span: Callable[[Array], tuple[Array, Array]],
+        scratch: tuple[Any, Any, Any],
+        items: tuple[Array | int, Array | int],
+        *,
+        repeats: int = 1,
+    ):
+        """
+        Args:
+          tiling: how heads are cut.
+          pool: ``[blocks, block_size, width]`` in HBM.
+          table: ``i32[rows * max_blocks]`` in SMEM.
+          span: the table entries ``[first, end)`` that are to be read of a row.
+          scratch: what ``scratch_shapes`` asked for.
+          items: first and end of what the grid visits; item ``i`` is row ``i // repeats``.
+          repeats: how many times in turn a row is visited.
+        """
+        self.tiling, self.pool, self.table, self.span, self.repeats = tiling, pool, table, span, repeats
+        self.buffer, self.arrived, self.state = scratch
+        self.items = items
+
+    @staticmethod
+    def scratch_shapes(tiling: Tiling, pool: Array) -> tuple[Any, Any, Any]:
+        """Buffers, their semaphores, and the counters item, tile, copied, taken."""
+        return (
+            pltpu.VMEM((tiling.buffers, tiling.kvs, pool.shape[-1]), pool.dtype),
+            pltpu.SemaphoreType.DMA((tiling.buffers,)),
+            pltpu.SMEM((4,), jnp.int32),
+        )
+
+    def tiles(self, item: Array) -> tuple[Array, Array]:
+        """First and end of an item's tiles."""
+        first, end = self.span(floor_div(item, self.repeats))
+        return floor_div(first, self.tiling.blocks), jnp.where(end > first, ceil_div(end, self.tiling.blocks), 0)
+
+    def start(self) -> None:
+        """Begins to copy as many tiles as there are buffers, but one."""
+        self._go_to(jnp.int32(self.items[0]))
+        self.state[2] = 0
+        self.state[3] = 0
+        for _ in range(self.tiling.buffers - 1):
+            self._copy_next()
+
+    def take(self, item: Array, tile: Array) -> Array:
+        """Waits for the next tile, which is this one, and returns its buffer; the one taken before is given up."""
+        self._copy_next()
+        slot = lax.rem(self.state[3], jnp.int32(self.tiling.buffers))
+        self.state[3] += 1
+        self._wait(item, tile, slot)
+        return slot
+
+    def _go_to(self, item: Array) -> None:
+        """Points to the first tile of the first item from this one on that has any."""
+
+        def is_empty(item: Array) -> Array:
+            first, end = self._span_within(item)
+            return (item < self.items[1]) & (end <= first)
+
+        item = lax.while_loop(is_empty, lambda i: i + 1, item)
+        self.state[0] = item
+        self.state[1] = floor_div(self._span_within(item)[0], self.tiling.blocks)
+
+    def _span_within(self, item: Array) -> tuple[Array, Array]:
+        """The last item's span for those past the end, where there is nothing to read."""
+        return self.span(floor_div(jnp.minimum(item, self.items[1] - 1), self.repeats))
+
+    def _entries(self, item: Array, tile: Array) -> tuple[Array, Array]:
+        """The table entries of a tile that are in the item's span."""
+        first, end = self.span(floor_div(item, self.repeats))
+        return jnp.maximum(first, tile * self.tiling.blocks), jnp.minimum(end, (tile + 1) * self.tiling.blocks)
+
+    def _copy_next(self) -> None:
+        @pl.when(self.state[0] < self.items[1])
+        def _():
+            item, tile = self.state[0], self.state[1]
+            slot = lax.rem(self.state[2], jnp.int32(self.tiling.buffers))
+            row = floor_div(item, self.repeats) * self.tiling.max_blocks
+            size = self.tiling.block_size
+
+            def copy(entry: Array, _: None) -> None:
+                at = pl.multiple_of((entry - tile * self.tiling.blocks) * size, size)
+                block = self.pool.at[self.table[row + entry]]
+                pltpu.make_async_copy(block, self.buffer.at[slot, pl.ds(at, size)], self.arrived.at[slot]).start()
+
+            lax.fori_loop(*self._entries(item, tile), copy, None)
+            self.state[2] += 1
+            self.state[1] = tile + 1
+
+            @pl.when(tile + 1 == self.tiles(item)[1])
+            def _():
+                self._go_to(item + 1)
+
+    def _wait(self, item: Array, tile: Array, slot: Array) -> None:
+        """One wait for the bytes of a whole tile; a part-filled one waits for each block."""
+        first, end = self._entries(item, tile)
+        whole, block = self.buffer.at[slot], self.buffer.at[slot, pl.ds(0, self.tiling.block_size)]
+
+        def wait_for(part: Any) -> None:
+            pltpu.make_async_copy(part, part, self.arrived.at[slot]).wait()
+
+        @pl.when(end - first == self.tiling.blocks)
+        def _():
+            wait_for(whole)
+
+        @pl.when(end - first < self.tiling.blocks)
+        def _():
+            lax.fori_loop(first, end, lambda _, __: wait_for(block), None)
