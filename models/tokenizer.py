@@ -62,17 +62,24 @@ class Tokenizer:
 
 @dataclass(kw_only=True)
 class Detokenizer:
-    """Gives out only whole characters: bytes of an unfinished one are held back."""
+    """Gives out only whole characters: bytes of an unfinished one are held back. Special tokens have no text."""
 
     tokenizer: Tokenizer
+    _special: frozenset[int] = field(init=False)
     _ids: list[int] = field(default_factory=list)
     _start: int = 0
     """Where the text that gives the next token its context begins."""
     _given: int = 0
     """Tokens whose text is out."""
 
+    def __post_init__(self) -> None:
+        added = self.tokenizer.core.get_added_tokens_decoder()
+        self._special = frozenset(i for i, token in added.items() if token.special)
+
     def push(self, token: int) -> str:
         """The text that this token completes; often empty."""
+        if token in self._special:  # as the context of the next token, it would have that lose its space
+            return ""
         self._ids.append(token)
         text = self._new_text()
         if text.endswith("\N{REPLACEMENT CHARACTER}"):

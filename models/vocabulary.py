@@ -9,10 +9,11 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from models.checkpoints.gguf import open_gguf
+from models.checkpoints.gguf_file import GgufFile
 from models.errors import CheckpointError
 
 _CONTROL, _USER_DEFINED = 3, 4
+_LLAMA_3 = ("llama-bpe", "llama3", "llama-v3")
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{%s}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -36,8 +37,7 @@ def tokenizer_from_gguf(path: Path) -> GgufTokenizer:
     Raises:
         CheckpointError: the file can't be read, has no vocabulary, or one of an unknown kind.
     """
-    fields = open_gguf(path).fields
-    values = {key: field.contents() for key, field in fields.items() if key.startswith("tokenizer.")}
+    values = GgufFile(path).metadata(lambda key: key.startswith("tokenizer."))
     kind = values.get("tokenizer.ggml.model")
     tokens = values.get("tokenizer.ggml.tokens")
     if not tokens:
@@ -55,11 +55,12 @@ def tokenizer_from_gguf(path: Path) -> GgufTokenizer:
         core.add_special_tokens(added) if special else core.add_tokens(added)
     ends = (values.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
     bos = values.get("tokenizer.ggml.bos_token_id")
+    begins = kind == "llama" or values.get("tokenizer.ggml.pre") in _LLAMA_3  # where the file doesn't say: as llama.cpp
     return GgufTokenizer(
         core=core,
         eos_ids=tuple(dict.fromkeys(int(i) for i in ends if i is not None)),
         bos_id=None if bos is None else int(bos),
-        adds_bos=bool(values.get("tokenizer.ggml.add_bos_token", kind == "llama")),
+        adds_bos=bool(values.get("tokenizer.ggml.add_bos_token", begins)),
         chat_template=values.get("tokenizer.chat_template"),
     )
 
@@ -73,7 +74,7 @@ def _byte_level(path: Path, values: Mapping[str, Any]) -> Tokenizer:
         pre = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
     elif cut in ("default", "gpt-2"):
         pre = byte_level
-    elif cut in ("llama-bpe", "llama3", "qwen2"):
+    elif cut in (*_LLAMA_3, "qwen2"):
         words = Regex(_WORDS % ("1" if cut == "qwen2" else "1,3"))
         pre = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "isolated"), byte_level])
         normalizer = normalizers.NFC() if cut == "qwen2" else None
@@ -84,7 +85,7 @@ def _byte_level(path: Path, values: Mapping[str, Any]) -> Tokenizer:
         )
     vocabulary = {token: i for i, token in enumerate(values["tokenizer.ggml.tokens"])}
     merges = [tuple(merge.split(" ", 1)) for merge in values.get("tokenizer.ggml.merges", [])]
-    core = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=cut in ("llama-bpe", "llama3")))
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=cut in _LLAMA_3))
     core.pre_tokenizer = pre
     core.decoder = decoders.ByteLevel()
     if normalizer is not None:

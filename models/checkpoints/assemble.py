@@ -1,6 +1,7 @@
 """Build a `Llama` out of a checkpoint's tensors, one at a time, each checked."""
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -12,7 +13,7 @@ from jax.typing import DTypeLike
 
 from models.config import LlamaConfig
 from models.errors import CheckpointError
-from models.llama import Llama
+from models.llama import Layer, Llama
 
 ParameterPath = tuple[str, ...]  # such as ("layers", "3", "attention", "query", "kernel")
 
@@ -36,7 +37,15 @@ def abstract_model(config: LlamaConfig, dtype: DTypeLike) -> Llama:
     """A `Llama` whose parameters are shapes and dtypes, without memory."""
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be a floating point type, got {dtype}")
-    return nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype))
+    model, layer = nnx.eval_shape(
+        lambda: (
+            Llama(replace(config, num_layers=1), rngs=nnx.Rngs(0), dtype=dtype),
+            Layer(config, rngs=nnx.Rngs(0), dtype=dtype),
+        )
+    )
+    model.config = config
+    model.layers = nnx.List([nnx.clone(layer) for _ in range(config.num_layers)])  # tracing each would take seconds
+    return model
 
 
 def parameters_of(model: Llama) -> dict[ParameterPath, nnx.Variable[jax.Array]]:

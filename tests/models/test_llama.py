@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from models.attention import causal_attention
+from models.checkpoints.assemble import abstract_model
 from models.llama import Llama
 from models.rope import RopeScaling, rotate, rotation
 
@@ -121,6 +122,16 @@ def test_bfloat16_parameters_stay_bfloat16_and_come_close(tiny_model, forward, t
     assert hidden.dtype == jnp.bfloat16
     wide = forward(model, tokens)
     assert np.abs(forward(narrow, tokens) - wide).max() < 0.05 * np.abs(wide).max()
+
+
+def test_an_abstract_model_is_the_one_that_initialisation_would_give(tiny_model):
+    config = replace(tiny_model().config, num_layers=3, qk_norm=True, attention_bias=True)
+    traced = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
+    graph, expected = nnx.split(traced)
+    found_graph, found = nnx.split(abstract_model(config, jnp.bfloat16))
+    assert found_graph == graph
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    assert jax.tree.leaves(found) == jax.tree.leaves(expected)
 
 
 def test_config_is_hashable_and_comparable(tiny_model):

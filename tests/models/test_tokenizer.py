@@ -109,12 +109,33 @@ def write_gguf(path, **values):
         writer.add_token_scores(values.get("scores", [0.0] * len(values["tokens"])))
         writer.add_token_types(values.get("types", [1] * len(values["tokens"])))
         writer.add_token_merges(values.get("merges", ["a b"]))
+    if "add_bos" in values:
+        writer.add_add_bos_token(values["add_bos"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
     return path
+
+
+@pytest.mark.parametrize(
+    ("values", "adds"),
+    [
+        ({"model": "gpt2", "pre": "llama-bpe"}, True),
+        ({"model": "gpt2", "pre": "llama-v3"}, True),
+        ({"model": "gpt2", "pre": "llama-bpe", "add_bos": False}, False),
+        ({"model": "gpt2", "pre": "qwen2"}, False),
+        ({"model": "gpt2", "pre": "qwen2", "add_bos": True}, True),
+        ({"model": "gpt2"}, False),
+    ],
+)
+def test_llama_3_begins_with_bos_unless_its_file_says_otherwise(tmp_path, values, adds):
+    tokens = ["<unk>", "<s>", "</s>", "a", "b", "ab"]
+    tokenizer = load_tokenizer(write_gguf(tmp_path / "bpe.gguf", tokens=tokens, types=[2, 3, 3, 1, 1, 1], **values))
+    assert tokenizer.encode("ab") == ([1, 5] if adds else [5])
+    assert tokenizer.encode("ab", add_special=False) == [5]
+    assert tokenizer.encode("<s>ab") == [1, 5]
 
 
 def test_a_sentencepiece_vocabulary_merges_the_best_scored_pieces_first(tmp_path):
@@ -131,6 +152,27 @@ def test_a_sentencepiece_vocabulary_merges_the_best_scored_pieces_first(tmp_path
     assert tokenizer.encode("<s>ab").count(1) == 1
     assert tokenizer.decode(tokenizer.encode("ab ab")) == "ab ab"
     assert tokenizer.decode(tokenizer.encode("aé")) == "aé"  # by its bytes
+
+
+@pytest.fixture(scope="module")
+def sentence_piece(tmp_path_factory):
+    """Bytes, and letters with and without a space before them; ids 1 and 2 are special."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "a", "b", "▁a", "▁b", "ab", "▁▁"]
+    types = [2, 3, 3] + [6] * 256 + [1] * 7
+    path = tmp_path_factory.mktemp("spm") / "spm.gguf"
+    return load_tokenizer(write_gguf(path, tokens=pieces, scores=[-float(i) for i in range(len(pieces))], types=types))
+
+
+@given(
+    words=st.lists(st.text("ab é日", min_size=1, max_size=4), max_size=6), special=st.sampled_from([[], [2], [1, 2]])
+)
+def test_a_stream_keeps_spaces_around_special_tokens(sentence_piece, words, special):
+    """Each word is encoded as one that follows others, with its space."""
+    ids = [1]
+    for word in words:
+        ids += [*special, *sentence_piece.encode(word, add_special=False)]
+    stream = sentence_piece.stream()
+    assert "".join([*map(stream.push, ids), stream.flush()]) == sentence_piece.decode(ids)
 
 
 def test_a_directory_with_tokenizer_json(tmp_path, smollm2):
@@ -155,6 +197,7 @@ def test_a_directory_with_tokenizer_json(tmp_path, smollm2):
         ({"model": "t5", "tokens": ["a", "b", "c"]}, "'t5' is not supported"),
         ({"model": "gpt2", "pre": "mystery", "tokens": ["a", "b", "ab"]}, "pre-tokenizer 'mystery' is not known"),
         ({"model": "gpt2"}, "has no vocabulary"),
+        ({"model": "gpt2", "tokens": ["a", b"\xff", "ab"]}, r"odd\.gguf: tokenizer\.ggml\.tokens isn't text"),
     ],
 )
 def test_an_unknown_vocabulary_is_refused(tmp_path, values, message):
