@@ -1,1 +1,3 @@
 """Operations on a per-head paged KV cache: array in, array out. They know no policy, no model and no cache class."""
+
+from pallas_kernels.dispatch import use_implementation as use_implementation

@@ -6,6 +6,7 @@ from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple
 
 import jax
+from jax import Array
 
 Implementation = Literal["xla", "mosaic_tpu"]
 """``"xla"``: the reference in plain XLA, on any platform. ``"mosaic_tpu"``: the Pallas kernel for TPUs."""
@@ -39,6 +40,24 @@ def use_implementation(implementation: Implementation, *, interpret: Any = False
         yield
     finally:
         _forced.reset(token)
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Values that K, and V, should take in a pool row, so that the implementation chosen here can read it.
+
+    On a TPU a row is copied whole only where it fills registers of 128 lanes: K and V take a multiple of 64 each.
+    """
+    return -(-head_dim // 64) * 64 if choose(None).implementation == "mosaic_tpu" else head_dim
+
+
+def check_row(pool: Array, head_dim: int) -> None:
+    """Raises ValueError for pool rows that can't hold K beside V."""
+    width = pool.shape[-1]
+    if width % 2 or width < 2 * head_dim:
+        raise ValueError(
+            f"a pool row must hold K beside V, at least {2 * head_dim} values and an even number: "
+            f"{pool.shape=}, {head_dim=}"
+        )
 
 
 def choose(implementation: Implementation | None) -> Choice:

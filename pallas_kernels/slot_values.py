@@ -1,7 +1,7 @@
 """One value a token slot (scores, positions), in rows of 128: read and written a whole block at a time.
 
-Block ``b`` of ``n`` slots owns the values ``b * n`` to ``(b + 1) * n``, which lie in one row. An index a block, not a slot,
-is what a gather or scatter costs.
+Block ``b`` of ``n`` slots owns the values ``b * n`` to ``(b + 1) * n``, which lie in one row. So a gather or scatter
+takes an index a block, not one a slot.
 """
 
 import jax.numpy as jnp
@@ -13,9 +13,7 @@ def read_blocks(values: Array, blocks: Array, block_size: int) -> Array:
     return lax.gather(
         values,
         _places(values, blocks, block_size),
-        lax.GatherDimensionNumbers(
-            offset_dims=(blocks.ndim,), collapsed_slice_dims=(0,), start_index_map=(0, 1)
-        ),
+        lax.GatherDimensionNumbers(offset_dims=(blocks.ndim,), collapsed_slice_dims=(0,), start_index_map=(0, 1)),
         slice_sizes=(1, block_size),
         mode="promise_in_bounds",
     )

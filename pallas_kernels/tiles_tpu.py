@@ -7,7 +7,7 @@ block: that is all the table promises to be contiguous.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,12 @@ LANES = 128
 TILE_BYTES = 256 * 1024
 BUFFERS = 4
 """With tiles of 256 KiB three quarters of a MiB are in flight: about what bandwidth times latency asks for."""
+CORES = 2
+"""Halves of a grid, which the two cores of a v4 or v5p share; on other chips they follow each other."""
+MASKED = -1e30
+"""A logit that counts for nothing; finite, so that differences of such logits are no NaN."""
 SMEM_ENTRIES = 128 * 1024
-"""i32 a call may prefetch; SMEM is 1 MiB on every generation, and half of it is the compiler's."""
+"""i32 that a call may prefetch; SMEM is 1 MiB on every generation, of which this is half."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +56,36 @@ def tiling(pool: jax.Array, max_blocks: int, tile_bytes: int = TILE_BYTES) -> Ti
     return Tiling(block_size=block_size, blocks=max(1, min(kvs, whole) // block_size), max_blocks=max_blocks)
 
 
+class Lanes(NamedTuple):
+    """Where K and V lie in a pool row, as the matrix unit takes them.
+
+    Where both share a register's 128 lanes (head_dim 64), whole rows go to the matrix unit: the half that isn't wanted
+    meets zeros, or is dropped afterwards. The unit has time to spare, and no lane is ever shuffled.
+    """
+
+    half: int
+    """Lanes of K, and of V."""
+    width: int
+    """Lanes of a key operand, the row's first, and of a value operand, the row's last."""
+    value_at: int
+    """Where V begins in the product with a value operand."""
+
+
+def lanes_of(pool: Array) -> Lanes:
+    half = pool.shape[-1] // 2
+    return Lanes(half, half, 0) if half % LANES == 0 else Lanes(half, 2 * half, half)
+
+
+def as_column(row: Array) -> Array:
+    """``[1, n]`` as ``[n, 1]``, in a kernel."""
+    return jnp.transpose(jnp.broadcast_to(row, (8, row.shape[1])))[:, :1]
+
+
+def as_row(column: Array) -> Array:
+    """``[n, 1]`` as ``[1, n]``, in a kernel."""
+    return jnp.transpose(jnp.broadcast_to(column, (column.shape[0], LANES)))[:1]
+
+
 def sublanes(dtype: jnp.dtype) -> int:
     """Rows of a register: what a copy must begin and end at."""
     return 8 * 4 // jnp.dtype(dtype).itemsize
@@ -80,6 +114,20 @@ def floor_div(x: Array, y: int) -> Array:
 
 def ceil_div(x: Array, y: int) -> Array:
     return floor_div(x + (y - 1), y)
+
+
+def rows_at_once(entries_a_row: int, smem_entries: int) -> int:
+    """Rows that one call may take, so that what it prefetches fits in SMEM; more are split over several calls.
+
+    Raises:
+      ValueError: one row alone doesn't fit.
+    """
+    if entries_a_row > smem_entries:
+        raise ValueError(
+            f"a head's table row must fit in SMEM: it takes {entries_a_row} entries of {smem_entries}; "
+            "use larger blocks or a shorter max_context"
+        )
+    return smem_entries // entries_a_row
 
 
 class TileStream:
@@ -142,6 +190,15 @@ class TileStream:
         self.state[3] += 1
         self._wait(item, tile, slot)
         return slot
+
+    def clear_past(self, slot: Array, left: Array) -> None:
+        """Zeroes a taken tile's rows from ``left`` on: a freed block keeps its old bytes, and 0 * NaN is NaN."""
+
+        @pl.when(left < self.tiling.kvs)
+        def _():
+            held = lax.broadcasted_iota(jnp.int32, self.buffer.shape[1:], 0) < left
+            kv = self.buffer[slot].astype(jnp.float32)
+            self.buffer[slot] = jnp.where(held, kv, 0.0).astype(self.buffer.dtype)
 
     def _go_to(self, item: Array) -> None:
         """Points to the first tile of the first item from this one on that has any."""

@@ -1,12 +1,12 @@
 """Survivors of an eviction into the holes that it left: picks the implementation."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import jax
 from jax import Array
 
 from pallas_kernels.block_moves import reference
+from pallas_kernels.dispatch import Implementation, choose
 
 
 @jax.tree_util.register_dataclass
@@ -14,7 +14,8 @@ from pallas_kernels.block_moves import reference
 class Moves:
     """Per row (a KV head of a layer of a sequence) the KVs to move; sources and destinations are disjoint.
 
-    The ``m``-th move of a row takes the KV of its ``m``-th source to its ``m``-th hole.
+    The ``m``-th move of a row takes the KV of its ``m``-th source to its ``m``-th hole. A row's sources lie in blocks
+    that come after those of its holes: they are an eviction's survivors, in the blocks that are given up.
     """
 
     is_source: Array
@@ -30,26 +31,29 @@ def move_kvs(
     block_table: Array,
     moves: Moves,
     *,
-    implementation: Literal["xla"] | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[Array, Array, Array]:
     """Moves KVs with their score and position, in place where the arrays are donated.
 
     Args:
-      pool: ``[blocks, block_size, 2 * head_dim]``.
+      pool: ``[blocks, block_size, width]``.
       scores, positions: one value a token slot, in rows of 128.
       block_table: ``i32[rows, max_blocks]``.
       moves: what goes where.
-      implementation: ``"xla"``, or None for the platform's own.
+      implementation: see ``dispatch.Implementation``; None: the platform's own.
 
     Returns:
       Pool, scores and positions after the moves.
 
     Raises:
-      ValueError: shapes that don't belong together.
+      ValueError: shapes that don't belong together, or that this implementation can't take.
     """
     rows, max_blocks = block_table.shape
     if moves.is_source.shape != (rows, max_blocks * pool.shape[1]) or moves.is_hole.shape != moves.is_source.shape:
         raise ValueError(f"moves must cover the table: {block_table.shape=}, {pool.shape=}, {moves.is_source.shape=}")
-    if implementation not in (None, "xla"):
-        raise ValueError(f"unknown {implementation=}; expected 'xla' or None")
+    choice = choose(implementation)
+    if choice.implementation == "mosaic_tpu":
+        from pallas_kernels.block_moves import mosaic_tpu
+
+        return mosaic_tpu.move_kvs(pool, scores, positions, block_table, moves, interpret=choice.interpret)
     return reference.move_kvs(pool, scores, positions, block_table, moves)

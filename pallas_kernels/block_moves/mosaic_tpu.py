@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import slot_values
-from pallas_kernels.tiles_tpu import LANES, SMEM_ENTRIES, Tiling, TileStream, ceil_div, check_pool, floor_div
+from pallas_kernels.tiles_tpu import LANES, SMEM_ENTRIES, TileStream, Tiling, as_column, check_pool, rows_at_once
 
 if TYPE_CHECKING:
     from pallas_kernels.block_moves.api import Moves
@@ -49,10 +49,7 @@ def move_kvs(
         blocks = min(TILE_KVS // size, -(-max_blocks * size // LANES) * LANES // size)
         tiles = Tiling(block_size=size, blocks=blocks, max_blocks=max_blocks, buffers=BUFFERS)
 
-    a_row = max_blocks + 2 * tiles.tiles + 6
-    if a_row > smem_entries:
-        raise ValueError(f"a head's table row must fit in SMEM: {max_blocks=} is too much for {smem_entries} entries")
-    at_once = max(1, smem_entries // a_row)
+    at_once = rows_at_once(max_blocks + 2 * tiles.tiles + 6, smem_entries)
     for at in range(0, rows, at_once):
         part = slice(at, at + at_once)
         pool, scores, positions = _run(
@@ -82,7 +79,7 @@ def _run(
     old = [_in_tiles(lax.bitcast_convert_type(x, jnp.int32).reshape(rows, -1), 0, tiles) for x in old]
 
     in_vmem = pl.BlockSpec((1, tiles.tiles, tiles.kvs), lambda row, *_: (row, 0, 0))
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    anywhere = pl.BlockSpec(memory_space=pltpu.HBM)
     values = jax.ShapeDtypeStruct((rows, tiles.tiles, tiles.kvs), jnp.int32)
     width = pool.shape[-1]
     scalars = (table.reshape(-1), source_span, hole_span, source_before.reshape(-1), hole_before.reshape(-1))
@@ -141,11 +138,6 @@ def _numbers(marked: Array, unmarked: int, tiles: Tiling) -> tuple[Array, Array,
     return _in_tiles(number, unmarked, tiles), before.astype(jnp.int32), span.reshape(-1), in_block
 
 
-def _column(row: Array) -> Array:
-    """``[1, n]`` as ``[n, 1]``."""
-    return jnp.transpose(jnp.broadcast_to(row, (8, row.shape[1])))[:, :1]
-
-
 def _kernel(
     table: Any,
     source_span: Any,
@@ -173,7 +165,7 @@ def _kernel(
     *,
     tiles: Tiling,
 ) -> None:
-    """``pool`` and ``moved_pool`` are the same memory; no block holds both sources and holes."""
+    """``pool`` and ``moved_pool`` are the same memory; a row's sources lie in later blocks than its holes."""
     row, rows = pl.program_id(0), pl.num_programs(0)
 
     def stream(span: Any, *scratch: Any) -> TileStream:
@@ -195,7 +187,7 @@ def _kernel(
 
     def gather(source: Array, hole: Array, slot: Array) -> None:
         """What this source tile has for this tile of holes."""
-        number = _column(source_number[0, pl.ds(source, 1)])
+        number = as_column(source_number[0, pl.ds(source, 1)])
         is_move = number == hole_number[0, pl.ds(hole, 1)]
         kv = jnp.where(number >= 0, source_buffer[slot].astype(jnp.float32), 0.0).astype(pool.dtype)
         ones = is_move.astype(jnp.float32).astype(pool.dtype)
@@ -204,7 +196,7 @@ def _kernel(
         )
         fills = is_move.astype(jnp.int32).sum(0, keepdims=True) > 0
         for old, new in ((old_scores, new_scores), (old_positions, new_positions)):
-            value = jnp.where(is_move, _column(old[0, pl.ds(source, 1)]), 0).sum(0, keepdims=True)
+            value = jnp.where(is_move, as_column(old[0, pl.ds(source, 1)]), 0).sum(0, keepdims=True)
             new[0, pl.ds(hole, 1)] = jnp.where(fills, value, new[0, pl.ds(hole, 1)])
 
     def blocks_of(stage: Array, hole: Array) -> tuple[Array, Array, Any]:
@@ -230,7 +222,7 @@ def _kernel(
         slot = holes.take(row, hole)
         stage = on_the_way[STAGES]
         await_stage(stage)
-        is_hole = _column(hole_number[0, pl.ds(hole, 1)]) >= 0
+        is_hole = as_column(hole_number[0, pl.ds(hole, 1)]) >= 0
         old = hole_buffer[slot].astype(jnp.float32)
         staged[stage] = jnp.where(is_hole, gathered[...], old).astype(pool.dtype)
         gathered[...] = jnp.zeros(gathered.shape, gathered.dtype)
@@ -253,9 +245,7 @@ def _kernel(
             done = jnp.minimum(source_end, hole_end)
             pl.when(hole_end == done)(lambda: store(hole))
             next_source = jnp.where(source_end == done, source + 1, source)
-            slot = lax.cond(
-                (source_end == done) & (done < moves), lambda: sources.take(row, next_source), lambda: slot
-            )
+            slot = lax.cond((source_end == done) & (done < moves), lambda: sources.take(row, next_source), lambda: slot)
             return done, next_source, jnp.where(hole_end == done, hole + 1, hole), slot
 
         source, _ = sources.tiles(row)

@@ -1,8 +1,8 @@
-"""New KVs into their slots as a TPU kernel: what is there is fetched, the new rows are laid over it, and it goes back.
+"""New KVs into their slots as a TPU kernel: what is there is fetched, new rows are laid over it, and it goes back.
 
-A row alone can't be copied into a tiled array, so the unit of a copy is a register's worth of rows (decoding, one new KV
-a head) or a block (a chunk). Only units that are part old and part new are fetched. Many heads share a grid step, so the
-latency of a copy is paid once for all of them.
+A row alone can't be copied into a tiled array, so the unit of a copy is a register's worth of rows (decoding, one new
+KV a head) or a block (a chunk). Only units that are part old and part new are fetched. Many heads share a grid step, so
+the latency of a copy is paid once for all of them.
 """
 
 from functools import partial
@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tiles_tpu import SMEM_ENTRIES, check_pool, floor_div, sublanes
+from pallas_kernels.tiles_tpu import SMEM_ENTRIES, check_pool, floor_div, rows_at_once, sublanes
 
 STEP_BYTES = 2 * 2**20
 """New KVs that one grid step lays out in VMEM."""
@@ -24,7 +24,7 @@ class Units(NamedTuple):
     """How a head's new KVs fall into units of ``size`` rows."""
 
     size: int
-    count: int
+    a_head: int
     """Units that a head's new KVs may touch."""
     a_block: int
     heads_a_step: int
@@ -39,9 +39,10 @@ def write_blocks(
     counts: Array,
     *,
     heads_a_step: int | None = None,
+    smem_entries: int = SMEM_ENTRIES,
     interpret: Any = False,
 ) -> Array:
-    """See ``api.write_blocks``; ``heads_a_step`` is for tests."""
+    """See ``api.write_blocks``; ``heads_a_step`` and ``smem_entries`` are for tests."""
     batch, length, kv_heads, head_dim = key.shape
     _, block_size, width = pool.shape
     check_pool(pool, head_dim)
@@ -64,23 +65,21 @@ def write_blocks(
     places = block * units.a_block + unit % units.a_block
     shifts, counts = starts % size, jnp.repeat(counts, kv_heads)
 
-    at_once = max(1, SMEM_ENTRIES // (count + 2))
+    at_once = rows_at_once(count + 2, smem_entries)
     for at in range(0, rows, at_once):
         part = slice(at, at + at_once)
         pool = _run(pool, new[part], places[part], shifts[part], counts[part], units, interpret)
     return pool
 
 
-def _run(
-    pool: Array, new: Array, places: Array, shifts: Array, counts: Array, units: Units, interpret: Any
-) -> Array:
+def _run(pool: Array, new: Array, places: Array, shifts: Array, counts: Array, units: Units, interpret: Any) -> Array:
     """One call: new ``[rows, length, width]``, places ``i32[rows, units]``, shifts and counts ``i32[rows]``."""
     rows, length, width = new.shape
     a_step = units.heads_a_step
     pad = -rows % a_step
     new, places = jnp.pad(new, ((0, pad), (0, 0), (0, 0))), jnp.pad(places, ((0, pad), (0, 0)))
     of_new = pl.BlockSpec((a_step, length, width), lambda step, *_: (step, 0, 0))
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    anywhere = pl.BlockSpec(memory_space=pltpu.HBM)
     return pl.pallas_call(
         partial(_kernel, units=units),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -89,7 +88,7 @@ def _run(
             in_specs=[of_new, anywhere],
             out_specs=anywhere,
             scratch_shapes=[
-                pltpu.VMEM((a_step, units.count * units.size, width), pool.dtype),
+                pltpu.VMEM((a_step, units.a_head * units.size, width), pool.dtype),
                 pltpu.SemaphoreType.DMA,
                 pltpu.SemaphoreType.DMA,
             ],
@@ -103,7 +102,17 @@ def _run(
 
 
 def _kernel(
-    places: Any, shifts: Any, counts: Any, new: Any, pool: Any, written: Any, buffer: Any, read: Any, wrote: Any, *, units: Units
+    places: Any,
+    shifts: Any,
+    counts: Any,
+    new: Any,
+    pool: Any,
+    written: Any,
+    buffer: Any,
+    read: Any,
+    wrote: Any,
+    *,
+    units: Units,
 ) -> None:
     """``pool`` and ``written`` are the same memory."""
     first_row = pl.program_id(0) * units.heads_a_step
@@ -112,17 +121,17 @@ def _kernel(
         """Calls ``visit(head of the step, unit, first new row, end of the new rows)`` for units that get something."""
 
         def of_unit(i: Array, _: None) -> None:
-            head, unit = floor_div(i, units.count), lax.rem(i, jnp.int32(units.count))
+            head, unit = floor_div(i, units.a_head), lax.rem(i, jnp.int32(units.a_head))
             row = first_row + head
             begin = shifts[row] - unit * units.size
             end = jnp.minimum(begin + counts[row], units.size)
             begin = jnp.maximum(begin, 0)
             pl.when(begin < end)(partial(visit, head, unit, begin, end))
 
-        lax.fori_loop(0, units.heads_a_step * units.count, of_unit, None)
+        lax.fori_loop(0, units.heads_a_step * units.a_head, of_unit, None)
 
     def in_pool(array: Any, head: Array, unit: Array) -> Any:
-        place = places[(first_row + head) * units.count + unit]
+        place = places[(first_row + head) * units.a_head + unit]
         at = pl.multiple_of(lax.rem(place, jnp.int32(units.a_block)) * units.size, units.size)
         return array.at[floor_div(place, units.a_block), pl.ds(at, units.size)]
 

@@ -8,7 +8,9 @@ def write_blocks(pool: Array, key: Array, value: Array, block_table: Array, star
     """See ``api.write_blocks``."""
     length = key.shape[1]
     block_size = pool.shape[1]
-    rows = jnp.concatenate([key, value], axis=-1).transpose(0, 2, 1, 3).astype(pool.dtype)  # [b, h, length, 2d]
+    pad = ((0, 0), (0, 0), (0, 0), (0, pool.shape[2] // 2 - key.shape[3]))
+    rows = jnp.concatenate([jnp.pad(key, pad), jnp.pad(value, pad)], axis=-1)
+    rows = rows.transpose(0, 2, 1, 3).astype(pool.dtype)  # [b, h, length, 2 * half]
     index = starts[..., None] + jnp.arange(length)  # [b, h, length]
     column = jnp.minimum(index // block_size, block_table.shape[2] - 1)
     real = jnp.arange(length) < counts[:, None, None]

@@ -1,8 +1,4 @@
-"""Decode attention as a TPU kernel: one grid step a row (a KV head of a sequence), its blocks streamed tile by tile.
-
-Where K and V share a register's 128 lanes (head_dim 64), whole rows go to the matrix unit and the half that isn't
-wanted meets zeros, or is dropped: the unit has time to spare, and no lane is ever shuffled.
-"""
+"""Decode attention as a TPU kernel: one grid step a row (a KV head of a sequence), its blocks streamed tile by tile."""
 
 from __future__ import annotations
 
@@ -16,11 +12,18 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tiles_tpu import LANES, SMEM_ENTRIES, Tiling, TileStream, ceil_div, check_pool, tiling
-
-MASKED = -1e30
-CORES = 2
-"""Halves of the grid, which the two cores of a v4 or v5p share; on other chips they follow each other."""
+from pallas_kernels.tiles_tpu import (
+    CORES,
+    MASKED,
+    SMEM_ENTRIES,
+    TileStream,
+    Tiling,
+    ceil_div,
+    check_pool,
+    lanes_of,
+    rows_at_once,
+    tiling,
+)
 
 
 def paged_attention(
@@ -44,21 +47,18 @@ def paged_attention(
     batch, heads, head_dim = query.shape
     kv_heads, max_blocks = block_table.shape[1:]
     check_pool(pool, head_dim)
-    if max_blocks > smem_entries:
-        raise ValueError(f"a head's table row must fit in SMEM: {max_blocks=} exceeds {smem_entries}; use larger blocks")
+    at_once = rows_at_once(max_blocks, smem_entries)
     tiles = tiles or tiling(pool, max_blocks)
     rows, group = batch * kv_heads, heads // kv_heads
-    half = pool.shape[-1] // 2
-    width, value_at = (half, 0) if half % LANES == 0 else (2 * half, half)
+    lanes = lanes_of(pool)
 
     query = query.reshape(rows, group, head_dim)
-    padded = jnp.pad(query, ((0, 0), (0, 0), (0, width - head_dim)))
+    padded = jnp.pad(query, ((0, 0), (0, 0), (0, lanes.width - head_dim)))
     arguments = (padded, block_table.reshape(rows, max_blocks), lengths.reshape(rows))
     run = partial(_run, pool, scale=head_dim**-0.5, observe=observe, tiles=tiles, interpret=interpret)
-    at_once = max(1, smem_entries // max_blocks)
     parts = [run(*(x[at : at + at_once] for x in arguments)) for at in range(0, rows, at_once)]
-    out, *masses = (jnp.concatenate(xs) if len(xs) > 1 else xs[0] for xs in zip(*parts, strict=True))
-    out = out[..., value_at : value_at + head_dim].reshape(batch, heads, head_dim)
+    out, *masses = [jnp.concatenate(xs) for xs in zip(*parts, strict=True)]
+    out = out[..., lanes.value_at : lanes.value_at + head_dim].reshape(batch, heads, head_dim)
     kvs = max_blocks * tiles.block_size
     return out, tuple(m.reshape(batch, kv_heads, -1)[..., :kvs] for m in masses)
 
@@ -89,7 +89,7 @@ def _run(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(CORES, steps),
-            in_specs=[of_query, pl.BlockSpec(memory_space=pl.ANY)],
+            in_specs=[of_query, pl.BlockSpec(memory_space=pltpu.HBM)],
             out_specs=[of_query] + [of_mass for _ in observe],
             scratch_shapes=[*TileStream.scratch_shapes(tiles, pool), *logits],
         ),
@@ -143,13 +143,7 @@ def _kernel(
         slot = stream.take(row, tile)
         left = length - tile * tiles.kvs
 
-        # A freed block keeps its old bytes, and 0 * NaN is NaN: what is no KV must be zero.
-        @pl.when(left < tiles.kvs)
-        def _():
-            held = lax.broadcasted_iota(jnp.int32, buffer.shape[1:], 0) < left
-            kv = buffer[slot].astype(jnp.float32)
-            buffer[slot] = jnp.where(held, kv, 0.0).astype(buffer.dtype)
-
+        stream.clear_past(slot, left)
         key, value = buffer[slot, :, :width], buffer[slot, :, value_at:]
         s = lax.dot_general(
             query, key, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32

@@ -50,7 +50,7 @@ def paged_attention(
     """See ``api.paged_attention``."""
     batch, heads, head_dim = query.shape
     kv_heads, max_blocks = block_table.shape[1:]
-    block_size = pool.shape[1]
+    block_size, half = pool.shape[1], pool.shape[2] // 2
     rows, group = batch * kv_heads, heads // kv_heads
     segment_blocks = max(1, SEGMENT_KVS // block_size)
     row_segments = -(-max_blocks // segment_blocks)
@@ -76,7 +76,7 @@ def paged_attention(
         resident = exists[:, None] & (column < walk.blocks[row][:, None])
         column = jnp.minimum(column, table.shape[1] - 1)
         blocks = jnp.where(resident, table.at[row[:, None], column].get(mode=IN_BOUNDS), 0)
-        kv = pool.at[blocks].get(mode=IN_BOUNDS).reshape(step, segment_kvs, 2 * head_dim).astype(jnp.float32)
+        kv = pool.at[blocks].get(mode=IN_BOUNDS).reshape(step, segment_kvs, 2 * half).astype(jnp.float32)
         index = place[:, None] * segment_kvs + jnp.arange(segment_kvs)
         held = exists[:, None] & (index < lengths[row][:, None])
 
@@ -87,7 +87,7 @@ def paged_attention(
         new_maximum = maximum.at[row].max(s.max(-1), mode=IN_BOUNDS)
         p = jnp.where(held[:, None], jnp.exp(s - new_maximum[row][..., None]), 0.0)
         # A freed block keeps its old bytes, and 0 * NaN is NaN: V is masked too.
-        value = jnp.where(held[..., None], kv[..., head_dim:], 0.0)
+        value = jnp.where(held[..., None], kv[..., half : half + head_dim], 0.0)
         decay = jnp.exp(maximum - new_maximum)
         total = (total * decay).at[row].add(p.sum(-1), mode=IN_BOUNDS)
         output = (output * decay[..., None]).at[row].add(jnp.einsum("cgt,ctd->cgd", p, value), mode=IN_BOUNDS)

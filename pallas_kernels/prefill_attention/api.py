@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
 import jax
 from jax import Array
 
+from pallas_kernels.dispatch import Implementation, check_row, choose
 from pallas_kernels.prefill_attention import reference
 
 
@@ -39,7 +39,7 @@ def prefill_attention(
     lengths: Array,
     *,
     observed: Observed | None = None,
-    implementation: Literal["xla"] | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[Array, tuple[Array, Array] | None]:
     """A chunk of queries over all KVs cached before it and, causally, over its own.
 
@@ -47,18 +47,18 @@ def prefill_attention(
       query: ``[batch, length, heads, head_dim]``.
       key, value: ``[batch, length, kv_heads, head_dim]``, the chunk's own; rows past a sequence's end come last, so
         causality hides them from every real query.
-      pool: ``[blocks, block_size, 2 * head_dim]``.
+      pool: ``[blocks, block_size, 2 * half]``, K beside V, each the first ``head_dim`` values of its half.
       block_table: ``i32[batch, kv_heads, max_blocks]``.
       lengths: ``i32[batch, kv_heads]`` KVs cached before the chunk.
       observed: whose attention to record, or None.
-      implementation: ``"xla"``, or None for the platform's own.
+      implementation: see ``dispatch.Implementation``; None: the platform's own.
 
     Returns:
       Output ``[batch, length, heads, head_dim]`` and, where ``observed``, the masses ``f32[batch, heads, max_blocks *
       block_size]`` on the cached keys in table order and ``f32[batch, heads, length]`` on the chunk's own.
 
     Raises:
-      ValueError: shapes that don't belong together.
+      ValueError: shapes that don't belong together, or that this implementation can't take.
     """
     batch, length, heads, head_dim = query.shape
     kv_heads = block_table.shape[1]
@@ -66,10 +66,13 @@ def prefill_attention(
         raise ValueError(f"query heads must be a multiple of KV heads: {heads=}, {kv_heads=}")
     if key.shape != (batch, length, kv_heads, head_dim) or value.shape != key.shape:
         raise ValueError(f"keys and values must match the queries: {query.shape=}, {key.shape=}, {value.shape=}")
-    if pool.shape[-1] != 2 * head_dim:
-        raise ValueError(f"a pool row must hold K beside V, 2 * head_dim wide: {pool.shape=}, {head_dim=}")
+    check_row(pool, head_dim)
     if block_table.shape[0] != batch or lengths.shape != (batch, kv_heads):
         raise ValueError(f"batch and KV heads disagree: {query.shape=}, {block_table.shape=}, {lengths.shape=}")
-    if implementation not in (None, "xla"):
-        raise ValueError(f"unknown {implementation=}; expected 'xla' or None")
-    return reference.prefill_attention(query, key, value, pool, block_table, lengths, observed=observed)
+    choice = choose(implementation)
+    arguments = query, key, value, pool, block_table, lengths
+    if choice.implementation == "mosaic_tpu":
+        from pallas_kernels.prefill_attention import mosaic_tpu
+
+        return mosaic_tpu.prefill_attention(*arguments, observed=observed, interpret=choice.interpret)
+    return reference.prefill_attention(*arguments, observed=observed)

@@ -66,7 +66,7 @@ def prefill_attention(
     batch, length, heads, head_dim = query.shape
     kv_heads, max_blocks = block_table.shape[1:]
     group = heads // kv_heads
-    block_size = pool.shape[1]
+    block_size, half = pool.shape[1], pool.shape[2] // 2
     tile_blocks = min(max(1, TILE_KVS // block_size), max_blocks)
     tile_kvs = tile_blocks * block_size
     max_tiles = -(-max_blocks // tile_blocks)
@@ -79,17 +79,17 @@ def prefill_attention(
     value = value.astype(jnp.float32).transpose(0, 2, 1, 3)
 
     def cached_tile(i: Array) -> tuple[Array, Array]:
-        """K beside V ``[b, h, tile, 2d]`` of tile ``i`` and which of its slots hold a KV ``[b, h, tile]``."""
+        """K beside V ``[b, h, tile, 2 * half]`` of tile ``i`` and which of its slots hold a KV ``[b, h, tile]``."""
         index = i * tile_kvs + jnp.arange(tile_kvs)
         held = index < lengths[..., None]
         blocks = lax.dynamic_slice_in_dim(table, i * tile_blocks, tile_blocks, axis=2)
         blocks = jnp.where(held[..., ::block_size], blocks, 0)
-        kv = pool.at[blocks].get(mode=IN_BOUNDS).reshape(batch, kv_heads, tile_kvs, 2 * head_dim)
+        kv = pool.at[blocks].get(mode=IN_BOUNDS).reshape(batch, kv_heads, tile_kvs, 2 * half)
         return jnp.where(held[..., None], kv.astype(jnp.float32), 0.0), held
 
     def attend_cached(i: Array, partial: Partial) -> Partial:
         kv, held = cached_tile(i)
-        tile = attend(scaled, kv[..., :head_dim], kv[..., head_dim:], held[:, :, None, None])
+        tile = attend(scaled, kv[..., :head_dim], kv[..., half : half + head_dim], held[:, :, None, None])
         return merge(partial, tile)
 
     shape = (batch, kv_heads, group, length)

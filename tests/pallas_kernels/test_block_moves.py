@@ -19,7 +19,7 @@ def bits(array):
 
 
 def case(rng, counts, *, size=16, dtype=np.float32):
-    """Random contents, and in each row so many random sources and as many holes, in any order along the row."""
+    """Random contents, and in each row so many random sources, and as many holes in the blocks before them."""
     kvs = MAX_BLOCKS * size
     blocks = 1 + ROWS * MAX_BLOCKS + 5
     pool = jnp.asarray(rng.standard_normal((blocks, size, 2 * D)), dtype)
@@ -30,8 +30,10 @@ def case(rng, counts, *, size=16, dtype=np.float32):
     table = 1 + rng.permutation(blocks - 1)[: ROWS * MAX_BLOCKS].reshape(ROWS, MAX_BLOCKS).astype(np.int32)
     is_source, is_hole = np.zeros((ROWS, kvs), bool), np.zeros((ROWS, kvs), bool)
     for row, count in enumerate(counts):
-        chosen = rng.permutation(kvs)[: 2 * count]
-        is_source[row, chosen[:count]], is_hole[row, chosen[count:]] = True, True
+        blocks_needed = -(-count // size)
+        end = size * rng.integers(blocks_needed, MAX_BLOCKS - blocks_needed + 1)
+        is_hole[row, rng.permutation(end)[:count]] = True
+        is_source[row, end + rng.permutation(kvs - end)[:count]] = True
     return pool, scores, positions, table, is_source, is_hole
 
 
@@ -58,7 +60,7 @@ def test_sources_end_in_holes(seed, most):
 
 @pytest.mark.parametrize("total", [1, 511, 512, 513, 6 * 160])
 def test_one_step_of_moves_and_more(total):
-    """512 a step: just under, just one, one over, and every KV a source or a hole."""
+    """512 a step: just under, just one, one over, and (where blocks are full) every KV a source or a hole."""
     rng = np.random.default_rng(total)
     check(*case(rng, [total // ROWS + (row < total % ROWS) for row in range(ROWS)]))
 

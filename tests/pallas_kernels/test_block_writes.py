@@ -91,8 +91,8 @@ def test_a_bfloat16_pool_takes_the_nearest_values():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"value": (1, 3, 2, 4)}, r"side by side.*value\.shape=\(1, 3, 2, 4\)"),
-        ({"pool": (4, 16, 12)}, r"side by side.*pool\.shape=\(4, 16, 12\)"),
+        ({"value": (1, 3, 2, 4)}, r"one shape.*value\.shape=\(1, 3, 2, 4\)"),
+        ({"pool": (4, 16, 12)}, r"K beside V.*pool\.shape=\(4, 16, 12\)"),
         ({"table": (2, 2, 2)}, r"disagree.*block_table\.shape=\(2, 2, 2\)"),
         ({"starts": (1, 1)}, r"disagree.*starts\.shape=\(1, 1\)"),
         ({"counts": (2,)}, r"disagree.*counts\.shape=\(2,\)"),

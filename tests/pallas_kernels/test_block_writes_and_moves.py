@@ -31,7 +31,7 @@ def test_new_kvs_land_in_their_slots_and_padding_in_the_null_block(length):
 def test_a_write_of_the_wrong_shape_is_refused():
     pool, kv = jnp.zeros((4, SIZE, 2 * D)), jnp.zeros((1, 3, 2, D))
     table, starts, counts = jnp.zeros((1, 2, 2), int), jnp.zeros((1, 2), int), jnp.zeros(1, int)
-    with pytest.raises(ValueError, match="side by side"):
+    with pytest.raises(ValueError, match="one shape"):
         write_blocks(pool, kv, kv[..., :4], table, starts, counts)
     with pytest.raises(ValueError, match="disagree"):
         write_blocks(pool, kv, kv, table, starts[:, :1], counts)

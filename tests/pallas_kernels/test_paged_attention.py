@@ -142,7 +142,7 @@ def test_work_follows_resident_blocks_not_the_tables_width():
     ("query", "pool", "table", "lengths", "message"),
     [
         ((2, 5, 16), (9, 16, 32), (2, 2, 4), (2, 2), "multiple of KV heads"),
-        ((2, 6, 16), (9, 16, 48), (2, 2, 4), (2, 2), "K beside V"),
+        ((2, 6, 16), (9, 16, 30), (2, 2, 4), (2, 2), "K beside V"),
         ((2, 6, 16), (9, 16, 32), (3, 2, 4), (2, 2), "disagree"),
         ((2, 6, 16), (9, 16, 32), (2, 2, 4), (2, 3), "disagree"),
     ],
