@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from pallas_kernels import padded_head_dim, slot_values
+
 if TYPE_CHECKING:
     from models import LlamaConfig
 
@@ -32,6 +34,8 @@ class CacheConfig:
     num_blocks: int
     block_size: int = 16
     dtype: jnp.dtype = jnp.float32  # pyright: ignore[reportAssignmentType]
+    padded_head_dim: int | None = None
+    """Values of K, and of V, in a pool row; None: ``head_dim``, or what this platform's kernels need beyond it."""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_kv_heads", "head_dim", "batch", "max_context", "block_size"):
@@ -86,6 +90,11 @@ class CacheConfig:
         return replace(config, num_blocks=num_blocks)
 
     @property
+    def row_width(self) -> int:
+        """Values of a pool row: K beside V."""
+        return 2 * (self.padded_head_dim or padded_head_dim(self.head_dim))
+
+    @property
     def heads(self) -> int:
         """KV heads of all layers."""
         return self.num_layers * self.num_kv_heads
@@ -97,7 +106,7 @@ class CacheConfig:
     @property
     def block_bytes(self) -> int:
         """Bytes of a block: its K and V, and the score and the position of each of its slots."""
-        return self.block_size * (2 * self.head_dim * np.dtype(self.dtype).itemsize + 8)
+        return self.block_size * (self.row_width * np.dtype(self.dtype).itemsize + 8)
 
     @property
     def table_bytes(self) -> int:
@@ -108,7 +117,7 @@ class CacheConfig:
         """Bytes of the whole cache with so many blocks: scores and positions come in whole rows."""
         slots = num_blocks * self.block_size
         rows = -(-slots // LANES)
-        pool = slots * 2 * self.head_dim * np.dtype(self.dtype).itemsize
+        pool = slots * self.row_width * np.dtype(self.dtype).itemsize
         return pool + rows * LANES * 8 + self.table_bytes + 4 * num_blocks + 4
 
 
@@ -123,7 +132,7 @@ class PagedCache:
     """
 
     pool: Array
-    """``[blocks, block_size, 2 * head_dim]``, K (after RoPE) beside V."""
+    """``[blocks, block_size, row_width]``, K (after RoPE) beside V, each at the beginning of its half of the row."""
     scores: Array
     """``f32[rows, 128]``: the eviction metric of each slot's KV."""
     positions: Array
@@ -152,20 +161,13 @@ class PagedCache:
         """``i32[layers, batch, kv_heads]``."""
         return num_blocks(self.lengths, self.block_size)
 
-    def token_slots(self) -> Array:
-        """Slot of each KV, ``i32[layers, batch, kv_heads, capacity]`` in table order; the null block's past the end."""
-        index = jnp.arange(self.capacity)
-        held = index < self.lengths[..., None]
-        slots = jnp.repeat(self.block_table * self.block_size, self.block_size, axis=-1) + index % self.block_size
-        return jnp.where(held, slots, NULL_BLOCK)
-
 
 def init_cache(config: CacheConfig) -> PagedCache:
     """An empty cache."""
     rows = -(-config.num_blocks * config.block_size // LANES)
     table = (config.num_layers, config.batch, config.num_kv_heads)
     return PagedCache(
-        pool=jnp.zeros((config.num_blocks, config.block_size, 2 * config.head_dim), config.dtype),
+        pool=jnp.zeros((config.num_blocks, config.block_size, config.row_width), config.dtype),
         scores=jnp.zeros((rows, LANES), jnp.float32),
         positions=jnp.zeros((rows, LANES), jnp.int32),
         block_table=jnp.zeros((*table, config.max_blocks), jnp.int32),
@@ -182,19 +184,28 @@ def num_blocks(lengths: Array, block_size: int) -> Array:
     return -(-lengths // block_size)
 
 
-def read_slots(values: Array, slots: Array) -> Array:
-    """Scores or positions of the slots."""
-    return values.at[slots // LANES, slots % LANES].get(mode="promise_in_bounds")
+def in_table_order(values: Array, block_table: Array, lengths: Array, block_size: int) -> Array:
+    """Scores or positions of heads' KVs, ``[..., max_blocks * block_size]``; those past a head's end mean nothing.
+
+    Args:
+      values: ``[rows, 128]``, one a token slot.
+      block_table: ``i32[..., max_blocks]``, of all layers or of one.
+      lengths: ``i32[...]``.
+      block_size: slots a block.
+    """
+    blocks = jnp.where(_holds_blocks(block_table, lengths, block_size), block_table, NULL_BLOCK)
+    return slot_values.read_blocks(values, blocks, block_size).reshape(*lengths.shape, -1)
 
 
-def write_slots(values: Array, slots: Array, new: Array) -> Array:
-    """Scores or positions with those of the slots replaced."""
-    return values.at[slots // LANES, slots % LANES].set(new, mode="promise_in_bounds")
+def to_slots(values: Array, block_table: Array, lengths: Array, new: Array) -> Array:
+    """Scores or positions with those of the heads' blocks replaced by new, in table order; see ``in_table_order``."""
+    new = new.reshape(*block_table.shape, -1)
+    return slot_values.write_blocks(values, block_table, new, _holds_blocks(block_table, lengths, new.shape[-1]))
 
 
-def add_to_slots(values: Array, slots: Array, new: Array) -> Array:
-    """Scores with something added to those of the slots."""
-    return values.at[slots // LANES, slots % LANES].add(new, mode="promise_in_bounds")
+def _holds_blocks(block_table: Array, lengths: Array, block_size: int) -> Array:
+    """``bool`` like the table: which entries are a head's."""
+    return jnp.arange(block_table.shape[-1]) < num_blocks(lengths, block_size)[..., None]
 
 
 def stamp_slots(cache: PagedCache, starts: Array, positions: Array, counts: Array) -> PagedCache:
@@ -213,10 +224,11 @@ def stamp_slots(cache: PagedCache, starts: Array, positions: Array, counts: Arra
     block = jnp.take_along_axis(cache.block_table, column, axis=-1)
     slots = jnp.where(real, block * cache.block_size + index % cache.block_size, NULL_BLOCK)
     new = jnp.broadcast_to(positions[None, :, None], slots.shape)
+    row, lane = slots // LANES, slots % LANES
     return replace(
         cache,
-        scores=write_slots(cache.scores, slots, jnp.zeros(slots.shape)),
-        positions=write_slots(cache.positions, slots, new),
+        scores=cache.scores.at[row, lane].set(0.0, mode="promise_in_bounds"),
+        positions=cache.positions.at[row, lane].set(new, mode="promise_in_bounds"),
     )
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxkv import allocator, eviction
-from jaxkv.cache import PagedCache, add_to_slots, read_slots, stamp_slots
+from jaxkv.cache import PagedCache, in_table_order, put_sequences, stamp_slots, take_sequences, to_slots
 from jaxkv.policies import Policy
 from jaxkv.prompt import prefill
 from jaxkv.sampling import Greedy, Sampler, logprobs_of
@@ -34,14 +34,29 @@ def compress(cache: PagedCache, policy: Policy, select: Array | None = None) -> 
       policy: what decides which KVs stay.
       select: ``bool[batch]`` the sequences to compress; None: all.
     """
-    slots = cache.token_slots()
-    positions = read_slots(cache.positions, slots)
-    scores = policy.rank(read_slots(cache.scores, slots), positions)
-    held = jnp.arange(cache.capacity) < cache.lengths[..., None]
-    evictable = held & ~policy.protects(positions, cache.num_tokens)
     evict_blocks = policy.budget.evict_blocks(cache, policy.protected_window)
     if select is not None:
         evict_blocks = jnp.where(select, evict_blocks, 0)
+
+    def compress_one(row: Array, cache: PagedCache) -> PagedCache:
+        def run(cache: PagedCache) -> PagedCache:
+            sequence = row[None]
+            part = _evict(take_sequences(cache, sequence), policy, evict_blocks[sequence])
+            return put_sequences(cache, part, sequence)
+
+        return lax.cond(evict_blocks[row] > 0, run, lambda cache: cache, cache)
+
+    # One sequence at a time: what is ranked together is one sequence's, and temporaries stay those of one.
+    return lax.fori_loop(0, evict_blocks.shape[0], compress_one, cache)
+
+
+def _evict(cache: PagedCache, policy: Policy, evict_blocks: Array) -> PagedCache:
+    """Evicts so many blocks, ``i32[batch]``, of each sequence."""
+    table = cache.block_table, cache.lengths
+    positions = in_table_order(cache.positions, *table, cache.block_size)
+    scores = policy.rank(in_table_order(cache.scores, *table, cache.block_size), positions)
+    held = jnp.arange(cache.capacity) < cache.lengths[..., None]
+    evictable = held & ~policy.protects(positions, cache.num_tokens)
     return eviction.evict(cache, scores, evictable, evict_blocks)
 
 
@@ -67,19 +82,21 @@ def decode_step(
     cache = stamp_slots(cache, starts, positions, counts)
     lengths = jnp.where(counts[None, :, None] > 0, cache.lengths, 0)
     observer = policy if policy is not None and policy.observes_decoding else None
-    slots = cache.token_slots()
-    tells = read_slots(cache.positions, slots) <= positions[..., None] - (observer.observed_buffer if observer else 0)
 
     def attend(
-        state: tuple[Array, Array], layer: int, query: Array, key: Array, value: Array
+        state: tuple[Array, Array], layer: int | Array, query: Array, key: Array, value: Array
     ) -> tuple[tuple[Array, Array], Array]:
         pool, scores = state
-        table = cache.block_table[layer]
+        table, length = cache.block_table[layer], lengths[layer]
         pool = write_blocks(pool, key, value, table, starts[layer], counts)
-        observe = (observer.of_decoding,) if observer else ()
-        out, masses = paged_attention(query[:, 0], pool, table, lengths[layer], observe=observe)
-        for mass in masses:
-            scores = add_to_slots(scores, slots[layer], jnp.where(tells[layer], mass, 0.0))
+        if observer is None:
+            out, _ = paged_attention(query[:, 0], pool, table, length)
+            return (pool, scores), out[:, None]
+        out, (mass,) = paged_attention(query[:, 0], pool, table, length, observe=(observer.of_decoding,))
+        if observer.observed_buffer:
+            key_positions = in_table_order(cache.positions, table, length, cache.block_size)
+            mass = jnp.where(key_positions <= positions[..., None] - observer.observed_buffer, mass, 0.0)
+        scores = to_slots(scores, table, length, in_table_order(scores, table, length, cache.block_size) + mass)
         return (pool, scores), out[:, None]
 
     (pool, scores), hidden = model(tokens[:, None], positions, attend, (cache.pool, cache.scores))

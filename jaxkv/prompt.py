@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxkv import allocator
-from jaxkv.cache import PagedCache, add_to_slots, read_slots, stamp_slots
+from jaxkv.cache import PagedCache, in_table_order, stamp_slots, to_slots
 from jaxkv.policies import Policy
 from pallas_kernels.block_writes import write_blocks
 from pallas_kernels.prefill_attention import Observed, prefill_attention
@@ -101,17 +101,17 @@ def prefill_chunk(model: Llama, state: PromptState, tokens: Array, counts: Array
     place = jnp.arange(chunk)
     positions = cache.num_tokens[:, None] + place
     starts = cache.lengths
-    cached_positions = read_slots(cache.positions, cache.token_slots())
     cache, granted = allocator.grow(cache, starts + counts[None, :, None], most=chunk)
     counts = jnp.where(granted, counts, 0)
     cache = stamp_slots(cache, starts, positions, counts)
 
     def attend(
-        state: tuple[Array, Array], layer: int, query: Array, key: Array, value: Array
+        state: tuple[Array, Array], layer: int | Array, query: Array, key: Array, value: Array
     ) -> tuple[tuple[Array, Array], Array]:
         pool, mass = state
         table, start = cache.block_table[layer], starts[layer]
-        observed = _observed(policy, positions, cached_positions[layer], counts, end)
+        cached_positions = in_table_order(cache.positions, table, start, cache.block_size)
+        observed = _observed(policy, positions, cached_positions, counts, end)
         # Written before it is read, and read to the end before the next layer writes: else XLA copies the pool.
         pool = write_blocks(pool, key, value, table, start, counts)
         out, masses = prefill_attention(query, key, value, pool, table, start, observed=observed)
@@ -139,7 +139,9 @@ def finish_prompt(model: Llama, state: PromptState, policy: Policy | None) -> tu
         mass = state.mass.reshape(layers, batch, kv_heads, -1, cache.capacity)
         held = jnp.arange(cache.capacity) < cache.lengths[..., None]
         added = jnp.where(held, policy.of_prompt(mass, held), 0.0)
-        cache = replace(cache, scores=add_to_slots(cache.scores, cache.token_slots(), added))
+        table = cache.block_table, cache.lengths
+        scores = in_table_order(cache.scores, *table, cache.block_size) + added
+        cache = replace(cache, scores=to_slots(cache.scores, *table, scores))
     logits = model.logits(state.hidden)
     return cache, jnp.where(state.granted, logits, jnp.nan)
 

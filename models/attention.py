@@ -12,13 +12,13 @@ class Attend(Protocol[State]):
     """Attention as the caller supplies it to `Llama`: it stores the new keys and values where it likes, and attends."""
 
     def __call__(
-        self, state: State, layer: int, query: jax.Array, key: jax.Array, value: jax.Array
+        self, state: State, layer: int | jax.Array, query: jax.Array, key: jax.Array, value: jax.Array
     ) -> tuple[State, jax.Array]:
         """Attend in one layer.
 
         Args:
             state: whatever the caller threads through the layers: a cache, or None.
-            layer: 0 for the first. A traced i32[] where the layers are stacked (`models.stack_layers`), which indexes
+            layer: 0 for the first; a traced i32[] where the layers are stacked (`models.stack_layers`), which indexes
                 arrays but no lists or dicts; and then `state` must keep its structure, shapes and dtypes.
             query: [batch, length, heads, head_dim], after RoPE and any qk-norm. Not yet scaled.
             key: [batch, length, kv_heads, head_dim], after RoPE and any qk-norm.
@@ -31,7 +31,7 @@ class Attend(Protocol[State]):
 
 
 def causal_attention(
-    state: State, layer: int, query: jax.Array, key: jax.Array, value: jax.Array
+    state: State, layer: int | jax.Array, query: jax.Array, key: jax.Array, value: jax.Array
 ) -> tuple[State, jax.Array]:
     """Dense causal attention among the tokens of this call, for training and as a baseline. Returns `state` as it came.
 

@@ -47,7 +47,7 @@ class Attention(nnx.Module):
         self,
         x: jax.Array,  # [batch, length, hidden]
         rotated_by: tuple[jax.Array, jax.Array],  # cos and sin, f32[batch, length, 1, head_dim / 2]
-        layer: int,
+        layer: int | jax.Array,
         attend: Attend[State],
         state: State,
     ) -> tuple[State, jax.Array]:
@@ -86,7 +86,7 @@ class Layer(nnx.Module):
         self,
         x: jax.Array,
         rotated_by: tuple[jax.Array, jax.Array],
-        layer: int,
+        layer: int | jax.Array,
         attend: Attend[State],
         state: State,
     ) -> tuple[State, jax.Array]:

@@ -108,3 +108,10 @@ def by_position(cache: PagedCache, values, layer: int, row: int, head: int) -> d
     flat = np.asarray(values).reshape(-1, *([values.shape[-1]] if values.ndim == 3 else []))
     positions = np.asarray(cache.positions).reshape(-1)
     return {int(positions[s]): flat[s] for s in slots}
+
+
+def token_slots(cache: PagedCache) -> jnp.ndarray:
+    """Slot of each KV, ``i32[layers, batch, kv_heads, capacity]`` in table order; 0 past a head's end."""
+    index = jnp.arange(cache.capacity)
+    slots = cache.block_table[..., index // cache.block_size] * cache.block_size + index % cache.block_size
+    return jnp.where(index < cache.lengths[..., None], slots, 0)

@@ -255,10 +255,10 @@ def contents(cache, row):
 
 def test_eviction_moves_frees_and_keeps_the_rest(filled):
     held = jnp.arange(filled.capacity) < filled.lengths[..., None]
-    scores = filled.scores.reshape(-1)[filled.token_slots()]
+    scores = filled.scores.reshape(-1)[tiny.token_slots(filled)]
     after = evicted_once(filled, scores, held, jnp.array([9, 4]))
     chosen = np.asarray(plan(scores, held, filled.lengths, jnp.array([9, 4])).evicted)
-    slots, positions = np.asarray(filled.token_slots()), np.asarray(filled.positions).reshape(-1)
+    slots, positions = np.asarray(tiny.token_slots(filled)), np.asarray(filled.positions).reshape(-1)
     before_blocks, blocks = np.asarray(filled.blocks_held()), np.asarray(after.blocks_held())
     assert (before_blocks - blocks).sum((0, 2)).tolist() == [9, 4]
     assert int(after.num_free) == int(filled.num_free) + 13
@@ -281,12 +281,12 @@ def test_eviction_moves_frees_and_keeps_the_rest(filled):
 
 def test_eviction_touches_no_slot_but_its_holes(filled):
     held = jnp.arange(filled.capacity) < filled.lengths[..., None]
-    scores = filled.scores.reshape(-1)[filled.token_slots()]
+    scores = filled.scores.reshape(-1)[tiny.token_slots(filled)]
     count = jnp.array([9, 4])
     after = evicted_once(filled, scores, held, count)
     planned = plan(scores, held, filled.lengths, count)
     new_end = np.asarray(planned.lengths)[..., None]
-    holes = np.asarray(filled.token_slots())[np.asarray(planned.evicted) & (np.arange(filled.capacity) < new_end)]
+    holes = np.asarray(tiny.token_slots(filled))[np.asarray(planned.evicted) & (np.arange(filled.capacity) < new_end)]
     untouched = np.ones(filled.pool.shape[0] * SIZE, bool)
     untouched[holes] = False
     untouched[:SIZE] = False  # the null block
@@ -300,14 +300,14 @@ def test_eviction_touches_no_slot_but_its_holes(filled):
 
 def test_asking_for_nothing_changes_nothing(filled):
     held = jnp.arange(filled.capacity) < filled.lengths[..., None]
-    scores = filled.scores.reshape(-1)[filled.token_slots()]
+    scores = filled.scores.reshape(-1)[tiny.token_slots(filled)]
     after = evicted_once(filled, scores, held, jnp.array([0, 0]))
     jax.tree.map(np.testing.assert_array_equal, after, filled)
 
 
 def test_garbage_past_the_heads_ends_does_not_reach_an_eviction(filled):
     held = jnp.arange(filled.capacity) < filled.lengths[..., None]
-    scores = filled.scores.reshape(-1)[filled.token_slots()]
+    scores = filled.scores.reshape(-1)[tiny.token_slots(filled)]
     place = np.arange(filled.block_table.shape[-1])
     past = place >= np.asarray(filled.blocks_held())[..., None]
     assert past.any()
@@ -326,7 +326,7 @@ def test_evicting_growing_and_evicting_again_keeps_each_heads_best(filled):
     cache, best = filled, {row: contents(filled, row) for row in np.ndindex(filled.lengths.shape)}
     for count in ([9, 4], [3, 7]):
         held = jnp.arange(cache.capacity) < cache.lengths[..., None]
-        scores = cache.scores.reshape(-1)[cache.token_slots()]
+        scores = cache.scores.reshape(-1)[tiny.token_slots(cache)]
         before = cache
         cache = evicted_once(cache, scores, held, jnp.array(count))
         lost = np.asarray(before.blocks_held() - cache.blocks_held()).sum((0, 2))
