@@ -35,7 +35,8 @@ class CacheConfig:
     block_size: int = 16
     dtype: jnp.dtype = jnp.float32  # pyright: ignore[reportAssignmentType]
     padded_head_dim: int | None = None
-    """Values of K, and of V, in a pool row; None: ``head_dim``, or what this platform's kernels need beyond it."""
+    """Values of K, and of V, in a pool row, as the kernels need it (``pallas_kernels.padded_head_dim``); None:
+    ``head_dim``."""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_kv_heads", "head_dim", "batch", "max_context", "block_size"):
@@ -77,6 +78,7 @@ class CacheConfig:
             num_blocks=2,
             block_size=block_size,
             dtype=dtype,
+            padded_head_dim=padded_head_dim(model.head_dim),
         )
         if memory is not None:
             num_blocks = (memory - config.table_bytes) // (config.block_bytes + 4)
@@ -92,7 +94,7 @@ class CacheConfig:
     @property
     def row_width(self) -> int:
         """Values of a pool row: K beside V."""
-        return 2 * (self.padded_head_dim or padded_head_dim(self.head_dim))
+        return 2 * (self.padded_head_dim or self.head_dim)
 
     @property
     def heads(self) -> int:

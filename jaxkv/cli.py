@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     add_compression(generate)
     add_sampling(generate)
     generate.add_argument("--cache-memory", type=byte_count, metavar="BYTES", help="for the whole cache: 500M, 2G, …")
-    generate.add_argument("--block-size", type=int, default=16, help="token slots a block (default: 16)")
+    generate.add_argument("--block-size", type=int, help="token slots a block (default: 16; 64 on a TPU)")
     generate.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     generate.add_argument("--plot", type=Path, metavar="PNG", help="draw the layer x head map of blocks kept")
     return top

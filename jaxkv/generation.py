@@ -57,6 +57,8 @@ def _evict(cache: PagedCache, policy: Policy, evict_blocks: Array) -> PagedCache
     scores = policy.rank(in_table_order(cache.scores, *table, cache.block_size), positions)
     held = jnp.arange(cache.capacity) < cache.lengths[..., None]
     evictable = held & ~policy.protects(positions, cache.num_tokens)
+    # XLA for TPU takes minutes to compile what it would fuse across this line; on CPU the barrier is nothing.
+    scores, evictable = lax.optimization_barrier((scores, evictable))
     return eviction.evict(cache, scores, evictable, evict_blocks)
 
 

@@ -27,7 +27,8 @@ from jaxkv.requests import (
     sampler_for,
 )
 from jaxkv.steps import CompiledSteps
-from models import Llama, Tokenizer, load_model, load_tokenizer, resolve
+from models import Llama, Tokenizer, load_model, load_tokenizer, resolve, stack_layers
+from pallas_kernels import default_block_size
 
 Prompt = str | Sequence[int]
 STEPS = 16
@@ -42,7 +43,7 @@ class LLM:
       tokenizer: for a ``models.Llama``; without one, prompts are token ids and answers have no text.
       cache_memory: bytes for the whole cache; None: what the prompts of a call need uncompressed.
       compression: a policy, or None for the full cache.
-      block_size: token slots a block.
+      block_size: token slots a block; None: what suits the platform's kernels.
       max_batch: sequences that are decoded together.
       dtype: of weights and cache.
 
@@ -58,7 +59,7 @@ class LLM:
         tokenizer: Tokenizer | None = None,
         cache_memory: int | None = None,
         compression: Policy | None = None,
-        block_size: int = 16,
+        block_size: int | None = None,
         max_batch: int = 16,
         dtype: jnp.dtype = jnp.float32,  # pyright: ignore[reportArgumentType]
     ):
@@ -70,10 +71,12 @@ class LLM:
         else:
             path = resolve(str(model))
             self.model, self.tokenizer = load_model(path, dtype=dtype), tokenizer or load_tokenizer(path)
+            if jax.default_backend() == "tpu":  # where 30 unrolled layers take minutes to compile
+                self.model = stack_layers(self.model)
         self.load_seconds = time.perf_counter() - began
         self.cache_memory = cache_memory
         self.compression = compression
-        self.block_size = block_size
+        self.block_size = default_block_size() if block_size is None else block_size
         self.max_batch = max_batch
         self.dtype = dtype
         self._cache: tuple[CacheConfig, PagedCache] | None = None

@@ -1,0 +1,238 @@
+"""Compiles every TPU kernel, a whole decode step and a whole compression, for TPUs that aren't here.
+
+    python scripts/compile_tpu.py [--chips v5e v6e] [--models llama-3.1-8b ...] [--json FILE]
+
+prints a row a program: MiB of temporaries and at the peak on each chip, and what is wrong, such as a copy of the pool.
+Each chip and model is compiled in a process of its own, since a TPU compiler that fails may end its process.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from targets import DEVICES, GIB, TPUS, compile_for_tpu, copies_of, sizes, why_not
+
+from jaxkv.cache import CacheConfig, PagedCache, init_cache
+from jaxkv.generation import compress, decode_step
+from jaxkv.policies import KVCompress, Ratio
+from models import Llama, LlamaConfig, stack_layers
+from models.shapes import SHAPES
+from pallas_kernels.block_moves import Moves, move_kvs
+from pallas_kernels.block_writes import write_blocks
+from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.prefill_attention import Observed, prefill_attention
+
+BATCH, CONTEXT, BLOCK_SIZE, CHUNK, WINDOW = 32, 16_384, 64, 512, 32
+KERNEL_POOL = 2 * GIB
+WHOLE = "llama-3.1-8b"
+"""The model whose whole steps are compiled too."""
+POLICY = KVCompress(budget=Ratio(ratio=8))
+
+
+class Program(NamedTuple):
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    pool: Any
+    donate: tuple[int, ...] = ()
+
+
+def shape(dims: tuple[int, ...], dtype: Any) -> Any:
+    """Stands for an array."""
+    return jax.ShapeDtypeStruct(dims, dtype)
+
+
+def mass(p: jax.Array) -> jax.Array:
+    return p.sum(-2)
+
+
+def squared_mass(p: jax.Array) -> jax.Array:
+    return (p * p).sum(-2)
+
+
+def square(p: jax.Array) -> jax.Array:
+    return p * p
+
+
+def kernels(model: LlamaConfig) -> Iterator[Program]:
+    """Each kernel over a pool of 2 GiB: decoding at batch 32, a chunk of one prompt, the moves of one sequence."""
+    i32, bf16 = jnp.int32, jnp.bfloat16
+    heads, kv_heads, head_dim = model.num_heads, model.num_kv_heads, model.head_dim
+    max_blocks = min(CONTEXT, model.max_context) // BLOCK_SIZE
+    pool = shape((KERNEL_POOL // (BLOCK_SIZE * 2 * head_dim * 2), BLOCK_SIZE, 2 * head_dim), bf16)
+
+    def table(batch: int) -> tuple[Any, Any]:
+        return shape((batch, kv_heads, max_blocks), i32), shape((batch, kv_heads), i32)
+
+    def decode(query: Any, pool: Any, table: Any, lengths: Any) -> Any:
+        return paged_attention(query, pool, table, lengths, observe=(mass, squared_mass))
+
+    yield Program("paged_attention", decode, (shape((BATCH, heads, head_dim), bf16), pool, *table(BATCH)), pool)
+
+    for name, batch, length in (("block_writes, decoding", BATCH, 1), ("block_writes, a chunk", 1, CHUNK)):
+        new = shape((batch, length, kv_heads, head_dim), bf16)
+        yield Program(name, write_blocks, (pool, new, new, *table(batch), shape((batch,), i32)), pool, (0,))
+
+    def prefill(*arguments: Any) -> Any:
+        *rest, observed = arguments
+        return prefill_attention(*rest, observed=observed)
+
+    observed = Observed(
+        rows=shape((1, WINDOW), i32),
+        positions=shape((1, CHUNK), i32),
+        cached_positions=shape((1, kv_heads, max_blocks * BLOCK_SIZE), i32),
+        function=square,
+    )
+    query, new = (shape((1, CHUNK, n, head_dim), bf16) for n in (heads, kv_heads))
+    yield Program("prefill_attention", prefill, (query, new, new, pool, *table(1), observed), pool)
+
+    rows = model.num_layers * kv_heads
+    values = (pool.shape[0] * BLOCK_SIZE // 128, 128)
+    marks = shape((rows, max_blocks * BLOCK_SIZE), jnp.bool_)
+    moves = Moves(is_source=marks, is_hole=marks)
+    arguments = (pool, shape(values, jnp.float32), shape(values, i32), shape((rows, max_blocks), i32), moves)
+    yield Program("block_moves", move_kvs, arguments, pool, (0, 1, 2))
+
+
+def half_of(model: LlamaConfig) -> LlamaConfig:
+    """What one of two chips holds of a model whose heads, feed-forward and vocabulary are split between them."""
+    return replace(
+        model,
+        num_heads=model.num_heads // 2,
+        num_kv_heads=model.num_kv_heads // 2,
+        intermediate_size=model.intermediate_size // 2,
+        vocab_size=model.vocab_size // 2,
+    )
+
+
+def abstract_model(config: LlamaConfig) -> Any:
+    """Graph and leaves, shapes only, of a model whose layers are stacked."""
+    return nnx.split(stack_layers(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))))
+
+
+def whole_steps(model: LlamaConfig, memory: int) -> Iterator[Program]:
+    """One decode step and one compression at batch 32, with a pool of what ``memory`` leaves beside the weights."""
+    graph, weights = abstract_model(model)
+    weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
+    pool_bytes = min(int(0.8 * memory) - weight_bytes, 48 * GIB)
+    config = CacheConfig.for_model(
+        model, batch=BATCH, max_context=CONTEXT, block_size=BLOCK_SIZE, memory=pool_bytes, dtype=jnp.bfloat16
+    )
+    cache = jax.eval_shape(lambda: init_cache(config))
+
+    def step(cache: PagedCache, weights: Any, tokens: jax.Array, active: jax.Array) -> Any:
+        return decode_step(nnx.merge(graph, weights), cache, tokens, active, POLICY)
+
+    row = shape((BATCH,), jnp.int32), shape((BATCH,), jnp.bool_)
+    yield Program("decode step", step, (cache, weights, *row), cache.pool, (0,))
+    yield Program("compression", lambda cache: compress(cache, POLICY), (cache,), cache.pool, (0,))
+
+
+def programs(chip: str, name: str) -> Iterator[tuple[str, Program]]:
+    """What is compiled for a chip of a model: the model's name as printed, and the program."""
+    model, memory = SHAPES[name], DEVICES[chip].memory
+    for program in kernels(model):
+        yield name, program
+    if name == WHOLE:
+        half = memory < 20 * GIB  # 16 GB of weights don't fit
+        for program in whole_steps(half_of(model) if half else model, memory):
+            yield name + (", half" if half else ""), program
+
+
+def compile_all(chip: str, name: str) -> Iterator[dict[str, Any]]:
+    for model, program in programs(chip, name):
+        began = time.perf_counter()
+        compiled = compile_for_tpu(chip, program.function, *program.arguments, donate=program.donate)
+        pool = program.pool
+        yield {
+            "chip": chip,
+            "model": model,
+            "program": program.name,
+            "pool": pool.size * pool.dtype.itemsize,
+            "written": bool(program.donate),
+            **sizes(compiled),
+            "memory": DEVICES[chip].memory,
+            "copies": copies_of(compiled, pool.shape, pool.dtype.itemsize),
+            "seconds": time.perf_counter() - began,
+        }
+
+
+def faults(row: dict[str, Any]) -> list[str]:
+    """What is wrong with a compiled program; nothing, as it should be."""
+    found = list(row["copies"])
+    if row["written"] and row["aliased"] < row["pool"]:
+        found.append(f"only {row['aliased']} bytes of {row['pool']} are updated in place")
+    if row["temporary"] > row["pool"] / 4:
+        found.append(f"{row['temporary']} bytes of temporaries")
+    if row["peak"] > row["memory"]:
+        found.append(f"{row['peak']} bytes, more than the chip's {row['memory']}")
+    return found
+
+
+def in_a_process(chip: str, name: str) -> list[dict[str, Any]]:
+    """``compile_all`` where it can't take this process with it.
+
+    Raises:
+      RuntimeError: the compiler failed; with what it said.
+    """
+    command = [sys.executable, __file__, "--one", chip, name]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    if ended.returncode:
+        raise RuntimeError(f"compiling {name} for {chip} failed: {ended.stderr[-3000:]}")
+    return [json.loads(line) for line in ended.stdout.splitlines()]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """One row a program, one column a chip: MiB of temporaries and at the peak, and what is wrong."""
+
+    def cell(row: dict[str, Any]) -> str:
+        numbers = f"{row['temporary'] / 2**20:,.0f} / {row['peak'] / 2**20:,.0f}"
+        return "; ".join([numbers, *faults(row)])
+
+    chips = list(dict.fromkeys(row["chip"] for row in rows))
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        of = (row["model"], row["program"])
+        cells.setdefault(of, {})[row["chip"]] = cell(row)
+    lines = ["| " + " | ".join(["model", "program", *chips]) + " |", "|" + " --- |" * (2 + len(chips))]
+    for (model, program), by_chip in cells.items():
+        lines.append("| " + " | ".join([model, program, *(by_chip.get(chip, "") for chip in chips)]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chips", nargs="+", choices=TPUS)
+    parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--json", help="write the rows to this file too")
+    parser.add_argument("--one", nargs=2, metavar=("CHIP", "MODEL"), help="in this process, a JSON line a program")
+    options = parser.parse_args()
+    if options.one:
+        for row in compile_all(*options.one):
+            print(json.dumps(row), flush=True)
+        return
+    rows = []
+    for chip in options.chips or [chip for chip in TPUS if why_not(chip) is None]:
+        if reason := why_not(chip):
+            sys.exit(f"nothing can be compiled for {chip}: {reason}")
+        for name in options.models:
+            rows += in_a_process(chip, name)
+    print(f"jax {jax.__version__}: temporary / peak MiB; batch {BATCH}, {CONTEXT}-token tables, block {BLOCK_SIZE}\n")
+    print(table(rows))
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(rows, file, indent=1)
+    if any(faults(row) for row in rows):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

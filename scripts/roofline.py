@@ -1,0 +1,238 @@
+"""What a device could do at best: the bound on decoding and compressing, from bytes, FLOPs and copies counted.
+
+    python scripts/roofline.py [--models llama-3.1-8b] [--context 16384] [--ratios 1 8] [--figure FILE]
+
+For each device, model and ratio: the largest batch that fits, what a decode step of it must move, compute and start,
+the tokens a second that follow, and what a compression costs beside the prefill. Where the compiler for TPUs is
+installed, two small programs are compiled too, and the count is set beside their own. Nothing here is measured.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from targets import DEVICES, Device, compile_for_tpu, sizes, why_not
+
+from jaxkv.cache import CacheConfig, init_cache
+from jaxkv.generation import decode_step
+from models import Llama, LlamaConfig
+from models.shapes import SHAPES
+
+BLOCK_SIZE = 64
+USABLE = 0.92
+"""Share of a device's memory for weights and cache; the rest is the program's, its temporaries and fragmentation."""
+COPY_BUNDLES = 22
+"""Instruction bundles that starting one copy takes on a TPU, with its bounds check (read off compiled kernels)."""
+ITEM = 2
+"""Bytes of a weight or of a cached value: bfloat16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a program must do, whatever it runs on."""
+
+    bytes: float
+    flops: float
+    copies: float = 0.0
+    """Block copies that a TPU's core starts one by one."""
+
+    def seconds(self, device: Device) -> float:
+        return max(self.parts(device).values())
+
+    def parts(self, device: Device) -> dict[str, float]:
+        """Seconds that each part alone would take: the largest is the bound."""
+        parts = {"bandwidth": self.bytes / device.bandwidth, "FLOPs": self.flops / device.flops}
+        if device.clock:
+            parts["copies"] = self.copies * COPY_BUNDLES / device.clock / device.cores
+        return parts
+
+
+def weight_count(model: LlamaConfig, *, read: bool = False) -> int:
+    """Weights, or those that a decode step reads: of an embedding that isn't the output's too, only single rows."""
+    wide, narrow = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    layer = model.hidden_size * (2 * wide + 2 * narrow) + 3 * model.hidden_size * model.intermediate_size
+    embeddings = 1 if read or model.tie_embeddings else 2
+    return model.num_layers * layer + embeddings * model.vocab_size * model.hidden_size
+
+
+def kept_blocks(tokens: int, ratio: float) -> int:
+    """Blocks a head, on average."""
+    return max(1, int(-(-tokens // BLOCK_SIZE) / ratio))
+
+
+def decode_work(model: LlamaConfig, batch: int, context: int, ratio: float) -> Work:
+    """One step: all weights once, every kept KV once, one register's worth of rows rewritten a head."""
+    heads = batch * model.num_layers * model.num_kv_heads
+    blocks = heads * kept_blocks(context, ratio)
+    row = 2 * model.head_dim * ITEM
+    tables = heads * 4 * (context // BLOCK_SIZE)
+    group = model.num_heads // model.num_kv_heads
+    attention = 2 * 2 * group * blocks * BLOCK_SIZE * max(model.head_dim, 128)  # 64-wide heads fill 128 lanes
+    return Work(
+        bytes=weight_count(model, read=True) * ITEM + blocks * BLOCK_SIZE * row + heads * 2 * 16 * row + tables,
+        flops=2 * weight_count(model, read=True) * batch + attention,
+        copies=blocks + 2 * heads,
+    )
+
+
+def compress_work(model: LlamaConfig, context: int, ratio: float) -> Work:
+    """One sequence: every KV read once, the kept ones' blocks read and written, scores read and sorted."""
+    heads = model.num_layers * model.num_kv_heads
+    all_blocks, kept = -(-context // BLOCK_SIZE), kept_blocks(context, ratio)
+    values = heads * context * 4
+    return Work(
+        bytes=heads * (all_blocks + kept) * BLOCK_SIZE * 2 * model.head_dim * ITEM + 8 * values,
+        flops=heads
+        * all_blocks
+        * BLOCK_SIZE
+        * 2
+        * 256
+        * 2
+        * max(model.head_dim, 64),  # each KV against a tile of holes
+        copies=heads * (all_blocks + kept),
+    )
+
+
+def prefill_work(model: LlamaConfig, context: int) -> Work:
+    attention = 2 * context**2 * model.num_layers * model.num_heads * model.head_dim
+    return Work(bytes=weight_count(model) * ITEM, flops=2 * weight_count(model) * context + attention)
+
+
+def sequence_bytes(model: LlamaConfig, context: int, ratio: float) -> int:
+    """Bytes that a sequence holds: its blocks with scores and positions, and its row of the table."""
+    heads = model.num_layers * model.num_kv_heads
+    block = BLOCK_SIZE * (2 * model.head_dim * ITEM + 8)
+    return heads * (kept_blocks(context, ratio) * block + 4 * (context // BLOCK_SIZE + 1))
+
+
+def largest_batch(device: Device, model: LlamaConfig, context: int, ratio: float) -> int:
+    """Sequences that fit beside the weights while one more is being read in full; 0 where none does."""
+    room = USABLE * device.memory - weight_count(model) * ITEM
+    if ratio > 1:
+        room -= sequence_bytes(model, context, 1)
+    return max(0, int(room // sequence_bytes(model, context, ratio)))
+
+
+def compiled_flops(chip: str, model: LlamaConfig, batch: int, context: int) -> tuple[float, int]:
+    """FLOPs of a decode step outside the kernels as its compiler counts them, and bytes of its temporaries.
+
+    A loop's body is counted once, so one and two layers are compiled, unrolled, and the rest is reckoned from them.
+    """
+
+    def compile(layers: int) -> tuple[float, int]:
+        small = replace(model, num_layers=layers)
+        config = CacheConfig.for_model(
+            small, batch=batch, max_context=context, block_size=BLOCK_SIZE, num_blocks=4096, dtype=jnp.bfloat16
+        )
+        graph, weights = nnx.split(nnx.eval_shape(lambda: Llama(small, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))
+
+        def step(cache: Any, weights: Any, tokens: jax.Array, active: jax.Array) -> Any:
+            return decode_step(nnx.merge(graph, weights), cache, tokens, active)
+
+        cache = jax.eval_shape(lambda: init_cache(config))
+        row = (jax.ShapeDtypeStruct((batch,), dtype) for dtype in (jnp.int32, jnp.bool_))
+        compiled = compile_for_tpu(chip, step, cache, weights, *row, donate=(0,))
+        return compiled.cost_analysis()["flops"], sizes(compiled)["temporary"]
+
+    (one, _), (two, temporary) = compile(1), compile(2)
+    return one + (model.num_layers - 1) * (two - one), temporary
+
+
+def rows(models: list[str], devices: list[str], context: int, ratios: list[float]) -> list[dict[str, Any]]:
+    found = []
+    for name in models:
+        model = SHAPES[name]
+        tokens = min(context, model.max_context)
+        for chip in devices:
+            device = DEVICES[chip]
+            for ratio in ratios:
+                batch = largest_batch(device, model, tokens, ratio)
+                row = {"model": name, "device": chip, "context": tokens, "ratio": ratio, "batch": batch}
+                if batch:
+                    work = decode_work(model, batch, tokens, ratio)
+                    parts = work.parts(device)
+                    row |= {
+                        "gigabytes": work.bytes / 1e9,
+                        "gigaflops": work.flops / 1e9,
+                        "milliseconds": 1e3 * work.seconds(device),
+                        "bound": max(parts, key=lambda part: parts[part]),
+                        "tokens_a_second": batch / work.seconds(device),
+                        "compression": compress_work(model, tokens, ratio).seconds(device)
+                        / prefill_work(model, tokens).seconds(device),
+                    }
+                found.append(row)
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| model | device | tokens | ratio | largest batch | GB a step | GFLOP a step | ms a step | bound by "
+        "| tokens/s | compression / prefill |",
+        "|" + " --- |" * 11,
+    ]
+    for row in rows:
+        cells = [row["model"], row["device"], f"{row['context']:,}", f"{row['ratio']:g}", f"{row['batch']:,}"]
+        if row["batch"]:
+            numbers = ("gigabytes", "gigaflops", "milliseconds")
+            cells += [*(f"{row[n]:,.1f}" for n in numbers), row["bound"], f"{row['tokens_a_second']:,.0f}"]
+            cells.append(f"{row['compression']:.2%}" if row["ratio"] > 1 else "")
+        else:
+            cells += ["does not fit"] + [""] * 5
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict[str, Any]], path: str) -> None:
+    from matplotlib import pyplot as plt
+
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    figure, axes = plt.subplots(2, len(names), figsize=(5 * len(names), 7), squeeze=False, sharex=True)
+    for column, name in zip(axes.T, names, strict=True):
+        for device in dict.fromkeys(row["device"] for row in rows):
+            fits = [r for r in rows if (r["model"], r["device"]) == (name, device) and r["batch"]]
+            ratios = [r["ratio"] for r in fits]
+            column[0].plot(ratios, [r["tokens_a_second"] for r in fits], marker="o", label=device)
+            column[1].plot(ratios, [r["batch"] for r in fits], marker="o", label=device)
+        column[0].set(title=f"{name}, {rows[0]['context']:,} tokens", ylabel="tokens/s at the largest batch (bound)")
+        column[1].set(xlabel="compression ratio", ylabel="largest batch")
+        for axis in column:
+            axis.set(xscale="log", yscale="log")
+            axis.set_xticks(sorted({r["ratio"] for r in rows}), [f"{r:g}" for r in sorted({r["ratio"] for r in rows})])
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+        column[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=["llama-3.1-8b", "llama-3.2-1b"])
+    parser.add_argument("--devices", nargs="+", choices=list(DEVICES), default=list(DEVICES))
+    parser.add_argument("--context", type=int, default=16_384, help="tokens a sequence")
+    parser.add_argument("--ratios", nargs="+", type=float, default=[1, 2, 4, 8, 16, 32, 64])
+    parser.add_argument("--figure", help="draw tokens/s and batch over ratio into this file")
+    options = parser.parse_args()
+    if options.context < BLOCK_SIZE or min(options.ratios) < 1:
+        sys.exit(f"expected --context of at least {BLOCK_SIZE} and ratios of at least 1, got {options}")
+    found = rows(options.models, options.devices, options.context, options.ratios)
+    print(table(found))
+    for name in options.models:
+        for chip in [d for d in options.devices if DEVICES[d].topology and why_not(d) is None]:
+            model, batch = SHAPES[name], 32
+            flops, temporary = compiled_flops(chip, model, batch, options.context)
+            counted = 2 * weight_count(model, read=True) * batch
+            print(
+                f"\n{name} for {chip}, batch {batch}: {flops / 1e9:,.1f} GFLOP a step outside the kernels as compiled, "
+                f"{counted / 1e9:,.1f} as counted; {temporary / 2**20:,.1f} MiB of temporaries"
+            )
+    if options.figure:
+        draw(found, options.figure)
+
+
+if __name__ == "__main__":
+    main()

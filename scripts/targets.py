@@ -1,0 +1,108 @@
+"""Compiles for accelerators that aren't here, with their real compilers, and looks at what came out.
+
+TPU: needs ``libtpu`` beside jax (0.0.42.1 with jax 0.10.2, 0.0.48.1 with jax 0.11.2, which alone knows v7x).
+"""
+
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # a CUDA plugin without a driver is no error here
+# A description of a machine that libtpu would otherwise ask a metadata server for, and may be loaded by many at once.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("TPU_WORKER_ID", "0")
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from pallas_kernels import use_implementation
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """What a device offers, as its maker publishes it. For v7x: one of a chip's two, as JAX sees them."""
+
+    memory: int
+    """Bytes."""
+    bandwidth: float
+    """Bytes a second."""
+    flops: float
+    """A second, bfloat16, dense."""
+    topology: str | None = None
+    """libtpu's name of the smallest slice; None: no TPU."""
+    clock: float = 0.0
+    """Instruction bundles a second of a TPU's core: reckoned from its matrix units' rate, not published."""
+    cores: int = 1
+    """Tensor cores that share the memory."""
+
+
+DEVICES = {
+    "v5e": Device(memory=16 * GIB, bandwidth=819e9, flops=197e12, topology="v5e:2x2", clock=0.94e9),
+    "v5p": Device(memory=95 * GIB, bandwidth=2765e9, flops=459e12, topology="v5p:2x2x1", clock=1.75e9, cores=2),
+    "v6e": Device(memory=32 * GIB, bandwidth=1640e9, flops=918e12, topology="v6e:2x2", clock=0.94e9),
+    "v7x": Device(memory=96 * GIB, bandwidth=3690e9, flops=1153e12, topology="tpu7x:2x2x1", clock=1.9e9),
+    "h200": Device(memory=141 * 10**9, bandwidth=4800e9, flops=989e12),
+}
+TPUS = tuple(name for name, device in DEVICES.items() if device.topology)
+
+
+def why_not(chip: str) -> str | None:
+    """Why nothing can be compiled for a TPU here; None: it can."""
+    if importlib.util.find_spec("libtpu") is None:
+        return "libtpu is not installed"
+    if chip == "v7x" and jax.__version_info__ < (0, 11):
+        return f"v7x needs jax 0.11, this is {jax.__version__}"
+    return None
+
+
+def compile_for_tpu(chip: str, function: Callable[..., Any], *args: Any, donate: tuple[int, ...] = ()) -> Any:
+    """The compiled program of ``function`` with the TPU kernels, for arguments given by shape and dtype."""
+    name = DEVICES[chip].topology
+    if name is None:
+        raise ValueError(f"{chip} is no TPU; expected one of {TPUS}")
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    here = SingleDeviceSharding(topology.devices[0])
+    with use_implementation("mosaic_tpu"):
+        lowered = jax.jit(function, donate_argnums=donate, in_shardings=here, out_shardings=here).lower(*args)
+    return lowered.compile()
+
+
+def sizes(compiled: Any) -> dict[str, int]:
+    """Bytes: ``aliased`` outputs, ``temporary``, and ``peak``, which counts padding too."""
+    memory = compiled.memory_analysis()
+    return {
+        "aliased": memory.alias_size_in_bytes,
+        "temporary": memory.temp_size_in_bytes,
+        "peak": memory.peak_memory_in_bytes,
+    }
+
+
+BITS = {"pred": 8, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "s32": 32, "u32": 32, "f32": 32}
+COPY = re.compile(r"= \(?(\w+)\[([\d,]*)\][^=]*? (copy|copy-start|transpose|pad|convert)\(")
+
+
+def copies_of(compiled: Any, shape: tuple[int, ...], itemsize: int) -> list[str]:
+    """What the optimised program copies, lays out anew or converts that is as large as the array or larger.
+
+    Aliased bytes alone don't tell: an array can be laid out anew on its way in and on its way out.
+    """
+    least = math.prod(shape) * itemsize
+    found = []
+    for line in compiled.as_text().splitlines():
+        match = COPY.search(line)
+        if match and match[1] in BITS:
+            count = math.prod(int(n) for n in match[2].split(",") if n)
+            if count * BITS[match[1]] // 8 >= least:
+                found.append(f"{match[3]} {match[1]}[{match[2]}]")
+    return found

@@ -1,0 +1,52 @@
+"""Every TPU kernel at real models' shapes, and whole steps of Llama 3.1 8B, by the real compiler."""
+
+import compile_tpu
+import jax
+import jax.numpy as jnp
+import pytest
+import targets
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+CHIPS = ("v7x",) if jax.__version_info__ >= (0, 11) else ("v5e", "v5p", "v6e")
+"""Each chip once: jax 0.10 doesn't know v7x, and the others take jax 0.11 just as well (docs/measurements.md)."""
+
+
+@pytest.mark.parametrize("model", compile_tpu.SHAPES)
+@pytest.mark.parametrize("chip", CHIPS)
+def test_programs_update_the_pool_in_place_and_fit(chip, model):
+    if reason := targets.why_not(chip):
+        pytest.skip(reason)
+    rows = compile_tpu.in_a_process(chip, model)
+    assert len(rows) == (7 if model == compile_tpu.WHOLE else 5)
+    for row in rows:
+        assert compile_tpu.faults(row) == [], row
+
+
+def test_faults_are_seen():
+    row = {"pool": 100, "temporary": 30, "peak": 90, "memory": 80, "written": True, "aliased": 50, "copies": ["copy x"]}
+    assert len(compile_tpu.faults(row)) == 4
+    row |= {"temporary": 20, "memory": 90, "aliased": 100, "copies": []}
+    assert compile_tpu.faults(row) == []
+
+
+@pytest.mark.parametrize(("width", "is_copied"), [(64, True), (128, False)])
+def test_a_pool_that_is_laid_out_anew_is_seen(width, is_copied):
+    """Rows of 64 bfloat16 are padded to 128 lanes on the way in and cut on the way out; aliased bytes don't tell."""
+    if reason := targets.why_not("v5e"):
+        pytest.skip(reason)
+    pool = jax.ShapeDtypeStruct((8192, 16, width), jnp.bfloat16)
+
+    def kernel(pool, moved, done):
+        copy = pltpu.make_async_copy(pool.at[1], moved.at[2], done)
+        copy.start()
+        copy.wait()
+
+    def move(pool):
+        here = pl.BlockSpec(memory_space=pltpu.HBM)
+        options = {"input_output_aliases": {0: 0}, "scratch_shapes": [pltpu.SemaphoreType.DMA]}
+        return pl.pallas_call(kernel, in_specs=[here], out_specs=here, out_shape=pool, **options)(pool)
+
+    compiled = targets.compile_for_tpu("v5e", move, pool, donate=(0,))
+    assert targets.sizes(compiled)["aliased"] >= pool.size * 2
+    assert bool(targets.copies_of(compiled, pool.shape, 2)) == is_copied
