@@ -42,16 +42,16 @@ class Device:
     topology: str | None = None
     """libtpu's name of the smallest slice; None: no TPU."""
     clock: float = 0.0
-    """Instruction bundles a second of a TPU's core: reckoned from its matrix units' rate, not published."""
+    """Instruction bundles a second of a TPU's core: reckoned from its FLOPs and the size of its matrix units."""
     cores: int = 1
     """Tensor cores that share the memory."""
 
 
 DEVICES = {
-    "v5e": Device(memory=16 * GIB, bandwidth=819e9, flops=197e12, topology="v5e:2x2", clock=0.94e9),
+    "v5e": Device(memory=16 * GIB, bandwidth=819e9, flops=197e12, topology="v5e:2x2", clock=1.5e9),
     "v5p": Device(memory=95 * GIB, bandwidth=2765e9, flops=459e12, topology="v5p:2x2x1", clock=1.75e9, cores=2),
-    "v6e": Device(memory=32 * GIB, bandwidth=1640e9, flops=918e12, topology="v6e:2x2", clock=0.94e9),
-    "v7x": Device(memory=96 * GIB, bandwidth=3690e9, flops=1153e12, topology="tpu7x:2x2x1", clock=1.9e9),
+    "v6e": Device(memory=32 * GIB, bandwidth=1640e9, flops=918e12, topology="v6e:2x2", clock=1.75e9),
+    "v7x": Device(memory=96 * GIB, bandwidth=3690e9, flops=1153e12, topology="tpu7x:2x2x1", clock=2.2e9),
     "h200": Device(memory=141 * 10**9, bandwidth=4800e9, flops=989e12),
 }
 TPUS = tuple(name for name, device in DEVICES.items() if device.topology)

@@ -18,7 +18,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import slot_values
-from pallas_kernels.tiles_tpu import LANES, SMEM_ENTRIES, TileStream, Tiling, as_column, check_pool, rows_at_once
+from pallas_kernels.tiles_tpu import (
+    LANES,
+    SMEM_ENTRIES,
+    UNCHECKED,
+    TileStream,
+    Tiling,
+    as_column,
+    check_pool,
+    rows_at_once,
+)
 
 if TYPE_CHECKING:
     from pallas_kernels.block_moves.api import Moves
@@ -101,7 +110,7 @@ def _run(
         ),
         out_shape=[jax.ShapeDtypeStruct(pool.shape, pool.dtype), values, values],
         input_output_aliases={len(scalars) + 4: 0},
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=32 * 2**20),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=32 * 2**20, **UNCHECKED),
         name="move_kvs",
         interpret=interpret,
     )(*scalars, source_number, hole_number, *old, pool)

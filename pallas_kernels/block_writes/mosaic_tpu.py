@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tiles_tpu import SMEM_ENTRIES, check_pool, floor_div, rows_at_once, sublanes
+from pallas_kernels.tiles_tpu import SMEM_ENTRIES, UNCHECKED, check_pool, floor_div, rows_at_once, sublanes
 
 STEP_BYTES = 2 * 2**20
 """New KVs that one grid step lays out in VMEM."""
@@ -95,7 +95,7 @@ def _run(pool: Array, new: Array, places: Array, shifts: Array, counts: Array, u
         ),
         out_shape=jax.ShapeDtypeStruct(pool.shape, pool.dtype),
         input_output_aliases={4: 0},
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=32 * 2**20),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=32 * 2**20, **UNCHECKED),
         name="write_blocks",
         interpret=interpret,
     )(places.reshape(-1), jnp.pad(shifts, (0, pad)), jnp.pad(counts, (0, pad)), new, pool)

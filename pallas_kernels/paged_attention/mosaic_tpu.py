@@ -14,8 +14,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tiles_tpu import (
     CORES,
+    LANES,
     MASKED,
     SMEM_ENTRIES,
+    UNCHECKED,
     TileStream,
     Tiling,
     ceil_div,
@@ -95,7 +97,9 @@ def _run(
         ),
         out_shape=[jax.ShapeDtypeStruct(query.shape, query.dtype)] + [mass for _ in observe],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_vmem_limit(tiles, pool, group, observe)
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=_vmem_limit(tiles, pool, group, observe),
+            **UNCHECKED,
         ),
         name="paged_attention",
         interpret=interpret,
@@ -138,24 +142,33 @@ def _kernel(
     precision = lax.Precision.HIGHEST if buffer.dtype == jnp.float32 else None
     end = stream.tiles(row)[1]
 
-    def attend(tile: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        maximum, total, output = carry
+    Carry = tuple[Array, Array, Array]
+
+    def attend(tile: Array, carry: Carry) -> Carry:
         slot = stream.take(row, tile)
         left = length - tile * tiles.kvs
 
-        stream.clear_past(slot, left)
-        key, value = buffer[slot, :, :width], buffer[slot, :, value_at:]
-        s = lax.dot_general(
-            query, key, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-        )
-        s = jnp.where(lax.broadcasted_iota(jnp.int32, s.shape, 1) < left, s * scale, MASKED)
-        if logits_ref:
-            logits_ref[0][tile] = s
-        new_maximum = jnp.maximum(maximum, s.max(-1, keepdims=True))
-        p = jnp.exp(s - new_maximum)
-        decay = jnp.exp(maximum - new_maximum)
-        out = jnp.dot(p.astype(buffer.dtype), value, precision=precision, preferred_element_type=jnp.float32)
-        return new_maximum, total * decay + p.sum(-1, keepdims=True), output * decay + out
+        def over(kvs: int, carry: Carry) -> Carry:
+            """The tile's first so many KVs into the running softmax."""
+            maximum, total, output = carry
+            stream.clear_past(slot, left, kvs, value_at)
+            key, value = buffer[slot, :kvs, :width], buffer[slot, :kvs, value_at:]
+            s = lax.dot_general(
+                query, key, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+            )
+            s = jnp.where(lax.broadcasted_iota(jnp.int32, s.shape, 1) < left, s * scale, MASKED)
+            if logits_ref:
+                logits_ref[0][tile, :, :kvs] = s
+            new_maximum = jnp.maximum(maximum, s.max(-1, keepdims=True))
+            p = jnp.exp(s - new_maximum)
+            decay = jnp.exp(maximum - new_maximum)
+            out = jnp.dot(p.astype(buffer.dtype), value, precision=precision, preferred_element_type=jnp.float32)
+            return new_maximum, total * decay + p.sum(-1, keepdims=True), output * decay + out
+
+        few = tiles.kvs // 4  # a compressed head may be shorter than a tile
+        if few % LANES:
+            return over(tiles.kvs, carry)
+        return lax.cond(left <= few, partial(over, few), partial(over, tiles.kvs), carry)
 
     start = jnp.full((group, 1), MASKED), jnp.zeros((group, 1)), jnp.zeros((group, width))
     maximum, total, output = lax.fori_loop(0, end, attend, start)
@@ -165,7 +178,9 @@ def _kernel(
     if observe:
 
         def normalise(tile: Array, _: None) -> None:
-            p = jnp.exp(logits_ref[0][tile] - maximum) * share
+            s = logits_ref[0][tile]
+            held = lax.broadcasted_iota(jnp.int32, s.shape, 1) < length - tile * tiles.kvs
+            p = jnp.where(held, jnp.exp(s - maximum) * share, 0.0)
             for mass_ref, function in zip(mass_refs, observe, strict=True):
                 mass_ref[0, pl.ds(tile, 1)] = function(p[None])
 

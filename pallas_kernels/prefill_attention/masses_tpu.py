@@ -11,7 +11,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tiles_tpu import CORES, TileStream, Tiling, as_column, ceil_div
+from pallas_kernels.tiles_tpu import CORES, UNCHECKED, TileStream, Tiling, as_column, ceil_div
 
 if TYPE_CHECKING:
     from pallas_kernels.prefill_attention.api import Observed
@@ -124,7 +124,7 @@ def _run(
             jax.ShapeDtypeStruct((CORES * steps, group, length), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=48 * 2**20
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=48 * 2**20, **UNCHECKED
         ),
         name="prefill_masses",
         interpret=interpret,

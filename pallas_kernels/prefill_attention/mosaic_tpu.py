@@ -21,6 +21,7 @@ from pallas_kernels.tiles_tpu import (
     CORES,
     MASKED,
     SMEM_ENTRIES,
+    UNCHECKED,
     TileStream,
     Tiling,
     as_row,
@@ -164,7 +165,7 @@ def _run(
             jax.ShapeDtypeStruct((CORES * steps * query_blocks, 1, group * block), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=48 * 2**20
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=48 * 2**20, **UNCHECKED
         ),
         name="prefill_attention",
         interpret=interpret,
@@ -227,7 +228,7 @@ def _kernel(
     def attend_cached(tile: Array, _: None) -> None:
         slot = stream.take(item, tile)
         left = lengths[row] - tile * tiles.kvs
-        stream.clear_past(slot, left)
+        stream.clear_past(slot, left, tiles.kvs, value_at)
         attend(buffer[slot], lambda shape: lax.broadcasted_iota(jnp.int32, shape, 1) < left)
 
     def attend_own(own_block: Array, _: None) -> None:

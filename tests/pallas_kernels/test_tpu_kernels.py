@@ -97,6 +97,12 @@ def test_decode_with_tiles_as_it_would_choose_them(interpreter):
     check_decode(interpreter, tiles=Tiling(block_size=16, blocks=8, max_blocks=6), lengths=SKEWED)
 
 
+def test_decode_of_heads_shorter_than_a_quarter_of_a_tile(interpreter):
+    """They, and the last tile of 520 KVs, are worked on a quarter of a tile at a time."""
+    tiles = Tiling(block_size=128, blocks=4, max_blocks=6, buffers=3)
+    check_decode(interpreter, tiles=tiles, lengths=np.array([[100, 128, 520], [300, 129, 0]]), size=128)
+
+
 def test_decode_over_a_table_too_large_for_one_call(interpreter):
     """Five rows of 6 entries where SMEM is said to hold 12: three calls, of which the last has one row."""
     check_decode(interpreter, lengths=np.array([[75, 0, 1, 2, 33]]), smem_entries=12)
