@@ -71,7 +71,7 @@ class LLM:
         else:
             path = resolve(str(model))
             self.model, self.tokenizer = load_model(path, dtype=dtype), tokenizer or load_tokenizer(path)
-            if jax.default_backend() == "tpu":  # where 30 unrolled layers take minutes to compile
+            if _compiles_stacked_layers_well():
                 self.model = stack_layers(self.model)
         self.load_seconds = time.perf_counter() - began
         self.cache_memory = cache_memory
@@ -379,3 +379,8 @@ def _safe_length(text: str, stops: Sequence[str]) -> int:
                 longest = n
                 break
     return len(text) - longest
+
+
+def _compiles_stacked_layers_well() -> bool:
+    """On TPUs, where 30 unrolled layers take long to compile. For v7x XLA lays stacked weights out anew on each call."""
+    return jax.default_backend() == "tpu" and "7x" not in jax.devices()[0].device_kind

@@ -1,17 +1,20 @@
 """Which implementation of an operation runs: the platform's own, one named in the call, or one named for a block."""
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Literal, NamedTuple
+from functools import cache
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 from jax import Array
 
-Implementation = Literal["xla", "mosaic_tpu"]
-"""``"xla"``: the reference in plain XLA, on any platform. ``"mosaic_tpu"``: the Pallas kernel for TPUs."""
-
-OF_PLATFORM: dict[str, Implementation] = {"tpu": "mosaic_tpu"}
+Implementation = Literal["xla", "mosaic_tpu", "mosaic_gpu"]
+"""``"xla"``: the reference in plain XLA, on any platform. The others are Pallas kernels: ``"mosaic_tpu"`` for TPUs,
+``"mosaic_gpu"`` for NVIDIA GPUs from Hopper on."""
+HOPPER = (9, 0)
+"""The first compute capability that has what the GPU kernels use."""
 
 
 class Choice(NamedTuple):
@@ -19,6 +22,8 @@ class Choice(NamedTuple):
 
     implementation: Implementation
     interpret: Any = False
+    by_platform: bool = False
+    """Nobody named it."""
 
 
 _forced: ContextVar[Choice | None] = ContextVar("implementation", default=None)
@@ -33,7 +38,7 @@ def use_implementation(implementation: Implementation, *, interpret: Any = False
 
     Args:
       implementation: see ``Implementation``.
-      interpret: what ``pl.pallas_call`` takes: False, True or ``pltpu.InterpretParams``.
+      interpret: False, True, ``pltpu.InterpretParams``, or for GPUs ``plgpu.InterpretGPUParams``.
     """
     token = _forced.set(Choice(implementation, interpret))
     try:
@@ -45,9 +50,12 @@ def use_implementation(implementation: Implementation, *, interpret: Any = False
 def padded_head_dim(head_dim: int) -> int:
     """Values that K, and V, should take in a pool row, so that the implementation chosen here can read it.
 
-    On a TPU a row is copied whole only where it fills registers of 128 lanes: K and V take a multiple of 64 each.
+    On a TPU a row is copied whole only where it fills registers of 128 lanes: K and V take a multiple of 64 each. The
+    GPU kernels take 64 or 128.
     """
-    return -(-head_dim // 64) * 64 if choose(None).implementation == "mosaic_tpu" else head_dim
+    padded = -(-head_dim // 64) * 64
+    most = {"xla": 0, "mosaic_tpu": padded, "mosaic_gpu": 128}[choose(None).implementation]
+    return padded if padded <= most else head_dim
 
 
 def default_block_size() -> int:
@@ -75,10 +83,43 @@ def choose(implementation: Implementation | None) -> Choice:
     Raises:
       ValueError: an unknown name.
     """
-    known = Implementation.__args__
+    known = get_args(Implementation)
     if implementation not in (None, *known):
         raise ValueError(f"unknown {implementation=}; expected one of {known}, or None for the platform's own")
     forced = _forced.get()
     if forced is not None and implementation in (None, forced.implementation):
         return forced
-    return Choice(implementation or OF_PLATFORM.get(jax.default_backend(), "xla"))
+    return Choice(implementation) if implementation else Choice(of_platform(), by_platform=True)
+
+
+def of_platform() -> Implementation:
+    """What the default device runs best. A GPU without kernels of ours takes the reference, which is said once."""
+    platform = jax.default_backend()
+    if platform == "gpu":
+        device = jax.devices()[0]
+        capability = tuple(int(n) for n in str(getattr(device, "compute_capability", "0")).split("."))
+        if capability >= HOPPER:
+            return "mosaic_gpu"
+        say_once(f"{device.device_kind} is no NVIDIA GPU from Hopper on, so jaxkv's operations run as plain XLA there")
+    return "mosaic_tpu" if platform == "tpu" else "xla"
+
+
+def or_xla(choice: Choice, check: Callable[[], None]) -> Choice:
+    """The choice, or where only the platform chose and its kernel refuses, the reference; which is said once.
+
+    Raises:
+      ValueError: the kernel refuses, and was named.
+    """
+    try:
+        check()
+    except ValueError as refusal:
+        if not choice.by_platform:
+            raise
+        say_once(f"an operation runs as plain XLA on this GPU: {refusal}")
+        return Choice("xla")
+    return choice
+
+
+@cache
+def say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)

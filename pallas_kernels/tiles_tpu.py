@@ -133,7 +133,7 @@ def rows_at_once(entries_a_row: int, smem_entries: int) -> int:
 
 # What a table names is a block of the pool, so copies are started without a check, which takes two thirds of the
 # instructions that starting one takes. The interpreter, in which the tests run, does check.
-UNCHECKED = {"disable_bounds_checks": True}
+UNCHECKED: dict[str, Any] = {"disable_bounds_checks": True}
 
 
 class TileStream:

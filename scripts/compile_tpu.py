@@ -113,16 +113,17 @@ def half_of(model: LlamaConfig) -> LlamaConfig:
     )
 
 
-def abstract_model(config: LlamaConfig) -> Any:
-    """Graph and leaves, shapes only, of a model whose layers are stacked."""
-    return nnx.split(stack_layers(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))))
+def abstract_model(config: LlamaConfig, chip: str) -> Any:
+    """Graph and leaves, shapes only, of a model as ``jaxkv.LLM`` runs it on this chip."""
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
+    return nnx.split(model if chip == "v7x" else stack_layers(model))
 
 
-def whole_steps(model: LlamaConfig, memory: int) -> Iterator[Program]:
-    """One decode step and one compression at batch 32, with a pool of what ``memory`` leaves beside the weights."""
-    graph, weights = abstract_model(model)
+def whole_steps(model: LlamaConfig, chip: str) -> Iterator[Program]:
+    """One decode step and one compression at batch 32, with a pool of what the chip has left beside the weights."""
+    graph, weights = abstract_model(model, chip)
     weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
-    pool_bytes = min(int(0.8 * memory) - weight_bytes, 48 * GIB)
+    pool_bytes = min(int(0.8 * DEVICES[chip].memory) - weight_bytes, 48 * GIB)
     config = CacheConfig.for_model(
         model, batch=BATCH, max_context=CONTEXT, block_size=BLOCK_SIZE, memory=pool_bytes, dtype=jnp.bfloat16
     )
@@ -143,7 +144,7 @@ def programs(chip: str, name: str) -> Iterator[tuple[str, Program]]:
         yield name, program
     if name == WHOLE:
         half = memory < 20 * GIB  # 16 GB of weights don't fit
-        for program in whole_steps(half_of(model) if half else model, memory):
+        for program in whole_steps(half_of(model) if half else model, chip):
             yield name + (", half" if half else ""), program
 
 

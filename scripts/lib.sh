@@ -37,3 +37,21 @@ ensure_venv() {
     "$directory/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$repo[$extras]" "$@"
     echo "$wanted" >"$directory/.installed"
 }
+
+# ensure_compilers DIRECTORY JAX LIBTPU: adds the compilers for TPUs and for NVIDIA GPUs, in these versions, for the tests
+# that compile for machines that aren't here. Elsewhere than on Linux x86_64 there are none, and those tests are skipped.
+ensure_compilers() {
+    local directory="$1" jax="$2" libtpu="$3"
+    if [ "$(uname -sm)" != "Linux x86_64" ]; then
+        echo "no compilers for TPUs and GPUs on $(uname -sm): tests that need them are skipped" >&2
+        return 0
+    fi
+    if [ "$(cat "$directory/.compilers" 2>/dev/null)" = "$jax $libtpu" ]; then
+        return 0
+    fi
+    echo "installing compilers into $directory (once)" >&2
+    local install=("$directory/bin/python" -m pip install --quiet --disable-pip-version-check)
+    "${install[@]}" "libtpu==$libtpu" "nvidia-cuda-nvcc>=13,<14"
+    "${install[@]}" --no-deps "jax-cuda13-plugin==$jax" "jax-cuda13-pjrt==$jax"  # their driver libraries aren't needed
+    echo "$jax $libtpu" >"$directory/.compilers"
+}

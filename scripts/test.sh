@@ -5,15 +5,11 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 cd "$repo"
 
-# libtpu VERSION: the compiler for TPUs, where it exists; without it the tests that compile for TPUs are skipped.
-libtpu() {
-    if [ "$(uname -sm)" = "Linux x86_64" ]; then echo "libtpu==$1"; fi
-}
-
 first="${JAXKV_VENV:-$repo/.venv-test}"
 ran=""
 if python="$(find_python 3.11)"; then
-    ensure_venv "$first" "$python" "test,lint,reference" "jax==0.10.2" "jaxlib==0.10.2" $(libtpu 0.0.42.1)
+    ensure_venv "$first" "$python" "test,lint,reference" "jax==0.10.2" "jaxlib==0.10.2"
+    ensure_compilers "$first" 0.10.2 0.0.42.1
     "$first/bin/ruff" check .
     "$first/bin/ruff" format --check .
     "$first/bin/pyright" --pythonpath "$first/bin/python"
@@ -22,7 +18,8 @@ if python="$(find_python 3.11)"; then
 fi
 if python="$(find_python 3.12)"; then
     second="$first-312"
-    ensure_venv "$second" "$python" "test" "jax==0.11.2" "jaxlib==0.11.2" $(libtpu 0.0.48.1)
+    ensure_venv "$second" "$python" "test" "jax==0.11.2" "jaxlib==0.11.2"
+    ensure_compilers "$second" 0.11.2 0.0.48.1
     "$second/bin/python" -m pytest -n 2 --dist loadfile -m "not slow" "$@"
     ran="${ran:+$ran, }Python 3.12 with jax 0.11.2"
 fi

@@ -11,7 +11,7 @@ ALLOWED = {
     "pallas_kernels": {"pallas_kernels"},
     "models": {"models"},
     "jaxkv": {"jaxkv", "models", "pallas_kernels"},
-    "scripts": {"jaxkv", "models"},
+    "scripts": {"jaxkv", "models", "pallas_kernels"},
 }
 HOST = {"steps", "llm", "cli", "requests", "report", "plot"}
 

@@ -6,7 +6,7 @@ import jax
 from jax import Array
 
 from pallas_kernels.block_moves import reference
-from pallas_kernels.dispatch import Implementation, choose
+from pallas_kernels.dispatch import Implementation, choose, or_xla
 
 
 @jax.tree_util.register_dataclass
@@ -56,4 +56,10 @@ def move_kvs(
         from pallas_kernels.block_moves import mosaic_tpu
 
         return mosaic_tpu.move_kvs(pool, scores, positions, block_table, moves, interpret=choice.interpret)
+    if choice.implementation == "mosaic_gpu":
+        from pallas_kernels.block_moves import mosaic_gpu
+
+        choice = or_xla(choice, lambda: mosaic_gpu.check(pool))
+        if choice.implementation == "mosaic_gpu":
+            return mosaic_gpu.move_kvs(pool, scores, positions, block_table, moves, interpret=choice.interpret)
     return reference.move_kvs(pool, scores, positions, block_table, moves)

@@ -3,7 +3,7 @@
 from jax import Array
 
 from pallas_kernels.block_writes import reference
-from pallas_kernels.dispatch import Implementation, check_row, choose
+from pallas_kernels.dispatch import Implementation, check_row, choose, or_xla
 
 
 def write_blocks(
@@ -40,10 +40,16 @@ def write_blocks(
         raise ValueError(
             f"batch and KV heads disagree: {key.shape=}, {block_table.shape=}, {starts.shape=}, {counts.shape=}"
         )
-    choice = choose(implementation)
     arguments = pool, key, value, block_table, starts, counts
+    choice = choose(implementation)
     if choice.implementation == "mosaic_tpu":
         from pallas_kernels.block_writes import mosaic_tpu
 
         return mosaic_tpu.write_blocks(*arguments, interpret=choice.interpret)
+    if choice.implementation == "mosaic_gpu":
+        from pallas_kernels.block_writes import mosaic_gpu
+
+        choice = or_xla(choice, lambda: mosaic_gpu.check(pool))
+        if choice.implementation == "mosaic_gpu":
+            return mosaic_gpu.write_blocks(*arguments, interpret=choice.interpret)
     return reference.write_blocks(*arguments)

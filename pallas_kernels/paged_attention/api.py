@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from jax import Array
 
-from pallas_kernels.dispatch import Implementation, check_row, choose
+from pallas_kernels.dispatch import Implementation, check_row, choose, or_xla
 from pallas_kernels.paged_attention import reference
 
 Observe = Callable[[Array], Array]
@@ -51,4 +51,12 @@ def paged_attention(
         return mosaic_tpu.paged_attention(
             query, pool, block_table, lengths, observe=observe, interpret=choice.interpret
         )
+    if choice.implementation == "mosaic_gpu":
+        from pallas_kernels.paged_attention import mosaic_gpu
+
+        choice = or_xla(choice, lambda: mosaic_gpu.check(pool, heads // kv_heads))
+        if choice.implementation == "mosaic_gpu":
+            return mosaic_gpu.paged_attention(
+                query, pool, block_table, lengths, observe=observe, interpret=choice.interpret
+            )
     return reference.paged_attention(query, pool, block_table, lengths, observe=observe)

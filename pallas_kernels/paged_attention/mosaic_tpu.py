@@ -27,6 +27,9 @@ from pallas_kernels.tiles_tpu import (
     tiling,
 )
 
+Running = tuple[Array, Array, Array]
+"""Of the softmax so far: maximum and sum ``[group, 1]``, output ``[group, width]``."""
+
 
 def paged_attention(
     query: Array,
@@ -142,13 +145,11 @@ def _kernel(
     precision = lax.Precision.HIGHEST if buffer.dtype == jnp.float32 else None
     end = stream.tiles(row)[1]
 
-    Carry = tuple[Array, Array, Array]
-
-    def attend(tile: Array, carry: Carry) -> Carry:
+    def attend(tile: Array, carry: Running) -> Running:
         slot = stream.take(row, tile)
         left = length - tile * tiles.kvs
 
-        def over(kvs: int, carry: Carry) -> Carry:
+        def over(kvs: int, carry: Running) -> Running:
             """The tile's first so many KVs into the running softmax."""
             maximum, total, output = carry
             stream.clear_past(slot, left, kvs, value_at)

@@ -1,0 +1,172 @@
+"""Every GPU kernel, at the shapes of real models, through to an H200's machine code on a machine without one.
+
+Compiling shows what an interpreter can't: operands that the copy engine or the tensor cores refuse, too much shared
+memory, and a pool that is copied where it should be updated in place.
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from gpu import compile_for_h200, why_not
+
+from models.shapes import SHAPES
+from pallas_kernels.block_moves import Moves
+from pallas_kernels.block_moves import mosaic_gpu as moves_gpu
+from pallas_kernels.block_writes import mosaic_gpu as writes_gpu
+from pallas_kernels.paged_attention import mosaic_gpu as paged_gpu
+from pallas_kernels.prefill_attention import Observed
+from pallas_kernels.prefill_attention import mosaic_gpu as prefill_gpu
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+in_place = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="kernels that write in place need jax 0.11")
+every_model = pytest.mark.parametrize("model", SHAPES.values(), ids=SHAPES)
+
+BATCH, CONTEXT, SLOTS = 8, 8192, 2**20
+"""Sequences, tokens of each, and token slots of the pool."""
+Array = jax.ShapeDtypeStruct
+
+
+def square(p):
+    return p * p
+
+
+def square_mass(p):
+    return square(p).sum(-2)
+
+
+def pool_of(model, size, dtype=jnp.bfloat16):
+    return Array((SLOTS // size, size, 2 * model.head_dim), dtype)
+
+
+def table_of(model, size, batch=BATCH):
+    return Array((batch, model.num_kv_heads, CONTEXT // size), jnp.int32)
+
+
+def of_heads(model, batch=BATCH):
+    return Array((batch, model.num_kv_heads), jnp.int32)
+
+
+def assert_no_copy(program, pool, *, written):
+    """The pool is updated in place, where it is written, and nothing of its size lies beside it."""
+    size, memory = pool.size * pool.dtype.itemsize, program.memory_analysis()
+    assert memory.temp_size_in_bytes < size / 4
+    if written:
+        assert memory.alias_size_in_bytes >= size
+
+
+def compile_decode(model, size, *, dtype=jnp.bfloat16, observe=(square_mass,)):
+    pool, query = pool_of(model, size, dtype), Array((BATCH, model.num_heads, model.head_dim), dtype)
+
+    def attend(*arguments):
+        return paged_gpu.paged_attention(*arguments, observe=observe)
+
+    program = compile_for_h200(attend, query, pool, table_of(model, size), of_heads(model))
+    assert_no_copy(program, pool, written=False)
+
+
+@every_model
+def test_decode(model):
+    compile_decode(model, 32)
+
+
+@pytest.mark.parametrize("size", [16, 64, 128])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_decode_with_every_block_size(size, dtype):
+    compile_decode(SHAPES["llama-3.1-8b"], size, dtype=dtype)
+    compile_decode(SHAPES["smollm2-135m"], size, dtype=dtype, observe=())
+
+
+@in_place
+@every_model
+@pytest.mark.parametrize("length", [1, 512])
+def test_writes(model, length):
+    pool, kv = pool_of(model, 32), Array((BATCH, length, model.num_kv_heads, model.head_dim), jnp.bfloat16)
+    ids = table_of(model, 32), of_heads(model), Array((BATCH,), jnp.int32)
+    program = compile_for_h200(writes_gpu.write_blocks, pool, kv, kv, *ids, donate=(0,))
+    assert_no_copy(program, pool, written=True)
+
+
+@in_place
+@every_model
+def test_moves(model):
+    pool, rows = pool_of(model, 32), model.num_layers * model.num_kv_heads
+    values, marks = (SLOTS // 128, 128), Array((rows, CONTEXT), bool)
+    arguments = pool, Array(values, jnp.float32), Array(values, jnp.int32), Array((rows, CONTEXT // 32), jnp.int32)
+    moves = Moves(is_source=marks, is_hole=marks)
+    program = compile_for_h200(moves_gpu.move_kvs, *arguments, moves, donate=(0, 1, 2))
+    assert_no_copy(program, pool, written=True)
+
+
+def compile_prefill(model, size, *, observed=32, batch=2, length=512):
+    pool, query = pool_of(model, size), Array((batch, length, model.num_heads, model.head_dim), jnp.bfloat16)
+    kv = Array((batch, length, model.num_kv_heads, model.head_dim), jnp.bfloat16)
+    seen = Observed(
+        rows=Array((batch, observed), jnp.int32),
+        positions=Array((batch, length), jnp.int32),
+        cached_positions=Array((batch, model.num_kv_heads, CONTEXT), jnp.int32),
+        function=square,
+        buffer=8,
+    )
+
+    def attend(*arguments):
+        *arguments, seen = arguments
+        return prefill_gpu.prefill_attention(*arguments, observed=seen)
+
+    ids = table_of(model, size, batch), of_heads(model, batch)
+    program = compile_for_h200(attend, query, kv, kv, pool, *ids, seen if observed else None)
+    assert_no_copy(program, pool, written=False)
+
+
+@every_model
+def test_prefill(model):
+    compile_prefill(model, 32)
+
+
+@pytest.mark.parametrize("size", [16, 64, 128])
+def test_prefill_with_every_block_size(size):
+    compile_prefill(SHAPES["llama-3.2-1b"], size, length=300)
+
+
+def test_prefill_unobserved():
+    compile_prefill(SHAPES["llama-3.1-8b"], 16, observed=0)
+
+
+def layers_of(model, attend):
+    """Ten steps through four layers that write the pool and read it, one pool for all."""
+
+    def run(pool, x, tables, lengths, counts):
+        def layer(state, ids):
+            pool, x = state
+            table, length = ids
+            kv = x[..., : model.num_kv_heads, :]
+            kv = kv[:, None] if kv.ndim == 3 else kv
+            pool = writes_gpu.write_blocks(pool, kv, kv, table, length, counts)
+            return (pool, x + attend(x, kv, pool, table, length)), None
+
+        def unrolled(_, state):
+            for index in range(4):
+                state, _ = layer(state, (tables[index], lengths[index]))
+            return state
+
+        state = jax.lax.fori_loop(0, 5, unrolled, (pool, x))
+        return jax.lax.fori_loop(0, 5, lambda _, s: jax.lax.scan(layer, s, (tables, lengths))[0], state)
+
+    return run
+
+
+def decode_layer(x, kv, pool, table, length):
+    return paged_gpu.paged_attention(x, pool, table, length + 1)[0]
+
+
+def prefill_layer(x, kv, pool, table, length):
+    return prefill_gpu.prefill_attention(x, kv, kv, pool, table, length)[0]
+
+
+@in_place
+@pytest.mark.parametrize(("attend", "tokens"), [(decode_layer, ()), (prefill_layer, (512,))])
+def test_layers_in_a_loop_share_one_pool(attend, tokens):
+    model = SHAPES["llama-3.1-8b"]
+    pool, x = pool_of(model, 32), Array((BATCH, *tokens, model.num_heads, model.head_dim), jnp.bfloat16)
+    ids = Array((4, *table_of(model, 32).shape), jnp.int32), Array((4, *of_heads(model).shape), jnp.int32)
+    program = compile_for_h200(layers_of(model, attend), pool, x, *ids, Array((BATCH,), jnp.int32), donate=(0,))
+    assert_no_copy(program, pool, written=True)
