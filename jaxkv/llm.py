@@ -382,5 +382,5 @@ def _safe_length(text: str, stops: Sequence[str]) -> int:
 
 
 def _compiles_stacked_layers_well() -> bool:
-    """On TPUs, where 30 unrolled layers take long to compile. For v7x XLA lays stacked weights out anew on each call."""
+    """On TPUs, where 30 unrolled layers take long to compile; for v7x XLA lays stacked weights out anew every time."""
     return jax.default_backend() == "tpu" and "7x" not in jax.devices()[0].device_kind
