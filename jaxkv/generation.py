@@ -163,7 +163,7 @@ def decode(
         new, logprob = jnp.where(made.active, new, 0), jnp.where(made.active, logprob, 0.0)
         counts = made.counts + made.active
         active = made.active & (counts < limits) & ~_is_any(new, stop_tokens)
-        cache = _compress_grown(cache, policy, active)
+        cache = _compress_grown(cache, policy, made.active)  # also what ends here: it may only end its dispatch
         made = Decoded(
             cache=cache,
             tokens=made.tokens.at[:, step].set(new),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
@@ -75,6 +76,11 @@ class Timings:
     compress: float = 0.0
     decode: float = 0.0
 
+    def spent(self, phase: str, began: float, compiling: float) -> None:
+        """Adds the time since ``began`` to a phase, but for what of it was compiling."""
+        self.compile += compiling
+        setattr(self, phase, getattr(self, phase) + time.perf_counter() - began - compiling)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
@@ -120,10 +126,18 @@ class Finished:
     completion: Completion
 
 
-Event = PromptRead | TextMade | Finished
+@dataclass(frozen=True, kw_only=True)
+class Refused:
+    """Event: a request can't be served; the others go on."""
+
+    request: int
+    error: str
 
 
-@dataclass(kw_only=True)
+Event = PromptRead | TextMade | Finished | Refused
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """A prompt on its way through the model."""
 
@@ -133,13 +147,3 @@ class Request:
     params: SamplingParams
     limit: int
     """Tokens to make at most: ``max_tokens``, or less where the context ends before."""
-    pending: int = 0
-    """The last token, not yet cached."""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    text: str = ""
-    """All text made, that not yet sent included."""
-    sent: int = 0
-    """Characters already given out."""
-    finish_reason: str | None = None
-    cache: CacheStats | None = None

@@ -58,6 +58,24 @@ class Random(Sampler):
         return jnp.where(self.temperature > 0, drawn, greedy)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Forced(Sampler):
+    """Chooses what it is told where it is told something, and else what another sampler chooses."""
+
+    sampler: Sampler
+    tokens: Array
+    """``i32[batch, told]``: the tokens at consecutive positions; -1 where nothing is told."""
+    first: Array
+    """``i32[batch]``: the position of each row's first."""
+
+    def __call__(self, logits: Array, position: Array) -> Array:
+        place = position - self.first
+        told = jnp.take_along_axis(self.tokens, jnp.clip(place, 0, self.tokens.shape[1] - 1)[:, None], axis=1)[:, 0]
+        is_told = (place >= 0) & (place < self.tokens.shape[1]) & (told >= 0)
+        return jnp.where(is_told, told, self.sampler(logits, position))
+
+
 def restrict(logits: Array, *, top_k: Array, top_p: Array, min_p: Array) -> Array:
     """Logits ``f32[batch, vocab]`` with the tokens that top-k, top-p or min-p exclude at minus infinity.
 

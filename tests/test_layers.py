@@ -13,7 +13,7 @@ ALLOWED = {
     "jaxkv": {"jaxkv", "models", "pallas_kernels"},
     "scripts": {"jaxkv", "models", "pallas_kernels"},
 }
-HOST = {"steps", "llm", "cli", "requests", "report", "plot"}
+HOST = {"steps", "engine", "answers", "llm", "batch", "jobfile", "cli", "requests", "report", "plot"}
 
 
 def imports(path):

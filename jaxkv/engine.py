@@ -1,0 +1,273 @@
+"""Continuous batching under a hard memory bound: requests join and leave between dispatches of many decode steps.
+
+A fixed number of rows share one pool. A request joins when its whole prompt fits beside what the running ones may soon
+need; one prompt is read at a time, a chunk between two dispatches, so nobody stalls. Where the pool would run dry,
+sequences that have outgrown their budget are compressed again, if their policy does that at all; then the youngest is
+put back to the head of the queue. It is read again later and its tokens are replayed through the same steps, so its
+answer and its cache are what they would have been alone. The oldest always goes on, so every trace comes to an end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxkv.answers import Answer
+from jaxkv.cache import CacheConfig, PagedCache, stats, take_sequences
+from jaxkv.policies import Policy
+from jaxkv.prompt import CHUNK, PromptState
+from jaxkv.requests import Event, PromptRead, Refused, Request, sampler_for
+from jaxkv.sampling import Forced, Sampler
+from jaxkv.steps import CompiledSteps
+
+STEPS = 16
+"""Decode steps in one dispatch: what a stream waits for."""
+HORIZON = 4 * STEPS
+"""Tokens that each running sequence must still have room for when another joins; else it would soon be put back."""
+
+
+class Engine:
+    """Answers requests with one model, one policy and one cache.
+
+    Args:
+      steps: the model's programs.
+      config: the cache's sizes; its batch is the number of rows.
+      cache: an empty one; given away.
+    """
+
+    def __init__(self, steps: CompiledSteps, config: CacheConfig, cache: PagedCache):
+        self.steps, self.config, self.cache = steps, config, cache
+        self.rows: list[Answer | None] = [None] * config.batch
+        self.queue: deque[Answer] = deque()
+        self.reading: tuple[int, PromptState, int] | None = None
+        """Row, state and tokens read of the prompt that is being read."""
+        self.joined = 0
+        self.preemptions = 0
+        self.locked = False
+        """After a preemption nobody joins until somebody leaves: else the two would take turns for ever."""
+        self.lengths = np.zeros(cache.lengths.shape, np.int32)
+        self.free = config.num_blocks - 1
+
+    def run(self, answers: Iterable[Answer | Refused]) -> Iterator[Event]:
+        """Events of all requests; as many are drawn from the iterable as there are free rows."""
+        source, ended = iter(answers), False
+        while True:
+            while not ended and len(self.queue) < self.rows.count(None):
+                drawn = next(source, None)
+                ended = drawn is None
+                if isinstance(drawn, Answer):
+                    self.queue.append(drawn)
+                elif drawn is not None:
+                    yield drawn
+            if self.queue and self.reading is None and not self.locked:
+                yield from self._admit()
+            if self.reading is not None:
+                yield from self._read_chunk()
+            if self._running():
+                yield from self._decode()
+            elif self.reading is None and not self.queue and ended:
+                return
+
+    def _running(self) -> list[int]:
+        """Rows that decode: all taken but the one whose prompt is being read."""
+        reading = self.reading[0] if self.reading is not None else None
+        return [row for row, answer in enumerate(self.rows) if answer is not None and row != reading]
+
+    def _growth(self, rows: list[int], tokens: int) -> int:
+        """Blocks that these rows allocate for at most so many more tokens each."""
+        size, total = self.config.block_size, 0
+        for row in rows:
+            answer = self.rows[row]
+            assert answer is not None
+            lengths = self.lengths[:, row]
+            more = min(tokens, answer.tokens_left)
+            total += int((-(-(lengths + more) // size) + (-lengths // size)).sum())
+        return total
+
+    def _prompt_blocks(self, tokens: int) -> int:
+        return self.config.heads * -(-tokens // self.config.block_size)
+
+    def _unread(self) -> int:
+        """Blocks that the rest of the prompt being read will take."""
+        if self.reading is None:
+            return 0
+        row, _, read = self.reading
+        answer = self.rows[row]
+        assert answer is not None
+        return self._prompt_blocks(len(answer.request.prompt)) - self._prompt_blocks(read)
+
+    def _admit(self) -> Iterator[Event]:
+        """Begins to read the first in the queue, where there is a row and its prompt fits uncompressed."""
+        answer, running = self.queue[0], self._running()
+        if error := refusal(answer.request, self.config, self.steps.policy):
+            self.queue.popleft()
+            yield Refused(request=answer.index, error=error)
+            return
+        need = self._prompt_blocks(len(answer.request.prompt))
+        if self.steps.policy is None and running:
+            need += self._prompt_blocks(min(HORIZON, answer.request.limit))
+        if None not in self.rows or need > self.free - self._growth(running, HORIZON):
+            return
+        self.queue.popleft()
+        row = self.rows.index(None)
+        self.rows[row] = answer
+        self.joined += 1
+        answer.begin(order=self.joined)
+        state = self.steps.start(self.cache, row, len(answer.request.prompt))
+        self.cache, self.reading = state.cache, (row, state, 0)
+        yield PromptRead(request=answer.index, tokens=0, total=len(answer.request.prompt))
+
+    def _read_chunk(self) -> Iterator[Event]:
+        """The next chunk of the prompt; after the last, the first token from the full cache, then compression."""
+        assert self.reading is not None
+        row, state, at = self.reading
+        answer = self.rows[row]
+        assert answer is not None
+        prompt = answer.request.prompt
+        total = len(prompt)
+        began, compiled = time.perf_counter(), self.steps.compile_seconds
+        size = min(CHUNK, -(-total // 64) * 64)
+        count = min(size, total - at)
+        tokens = np.zeros((1, size), np.int32)
+        tokens[0, :count] = prompt[at : at + count]
+        state = self.steps.chunk(replace(state, cache=self.cache), row, jnp.asarray(tokens), count)
+        self.cache, self.reading = state.cache, (row, state, at + count)
+        jax.block_until_ready(state.hidden)
+        answer.timings.spent("prefill", began, self.steps.compile_seconds - compiled)
+        yield PromptRead(request=answer.index, tokens=at + count, total=total)
+        if at + count == total:
+            yield from self._finish_prompt(row, answer, state)
+        self._look()
+
+    def _finish_prompt(self, row: int, answer: Answer, state: PromptState) -> Iterator[Event]:
+        began, compiled = time.perf_counter(), self.steps.compile_seconds
+        self.cache, token, logprob = self.steps.finish(state, row, sampler_for([answer.request.params]))
+        first, logprob = int(token[0]), float(logprob[0])
+        self.reading = None
+        answer.timings.spent("prefill", began, self.steps.compile_seconds - compiled)
+        if self.steps.policy is not None:
+            began, compiled = time.perf_counter(), self.steps.compile_seconds
+            self.cache = jax.block_until_ready(self.steps.compress(self.cache, row))
+            answer.timings.spent("compress", began, self.steps.compile_seconds - compiled)
+        self._look()
+        answer.cache = stats(take_sequences(self.cache, jnp.array([row])))
+        more = self._growth([row], answer.request.limit)
+        held = answer.cache.blocks_held
+        if held + more > self.config.num_blocks - 1:
+            error = (
+                f"prompt {answer.index} holds {held} blocks once it is read, but {answer.request.limit} more tokens "
+                f"may need {more}; {more_memory(self.config, held + more)}, or ask for fewer tokens"
+            )
+            self._leave(row)
+            yield Refused(request=answer.index, error=error)
+            return
+        yield from self._accept(row, [first], [logprob])
+
+    def _decode(self) -> Iterator[Event]:
+        """As many steps for all running rows as the pool surely serves; makes room first where that is none."""
+        running = self._running()
+        steps = STEPS
+        while steps and self._growth(running, steps) > self.free - self._unread():
+            steps //= 2
+        if steps == 0:
+            self._make_room(running)
+            return
+        pending, limits = np.zeros(len(self.rows), np.int32), np.zeros(len(self.rows), np.int32)
+        for row in running:
+            answer = self.rows[row]
+            assert answer is not None
+            pending[row], limits[row] = answer.pending, min(steps, answer.tokens_left)
+        began, compiled = time.perf_counter(), self.steps.compile_seconds
+        made = self.steps.decode(self.cache, jnp.asarray(pending), jnp.asarray(limits), self._sampler(running), STEPS)
+        self.cache = made.cache
+        tokens, logprobs, counts = jax.device_get((made.tokens, made.logprobs, made.counts))
+        self._look()
+        compiling = self.steps.compile_seconds - compiled
+        for row in running:
+            answer, count = self.rows[row], counts[row]
+            assert answer is not None
+            if count == 0:
+                raise RuntimeError("the pool ran dry while decoding, though blocks were kept free; please report this")
+            answer.timings.spent("decode", began, compiling)
+            yield from self._accept(row, tokens[row, :count].tolist(), logprobs[row, :count].tolist())
+
+    def _sampler(self, running: list[int]) -> Sampler:
+        """Each row's own; those that repeat what they said before they were put back are told what it was."""
+        answers = [self.rows[row] for row in range(len(self.rows))]
+        someone = self.rows[running[0]]
+        assert someone is not None
+        sampler = sampler_for([(answer or someone).request.params for answer in answers])
+        longest = max((answer.replaying for answer in answers if answer is not None), default=0)
+        if longest == 0:
+            return sampler
+        width = max(64, 1 << (longest - 1).bit_length())  # few different widths: each is a program of its own
+        tokens, first = np.full((len(answers), width), -1, np.int32), np.zeros(len(answers), np.int32)
+        for row, answer in enumerate(answers):
+            if answer is not None:
+                told = answer.token_ids[answer.replayed :][:width]
+                tokens[row, : len(told)] = told
+                first[row] = len(answer.request.prompt) + answer.replayed
+        return Forced(sampler=sampler, tokens=jnp.asarray(tokens), first=jnp.asarray(first))
+
+    def _accept(self, row: int, tokens: list[int], logprobs: list[float]) -> Iterator[Event]:
+        answer = self.rows[row]
+        assert answer is not None
+        yield from answer.take(tokens, logprobs)
+        if answer.finish_reason is not None:
+            at_end = stats(take_sequences(self.cache, jnp.array([row])))
+            self._leave(row)
+            self.locked = False
+            yield answer.finished(at_end)
+
+    def _make_room(self, running: list[int]) -> None:
+        """Compresses what has outgrown its budget; where that frees nothing, puts the youngest back."""
+        if self.steps.policy is not None and self.steps.policy.compress_every is not None:
+            before = self.free
+            for row in running:
+                self.cache = self.steps.compress(self.cache, row)
+            self._look()
+            if self.free > before:
+                return
+        row = max((r for r, a in enumerate(self.rows) if a is not None), key=lambda r: self.rows[r].order)  # pyright: ignore[reportOptionalMemberAccess]
+        answer = self.rows[row]
+        assert answer is not None
+        self._leave(row)
+        self.queue.appendleft(answer)
+        self.preemptions += 1
+        self.locked = bool(self._running())
+
+    def _leave(self, row: int) -> None:
+        if self.reading is not None and self.reading[0] == row:
+            self.reading = None
+        self.rows[row] = None
+        self.cache = self.steps.release(self.cache, jnp.arange(len(self.rows)) == row)
+        self._look()
+
+    def _look(self) -> None:
+        """Reads back what the heads hold and what is free."""
+        lengths, free = jax.device_get((self.cache.lengths, self.cache.num_free))
+        self.lengths, self.free = lengths, int(free)
+
+
+def more_memory(config: CacheConfig, blocks: int) -> str:
+    """What to do about a pool that is too small for so many blocks."""
+    return f"give cache_memory of at least {config.bytes_with(blocks + 1)} bytes"
+
+
+def refusal(request: Request, config: CacheConfig, policy: Policy | None) -> str | None:
+    """Why a request can never be served; None where it may be. What is left once it is compressed is checked then."""
+    tokens = len(request.prompt) + (0 if policy else request.limit)
+    need = config.heads * -(-tokens // config.block_size)
+    if need <= config.num_blocks - 1:
+        return None
+    return (
+        f"prompt {request.index} has {len(request.prompt)} tokens and needs {need} blocks "
+        f"{'before it is compressed' if policy else 'with its answer'}, but the pool has {config.num_blocks - 1}; "
+        f"{more_memory(config, need)}, or shorten it"
+    )
