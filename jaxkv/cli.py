@@ -1,4 +1,4 @@
-"""``python -m jaxkv generate``: a model answers a prompt from a compressed cache."""
+"""``python -m jaxkv``: a model answers a prompt, or a file of them, from a compressed cache."""
 
 from __future__ import annotations
 
@@ -27,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_compiled_programs()
     try:
         return options.run(options)
+    except KeyboardInterrupt:
+        print("jaxkv: stopped", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         return 141
     except (ValueError, OSError) as error:
@@ -39,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     generate = commands.add_parser("generate", help="answer one prompt")
     generate.set_defaults(run=run_generate)
-    generate.add_argument("--model", required=True, help="smollm2-135m, a directory, or a .gguf file")
+    add_model(generate)
     prompt = generate.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT")
     prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="UTF-8 text; - for standard input")
@@ -47,11 +50,28 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--system", metavar="TEXT", help="system message, with --chat")
     add_compression(generate)
     add_sampling(generate)
-    generate.add_argument("--cache-memory", type=byte_count, metavar="BYTES", help="for the whole cache: 500M, 2G, …")
-    generate.add_argument("--block-size", type=int, help="token slots a block (default: 16; 64 on a TPU)")
     generate.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     generate.add_argument("--plot", type=Path, metavar="PNG", help="draw the layer x head map of blocks kept")
+
+    batch = commands.add_parser("batch", help="answer a file of prompts; killed and started again, it goes on")
+    batch.set_defaults(run=run_batch)
+    add_model(batch)
+    batch.add_argument(
+        "--input", type=Path, required=True, metavar="JSONL", help='one {"prompt": …} or {"messages": […]} a line'
+    )
+    batch.add_argument("--output", type=Path, required=True, metavar="JSONL", help="one answer or error a line")
+    batch.add_argument("--retry-failed", action="store_true", help="try lines again that have an error in the output")
+    add_compression(batch)
+    add_sampling(batch)
+    batch.add_argument("--max-batch", type=int, default=16, metavar="N", help="answered together (default: 16)")
+    batch.add_argument("--max-context", type=int, metavar="N", help="longest prompt and answer (default: the model's)")
     return top
+
+
+def add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", required=True, help="smollm2-135m, a directory, or a .gguf file")
+    command.add_argument("--cache-memory", type=byte_count, metavar="BYTES", help="for the whole cache: 500M, 2G, …")
+    command.add_argument("--block-size", type=int, help="token slots a block (default: 16; 64 on a TPU)")
 
 
 def add_compression(command: argparse.ArgumentParser) -> None:
@@ -78,7 +98,7 @@ def add_sampling(command: argparse.ArgumentParser) -> None:
     group.add_argument("--min-p", type=float, default=0.0)
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be given several times")
-    group.add_argument("--logprobs", action="store_true", help="log probability of each token, with --json")
+    group.add_argument("--logprobs", action="store_true", help="log probability of each token (generate: with --json)")
 
 
 def byte_count(text: str) -> int:
@@ -178,6 +198,23 @@ def run_generate(options: argparse.Namespace) -> int:
     else:
         print(f"\n\n{summary(completion)}", file=sys.stderr)
     return 0
+
+
+def run_batch(options: argparse.Namespace) -> int:
+    from jaxkv.batch import BatchJob  # locks files, which generate can do without where a system can't
+
+    policy, params = compression_from(options), sampling_from(options)
+    with BatchJob(options.input, options.output, params, retry_failed=options.retry_failed) as job:
+        if not job.left:
+            return job.finish()
+        llm = LLM(
+            options.model,
+            compression=policy,
+            cache_memory=options.cache_memory,
+            block_size=options.block_size,
+            max_batch=options.max_batch,
+        )
+        return job.run(llm, max_context=options.max_context)
 
 
 def answer(llm: LLM, prompt: str, params: SamplingParams, *, quiet: bool) -> Completion:

@@ -161,7 +161,7 @@ class Engine:
         held = answer.cache.blocks_held
         if held + more > self.config.num_blocks - 1:
             error = (
-                f"prompt {answer.index} holds {held} blocks once it is read, but {answer.request.limit} more tokens "
+                f"the prompt holds {held} blocks once it is read, but {answer.request.limit} more tokens "
                 f"may need {more}; {more_memory(self.config, held + more)}, or ask for fewer tokens"
             )
             self._leave(row)
@@ -267,7 +267,7 @@ def refusal(request: Request, config: CacheConfig, policy: Policy | None) -> str
     if need <= config.num_blocks - 1:
         return None
     return (
-        f"prompt {request.index} has {len(request.prompt)} tokens and needs {need} blocks "
+        f"the prompt has {len(request.prompt)} tokens and needs {need} blocks "
         f"{'before it is compressed' if policy else 'with its answer'}, but the pool has {config.num_blocks - 1}; "
         f"{more_memory(config, need)}, or shorten it"
     )

@@ -115,15 +115,20 @@ class LLM:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise ValueError(f"give one SamplingParams, or one a prompt: {len(prompts)} prompts, {len(each)} params")
-        requests = [self._request(i, *job) for i, job in enumerate(zip(prompts, each, strict=True))]
+        requests = []
+        for i, job in enumerate(zip(prompts, each, strict=True)):
+            try:
+                requests.append(self._request(i, *job))
+            except ValueError as error:
+                raise ValueError(_numbered(str(error), i)) from None
         longest = max((len(r.prompt) + r.limit for r in requests), default=1)
         config = self._cache_config(longest, rows=len(requests))
         for request in requests:
             if error := refusal(request, config, self.compression):
-                raise ValueError(error)
+                raise ValueError(_numbered(error, request.index))
         for event in self._serve(requests, config):
             if isinstance(event, Refused):
-                raise ValueError(event.error)
+                raise ValueError(_numbered(event.error, event.request))
             yield event
 
     def run(self, jobs: Iterable[tuple[Prompt, SamplingParams]], *, max_context: int | None = None) -> Iterator[Event]:
@@ -174,15 +179,15 @@ class LLM:
         context = self.model.config.max_context if context is None else context
         ids = self._encode(prompt)
         if len(ids) == 0:
-            raise ValueError(f"prompt {index} is empty; give at least one token")
+            raise ValueError("the prompt is empty; give at least one token")
         if len(ids) >= context:
             raise ValueError(
-                f"prompt {index} has {len(ids)} tokens, but the model's context is {context}, with at least one token "
+                f"the prompt has {len(ids)} tokens, but the model's context is {context}, with at least one token "
                 "for the answer; shorten it"
             )
         vocab = self.model.config.vocab_size
         if ids.min() < 0 or ids.max() >= vocab:
-            raise ValueError(f"prompt {index} has token ids outside 0..{vocab - 1}: {ids.min()}..{ids.max()}")
+            raise ValueError(f"the prompt has token ids outside 0..{vocab - 1}: {ids.min()}..{ids.max()}")
         if params.stop and self.tokenizer is None:
             raise ValueError("stop texts need a tokenizer, and this LLM has none")
         limit = min(params.max_tokens, context - len(ids))
@@ -221,6 +226,11 @@ class LLM:
         """Tokens that end an answer."""
         known = self.tokenizer.eos_ids if self.tokenizer is not None else ()
         return tuple(sorted({*self.model.config.eos_token_ids, *known}))
+
+
+def _numbered(error: str, index: int) -> str:
+    """What is wrong with a prompt, where it is one of several."""
+    return error.replace("the prompt", f"prompt {index}", 1)
 
 
 def _rounded_up(tokens: int) -> int:

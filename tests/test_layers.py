@@ -13,7 +13,21 @@ ALLOWED = {
     "jaxkv": {"jaxkv", "models", "pallas_kernels"},
     "scripts": {"jaxkv", "models", "pallas_kernels"},
 }
-HOST = {"steps", "engine", "answers", "llm", "batch", "jobfile", "cli", "requests", "report", "plot"}
+HOST = {"steps", "engine", "answers", "llm", "batch", "jobfile", "recordfile", "progress"}
+HOST |= {"cli", "requests", "report", "plot"}
+    "steps",
+    "engine",
+    "answers",
+    "llm",
+    "batch",
+    "jobfile",
+    "recordfile",
+    "progress",
+    "cli",
+    "requests",
+    "report",
+    "plot",
+}
 
 
 def imports(path):
