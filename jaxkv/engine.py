@@ -49,6 +49,10 @@ class Engine:
         """Row, state and tokens read of the prompt that is being read."""
         self.joined = 0
         self.preemptions = 0
+        self.decode_steps = self.decoded = 0
+        """Steps run, and tokens that they made, replayed ones included."""
+        self.decode_seconds = 0.0
+        """Without compiling."""
         self.locked = False
         """After a preemption nobody joins until somebody leaves: else the two would take turns for ever."""
         self.lengths = np.zeros(cache.lengths.shape, np.int32)
@@ -189,6 +193,9 @@ class Engine:
         tokens, logprobs, counts = jax.device_get((made.tokens, made.logprobs, made.counts))
         self._look()
         compiling = self.steps.compile_seconds - compiled
+        self.decode_seconds += time.perf_counter() - began - compiling
+        self.decode_steps += int(counts.max())
+        self.decoded += int(counts.sum())
         for row in running:
             answer, count = self.rows[row], counts[row]
             assert answer is not None

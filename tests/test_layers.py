@@ -15,19 +15,6 @@ ALLOWED = {
 }
 HOST = {"steps", "engine", "answers", "llm", "batch", "jobfile", "recordfile", "progress"}
 HOST |= {"cli", "requests", "report", "plot"}
-    "steps",
-    "engine",
-    "answers",
-    "llm",
-    "batch",
-    "jobfile",
-    "recordfile",
-    "progress",
-    "cli",
-    "requests",
-    "report",
-    "plot",
-}
 
 
 def imports(path):
