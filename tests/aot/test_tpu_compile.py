@@ -12,7 +12,10 @@ CHIPS = ("v7x",) if jax.__version_info__ >= (0, 11) else ("v5e", "v5p", "v6e")
 """Each chip once: jax 0.10 doesn't know v7x, and the others take jax 0.11 just as well (docs/measurements.md)."""
 
 
-@pytest.mark.parametrize("model", compile_tpu.SHAPES)
+MODELS = [name for name in compile_tpu.SHAPES if name != "mistral-7b"]  # which has Llama 3.1 8B's attention to the head
+
+
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("chip", CHIPS)
 def test_programs_update_the_pool_in_place_and_fit(chip, model):
     if reason := targets.why_not(chip):
