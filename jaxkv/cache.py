@@ -105,6 +105,10 @@ class CacheConfig:
     def max_blocks(self) -> int:
         return -(-self.max_context // self.block_size)
 
+    def full_blocks(self, tokens: int) -> int:
+        """Blocks that a sequence of so many tokens takes uncompressed."""
+        return self.heads * -(-tokens // self.block_size)
+
     @property
     def block_bytes(self) -> int:
         """Bytes of a block: its K and V, and the score and the position of each of its slots."""

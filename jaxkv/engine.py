@@ -78,6 +78,12 @@ class Engine:
             elif self.reading is None and not self.queue and ended:
                 return
 
+    def _answer(self, row: int) -> Answer:
+        """That of a row that is taken."""
+        answer = self.rows[row]
+        assert answer is not None
+        return answer
+
     def _running(self) -> list[int]:
         """Rows that decode: all taken but the one whose prompt is being read."""
         reading = self.reading[0] if self.reading is not None else None
@@ -87,24 +93,19 @@ class Engine:
         """Blocks that these rows allocate for at most so many more tokens each."""
         size, total = self.config.block_size, 0
         for row in rows:
-            answer = self.rows[row]
-            assert answer is not None
+            answer = self._answer(row)
             lengths = self.lengths[:, row]
             more = min(tokens, answer.tokens_left)
             total += int((-(-(lengths + more) // size) + (-lengths // size)).sum())
         return total
-
-    def _prompt_blocks(self, tokens: int) -> int:
-        return self.config.heads * -(-tokens // self.config.block_size)
 
     def _unread(self) -> int:
         """Blocks that the rest of the prompt being read will take."""
         if self.reading is None:
             return 0
         row, _, read = self.reading
-        answer = self.rows[row]
-        assert answer is not None
-        return self._prompt_blocks(len(answer.request.prompt)) - self._prompt_blocks(read)
+        answer = self._answer(row)
+        return self.config.full_blocks(len(answer.request.prompt)) - self.config.full_blocks(read)
 
     def _admit(self) -> Iterator[Event]:
         """Begins to read the first in the queue, where there is a row and its prompt fits uncompressed."""
@@ -113,9 +114,9 @@ class Engine:
             self.queue.popleft()
             yield Refused(request=answer.index, error=error)
             return
-        need = self._prompt_blocks(len(answer.request.prompt))
+        need = self.config.full_blocks(len(answer.request.prompt))
         if self.steps.policy is None and running:
-            need += self._prompt_blocks(min(HORIZON, answer.request.limit))
+            need += self.config.full_blocks(min(HORIZON, answer.request.limit))
         if None not in self.rows or need > self.free - self._growth(running, HORIZON):
             return
         self.queue.popleft()
@@ -131,8 +132,7 @@ class Engine:
         """The next chunk of the prompt; after the last, the first token from the full cache, then compression."""
         assert self.reading is not None
         row, state, at = self.reading
-        answer = self.rows[row]
-        assert answer is not None
+        answer = self._answer(row)
         prompt = answer.request.prompt
         total = len(prompt)
         began, compiled = time.perf_counter(), self.steps.compile_seconds
@@ -147,7 +147,8 @@ class Engine:
         yield PromptRead(request=answer.index, tokens=at + count, total=total)
         if at + count == total:
             yield from self._finish_prompt(row, answer, state)
-        self._look()
+        else:
+            self._look()
 
     def _finish_prompt(self, row: int, answer: Answer, state: PromptState) -> Iterator[Event]:
         began, compiled = time.perf_counter(), self.steps.compile_seconds
@@ -184,8 +185,7 @@ class Engine:
             return
         pending, limits = np.zeros(len(self.rows), np.int32), np.zeros(len(self.rows), np.int32)
         for row in running:
-            answer = self.rows[row]
-            assert answer is not None
+            answer = self._answer(row)
             pending[row], limits[row] = answer.pending, min(steps, answer.tokens_left)
         began, compiled = time.perf_counter(), self.steps.compile_seconds
         made = self.steps.decode(self.cache, jnp.asarray(pending), jnp.asarray(limits), self._sampler(running), STEPS)
@@ -197,8 +197,7 @@ class Engine:
         self.decode_steps += int(counts.max())
         self.decoded += int(counts.sum())
         for row in running:
-            answer, count = self.rows[row], counts[row]
-            assert answer is not None
+            answer, count = self._answer(row), counts[row]
             if count == 0:
                 raise RuntimeError("the pool ran dry while decoding, though blocks were kept free; please report this")
             answer.timings.spent("decode", began, compiling)
@@ -206,16 +205,14 @@ class Engine:
 
     def _sampler(self, running: list[int]) -> Sampler:
         """Each row's own; those that repeat what they said before they were put back are told what it was."""
-        answers = [self.rows[row] for row in range(len(self.rows))]
-        someone = self.rows[running[0]]
-        assert someone is not None
-        sampler = sampler_for([(answer or someone).request.params for answer in answers])
-        longest = max((answer.replaying for answer in answers if answer is not None), default=0)
+        someone = self._answer(running[0])
+        sampler = sampler_for([(answer or someone).request.params for answer in self.rows])
+        longest = max(answer.replaying for answer in self.rows if answer is not None)
         if longest == 0:
             return sampler
         width = max(64, 1 << (longest - 1).bit_length())  # few different widths: each is a program of its own
-        tokens, first = np.full((len(answers), width), -1, np.int32), np.zeros(len(answers), np.int32)
-        for row, answer in enumerate(answers):
+        tokens, first = np.full((len(self.rows), width), -1, np.int32), np.zeros(len(self.rows), np.int32)
+        for row, answer in enumerate(self.rows):
             if answer is not None:
                 told = answer.token_ids[answer.replayed :][:width]
                 tokens[row, : len(told)] = told
@@ -223,8 +220,7 @@ class Engine:
         return Forced(sampler=sampler, tokens=jnp.asarray(tokens), first=jnp.asarray(first))
 
     def _accept(self, row: int, tokens: list[int], logprobs: list[float]) -> Iterator[Event]:
-        answer = self.rows[row]
-        assert answer is not None
+        answer = self._answer(row)
         yield from answer.take(tokens, logprobs)
         if answer.finish_reason is not None:
             at_end = stats(take_sequences(self.cache, jnp.array([row])))
@@ -241,9 +237,9 @@ class Engine:
             self._look()
             if self.free > before:
                 return
-        row = max((r for r, a in enumerate(self.rows) if a is not None), key=lambda r: self.rows[r].order)  # pyright: ignore[reportOptionalMemberAccess]
-        answer = self.rows[row]
-        assert answer is not None
+        taken = (row for row, answer in enumerate(self.rows) if answer is not None)
+        row = max(taken, key=lambda row: self._answer(row).order)
+        answer = self._answer(row)
         self._leave(row)
         self.queue.appendleft(answer)
         self.preemptions += 1
@@ -270,7 +266,7 @@ def more_memory(config: CacheConfig, blocks: int) -> str:
 def refusal(request: Request, config: CacheConfig, policy: Policy | None) -> str | None:
     """Why a request can never be served; None where it may be. What is left once it is compressed is checked then."""
     tokens = len(request.prompt) + (0 if policy else request.limit)
-    need = config.heads * -(-tokens // config.block_size)
+    need = config.full_blocks(tokens)
     if need <= config.num_blocks - 1:
         return None
     return (

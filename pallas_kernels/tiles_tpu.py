@@ -49,12 +49,13 @@ class Tiling:
         return -(-self.max_blocks // self.blocks)
 
 
-def tiling(pool: jax.Array, max_blocks: int, tile_bytes: int = TILE_BYTES) -> Tiling:
-    """Tiles of about so many bytes, a multiple of 128 KVs where blocks allow."""
+def tiling(pool: jax.Array, max_blocks: int, *, kvs: int | None = None, buffers: int = BUFFERS) -> Tiling:
+    """Tiles of so many KVs, a multiple of 128, or of about ``TILE_BYTES``; of fewer where a table row is shorter."""
     block_size, width = pool.shape[1:]
-    kvs = max(LANES, tile_bytes // (width * pool.dtype.itemsize) // LANES * LANES)
+    if kvs is None:
+        kvs = max(LANES, TILE_BYTES // (width * pool.dtype.itemsize) // LANES * LANES)
     whole = -(-max_blocks * block_size // LANES) * LANES
-    return Tiling(block_size=block_size, blocks=max(1, min(kvs, whole) // block_size), max_blocks=max_blocks)
+    return Tiling(block_size=block_size, blocks=min(kvs, whole) // block_size, max_blocks=max_blocks, buffers=buffers)
 
 
 class Lanes(NamedTuple):
@@ -85,6 +86,13 @@ def as_column(row: Array) -> Array:
 def as_row(column: Array) -> Array:
     """``[n, 1]`` as ``[1, n]``, in a kernel."""
     return jnp.transpose(jnp.broadcast_to(column, (column.shape[0], LANES)))[:1]
+
+
+def product(a: Array, b: Array, contract: tuple[int, int]) -> Array:
+    """In a kernel, the product of two matrices over an axis of each, summed in float32, and exact where they are."""
+    precision = lax.Precision.HIGHEST if b.dtype == jnp.float32 else None
+    axes = (((contract[0],), (contract[1],)), ((), ()))
+    return lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
 def sublanes(dtype: jnp.dtype) -> int:
@@ -129,6 +137,11 @@ def rows_at_once(entries_a_row: int, smem_entries: int) -> int:
             "use larger blocks or a shorter max_context"
         )
     return smem_entries // entries_a_row
+
+
+def held_blocks(lengths: Any, tiling: Tiling) -> Callable[[Array], tuple[Array, Array]]:
+    """The span of a ``TileStream`` that reads all that a row holds."""
+    return lambda row: (jnp.int32(0), ceil_div(lengths[row], tiling.block_size))
 
 
 # What a table names is a block of the pool, so copies are started without a check, which takes two thirds of the

@@ -19,14 +19,15 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import slot_values
 from pallas_kernels.tiles_tpu import (
-    LANES,
     SMEM_ENTRIES,
     UNCHECKED,
     TileStream,
     Tiling,
     as_column,
     check_pool,
+    product,
     rows_at_once,
+    tiling,
 )
 
 if TYPE_CHECKING:
@@ -53,11 +54,7 @@ def move_kvs(
     """See ``api.move_kvs``; ``tiles`` and ``smem_entries`` are for tests."""
     check_pool(pool, pool.shape[-1] // 2)
     rows, max_blocks = block_table.shape
-    size = pool.shape[1]
-    if tiles is None:
-        blocks = min(TILE_KVS // size, -(-max_blocks * size // LANES) * LANES // size)
-        tiles = Tiling(block_size=size, blocks=blocks, max_blocks=max_blocks, buffers=BUFFERS)
-
+    tiles = tiles or tiling(pool, max_blocks, kvs=TILE_KVS, buffers=BUFFERS)
     at_once = rows_at_once(max_blocks + 2 * tiles.tiles + 6, smem_entries)
     for at in range(0, rows, at_once):
         part = slice(at, at + at_once)
@@ -192,7 +189,6 @@ def _kernel(
 
     new_scores[...] = old_scores[...]
     new_positions[...] = old_positions[...]
-    exact = lax.Precision.HIGHEST if pool.dtype == jnp.float32 else None
 
     def gather(source: Array, hole: Array, slot: Array) -> None:
         """What this source tile has for this tile of holes."""
@@ -200,9 +196,7 @@ def _kernel(
         is_move = number == hole_number[0, pl.ds(hole, 1)]
         kv = jnp.where(number >= 0, source_buffer[slot].astype(jnp.float32), 0.0).astype(pool.dtype)
         ones = is_move.astype(jnp.float32).astype(pool.dtype)
-        gathered[...] += lax.dot_general(
-            ones, kv, (((0,), (0,)), ((), ())), precision=exact, preferred_element_type=jnp.float32
-        )
+        gathered[...] += product(ones, kv, (0, 0))
         fills = is_move.astype(jnp.int32).sum(0, keepdims=True) > 0
         for old, new in ((old_scores, new_scores), (old_positions, new_positions)):
             value = jnp.where(is_move, as_column(old[0, pl.ds(source, 1)]), 0).sum(0, keepdims=True)

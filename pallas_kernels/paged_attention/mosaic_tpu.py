@@ -20,9 +20,10 @@ from pallas_kernels.tiles_tpu import (
     UNCHECKED,
     TileStream,
     Tiling,
-    ceil_div,
     check_pool,
+    held_blocks,
     lanes_of,
+    product,
     rows_at_once,
     tiling,
 )
@@ -133,16 +134,14 @@ def _kernel(
     row = core * steps + step
     length = lengths[row]
 
-    def span(row: Array) -> tuple[Array, Array]:
-        return jnp.int32(0), ceil_div(lengths[row], tiles.block_size)
-
-    stream = TileStream(tiles, pool, table, span, (buffer, arrived, state), (core * steps, (core + 1) * steps))
+    stream = TileStream(
+        tiles, pool, table, held_blocks(lengths, tiles), (buffer, arrived, state), (core * steps, (core + 1) * steps)
+    )
     pl.when(step == 0)(stream.start)
 
     query = query_ref[0].astype(buffer.dtype)
     group, width = query.shape
     value_at = buffer.shape[-1] - width  # K is the row's first ``width`` lanes, V its last; they may be the same
-    precision = lax.Precision.HIGHEST if buffer.dtype == jnp.float32 else None
     end = stream.tiles(row)[1]
 
     def attend(tile: Array, carry: Running) -> Running:
@@ -154,16 +153,14 @@ def _kernel(
             maximum, total, output = carry
             stream.clear_past(slot, left, kvs, value_at)
             key, value = buffer[slot, :kvs, :width], buffer[slot, :kvs, value_at:]
-            s = lax.dot_general(
-                query, key, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-            )
+            s = product(query, key, (1, 1))
             s = jnp.where(lax.broadcasted_iota(jnp.int32, s.shape, 1) < left, s * scale, MASKED)
             if logits_ref:
                 logits_ref[0][tile, :, :kvs] = s
             new_maximum = jnp.maximum(maximum, s.max(-1, keepdims=True))
             p = jnp.exp(s - new_maximum)
             decay = jnp.exp(maximum - new_maximum)
-            out = jnp.dot(p.astype(buffer.dtype), value, precision=precision, preferred_element_type=jnp.float32)
+            out = product(p.astype(buffer.dtype), value, (1, 0))
             return new_maximum, total * decay + p.sum(-1, keepdims=True), output * decay + out
 
         few = tiles.kvs // 4  # a compressed head may be shorter than a tile

@@ -11,10 +11,15 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tiles_tpu import CORES, UNCHECKED, TileStream, Tiling, as_column, ceil_div
+from pallas_kernels.tiles_tpu import CORES, UNCHECKED, TileStream, Tiling, as_column, held_blocks, product
 
 if TYPE_CHECKING:
     from pallas_kernels.prefill_attention.api import Observed
+
+
+def queries_a_block(count: int, group: int, query_rows: int) -> int:
+    """Queries of each head in one product: a power of two, so that all heads' are about ``query_rows``, or all."""
+    return min(max(16, 1 << (query_rows // group).bit_length() - 1), -(-count // 16) * 16)
 
 
 def masses(
@@ -47,7 +52,7 @@ def masses(
     rows, group, _, width = query.shape
     batch, count = observed.rows.shape
     kv_heads = rows // batch
-    block = min(max(16, 1 << (query_rows // group).bit_length() - 1), -(-count // 16) * 16)
+    block = queries_a_block(count, group, query_rows)
     blocks = -(-count // block)
 
     index = jnp.pad(observed.rows, ((0, 0), (0, blocks * block - count)), constant_values=-1)
@@ -152,20 +157,16 @@ def _kernel(
     row = core * steps + step
     item = row * blocks + block
     group, width = on_own.shape[1], seen.shape[-1]
-    precision = lax.Precision.HIGHEST if buffer.dtype == jnp.float32 else None
-
-    def span(row: Array) -> tuple[Array, Array]:
-        return jnp.int32(0), ceil_div(lengths[row], tiles.block_size)
 
     items = core * steps * blocks, jnp.minimum((core + 1) * steps, rows) * blocks
-    stream = TileStream(tiles, pool, table, span, (buffer, arrived, state), items, repeats=blocks)
+    stream = TileStream(
+        tiles, pool, table, held_blocks(lengths, tiles), (buffer, arrived, state), items, repeats=blocks
+    )
     pl.when((step == 0) & (block == 0))(stream.start)
 
     def mass(key: Array, visible: Any) -> Array:
         """Sum over the queries, ``[group, kvs]``; visible: indices ``[1, 1, kvs]`` -> ``bool[1, block, kvs]``."""
-        s = lax.dot_general(
-            seen[0, 0], key, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-        )
+        s = product(seen[0, 0], key, (1, 1))
         p = function(jnp.exp(s * scale - as_column(log_seen[0, 0])))
         p = p.reshape(group, -1, p.shape[-1])
         return jnp.where(visible(lax.broadcasted_iota(jnp.int32, (1, 1, p.shape[-1]), 2)), p, 0.0).sum(1)

@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.prefill_attention.masses_tpu import masses
+from pallas_kernels.prefill_attention.masses_tpu import masses, queries_a_block
 from pallas_kernels.tiles_tpu import (
     CORES,
     MASKED,
@@ -25,9 +25,10 @@ from pallas_kernels.tiles_tpu import (
     TileStream,
     Tiling,
     as_row,
-    ceil_div,
     check_pool,
+    held_blocks,
     lanes_of,
+    product,
     rows_at_once,
     tiling,
 )
@@ -63,9 +64,9 @@ def prefill_attention(
     kv_heads, max_blocks = block_table.shape[1:]
     check_pool(pool, head_dim)
     at_once = rows_at_once(max_blocks, smem_entries)
-    tiles = tiles or tiling(pool, max_blocks, TILE_KVS * pool.shape[-1] * pool.dtype.itemsize)
+    tiles = tiles or tiling(pool, max_blocks, kvs=TILE_KVS)
     rows, group = batch * kv_heads, heads // kv_heads
-    block = min(max(16, 1 << (query_rows // group).bit_length() - 1), -(-length // 16) * 16)
+    block = queries_a_block(length, group, query_rows)
     padded = -(-length // block) * block
     lanes = lanes_of(pool)
 
@@ -200,27 +201,23 @@ def _kernel(
     item = row * query_blocks + query_block
     _, group, block, width = query_ref.shape
     value_at = buffer.shape[-1] - width
-    precision = lax.Precision.HIGHEST if buffer.dtype == jnp.float32 else None
-
-    def span(row: Array) -> tuple[Array, Array]:
-        return jnp.int32(0), ceil_div(lengths[row], tiles.block_size)
 
     end = jnp.minimum((core + 1) * steps, rows)
     items = core * steps * query_blocks, end * query_blocks
-    stream = TileStream(tiles, pool, table, span, (buffer, arrived, state), items, repeats=query_blocks)
+    stream = TileStream(
+        tiles, pool, table, held_blocks(lengths, tiles), (buffer, arrived, state), items, repeats=query_blocks
+    )
     pl.when((step == 0) & (query_block == 0))(stream.start)
 
     def attend(kv: Array, visible: Any) -> None:
         """Keys ``[kvs, 2 * half]`` into the running softmax; visible: logits ``[queries, kvs]`` -> ``bool`` of them."""
         query = query_ref[0].reshape(group * block, width)
-        s = lax.dot_general(
-            query, kv[:, :width], (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-        )
+        s = product(query, kv[:, :width], (1, 1))
         s = jnp.where(visible(s.shape), s * scale, MASKED)
         new_maximum = jnp.maximum(maximum[...], s.max(-1, keepdims=True))
         p = jnp.exp(s - new_maximum)
         decay = jnp.exp(maximum[...] - new_maximum)
-        out = jnp.dot(p.astype(kv.dtype), kv[:, value_at:], precision=precision, preferred_element_type=jnp.float32)
+        out = product(p.astype(kv.dtype), kv[:, value_at:], (1, 0))
         maximum[...] = new_maximum
         total[...] = total[...] * decay + p.sum(-1, keepdims=True)
         output[...] = output[...] * decay + out

@@ -1,6 +1,6 @@
 """Runs TPU kernels in the interpreter, under both orders of copying, with races looked for and scratch full of NaN."""
 
-import numpy as np
+import jax
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
@@ -17,8 +17,7 @@ class Interpreter:
         """What the kernel returns; fails where it raced."""
         try:
             results = kernel(*arguments, interpret=self.params, **options)
-            for result in (r for r in _leaves(results)):
-                np.asarray(result)  # wait for it
+            jax.block_until_ready(results)
         except BaseException:
             pltpu.reset_tpu_interpret_mode_state()
             raise
@@ -29,12 +28,6 @@ class Interpreter:
 
 class RaceError(AssertionError):
     """Two accesses of one memory, at least one a write, that nothing orders."""
-
-
-def _leaves(results):
-    import jax
-
-    return jax.tree.leaves(results)
 
 
 @pytest.fixture(params=MODES)
