@@ -1,0 +1,98 @@
+"""Decode attention over both tiers of quantised blocks: checks the shapes and picks the implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+from jax import Array
+
+from pallas_kernels.tiered_attention import reference
+from pallas_kernels.tiers import BlockLayout
+
+
+class RawKVs(NamedTuple):
+    """Unquantised KVs of the same heads, as ``paged_attention`` takes them."""
+
+    pool: Array
+    """``[blocks, block_size, 2 * half]``."""
+    block_table: Array
+    """``i32[batch, kv_heads, max_blocks]``."""
+    lengths: Array
+    """``i32[batch, kv_heads]``."""
+
+
+@dataclass(frozen=True)
+class Significance:
+    """What attention tells of the quantised KVs; runs inside the kernel."""
+
+    observe: Callable[[Array], Array]
+    """Probabilities ``[..., group, kvs]`` to what each KV's score gains, ``[..., kvs]``."""
+    value: Callable[[Array, Array, Array], Array]
+    """Scores, positions ``[..., kvs]`` and the next token's position ``[..., 1]`` to how much a KV is worth, infinite
+    where it must stay."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Weakest:
+    """The KV of each head and tier that is worth least; of equals, the first."""
+
+    value: Array
+    """``f32[2, batch, kv_heads]``, high and low tier; infinite where none may go."""
+    index: Array
+    """``i32[2, batch, kv_heads]`` within the head's tier."""
+
+
+class Tiered(NamedTuple):
+    """What ``tiered_attention`` gives."""
+
+    output: Array
+    """``[batch, heads, head_dim]``."""
+    pool: Array
+    """With the scores that were added to."""
+    weakest: Weakest | None
+
+
+def tiered_attention(
+    query: Array,
+    pool: Array,
+    block_table: Array,
+    lengths: Array,
+    layout: BlockLayout,
+    *,
+    raw: RawKVs | None = None,
+    significance: Significance | None = None,
+    next_position: Array | None = None,
+) -> Tiered:
+    """One query a sequence against the KVs that each of its KV heads holds.
+
+    Args:
+      query: ``[batch, heads, head_dim]``; query head ``h`` reads KV head ``h // (heads // kv_heads)``.
+      pool: ``u32[blocks, rows, 128]``, blocks of ``layout``.
+      block_table: ``i32[batch, kv_heads, max_blocks]``: a head's high blocks from the left, its low ones from the
+        right; what lies between is never read.
+      lengths: ``i32[2, batch, kv_heads]`` KVs in the high and in the low tier.
+      layout: formats of the tiers; static.
+      raw: unquantised KVs to attend to in the same softmax.
+      significance: how scores grow and what a KV is worth; None leaves scores as they are.
+      next_position: ``i32[batch]`` that of the token after the query; with ``significance``.
+
+    Raises:
+      ValueError: shapes that don't belong together.
+    """
+    batch, heads, head_dim = query.shape
+    kv_heads = block_table.shape[1]
+    if heads % kv_heads:
+        raise ValueError(f"query heads must be a multiple of KV heads: {heads=}, {kv_heads=}")
+    if pool.shape[1:] != (layout.rows, 128) or head_dim != layout.head_dim:
+        raise ValueError(f"the pool's blocks are not of this layout: {pool.shape=}, {head_dim=}, {layout=}")
+    if block_table.shape[0] != batch or lengths.shape != (2, batch, kv_heads):
+        raise ValueError(f"batch and KV heads disagree: {query.shape=}, {block_table.shape=}, {lengths.shape=}")
+    if (significance is None) != (next_position is None):
+        raise ValueError("significance and next_position go together")
+    return reference.tiered_attention(
+        query, pool, block_table, lengths, layout, raw=raw, significance=significance, next_position=next_position
+    )

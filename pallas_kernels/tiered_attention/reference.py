@@ -1,0 +1,237 @@
+"""Attention over both tiers in plain XLA: the oracle of the kernels' tests, and the path on CPU.
+
+As in ``paged_attention.reference`` the resident blocks of all rows (a row: one KV head of one sequence) are walked as
+one flat list by loops whose bound is data, first the high tier, then the low one, then unquantised blocks, with one
+running softmax. Codes go to the dot products as they are; scales and minima are applied to logits and probabilities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from pallas_kernels.paged_attention.reference import plan_walk
+from pallas_kernels.tiers import BlockLayout, blocks, quantizer
+from pallas_kernels.tiers.layout import Segments
+
+if TYPE_CHECKING:
+    from pallas_kernels.tiered_attention.api import RawKVs, Significance, Tiered
+
+KVS_A_STEP = 1024
+MASKED = -1e30
+IN_BOUNDS = "promise_in_bounds"
+
+
+class Softmax(NamedTuple):
+    """A running softmax of each row."""
+
+    maximum: Array
+    """``f32[rows, group]``."""
+    total: Array
+    output: Array
+    """``f32[rows, group, head_dim]``."""
+
+
+class Part(NamedTuple):
+    """The blocks of one step, and the rows that they are of."""
+
+    blocks: Array
+    """``i32[step]``; the null block where there is none."""
+    row: Array
+    places: Array
+    """``i32[step, tokens]`` of each KV within its row's tier."""
+    held: Array
+    """``bool[step, tokens]``."""
+
+
+class Walk(NamedTuple):
+    """A tier's resident blocks as one flat list."""
+
+    steps: Array
+    step: int
+    row_blocks: int
+    part: Callable[[Array], Part]
+    exists: Callable[[Array], tuple[Array, Array, Array]]
+
+
+def walk(table: Array, lengths: Array, tokens: int) -> Walk:
+    """Over a tier's blocks: ``i32[rows, max_blocks]`` from the left, ``i32[rows]`` KVs, ``tokens`` a block."""
+    rows, max_blocks = table.shape
+    plan = plan_walk(lengths, tokens, 1)
+    step = min(max(1, KVS_A_STEP // tokens), rows * max_blocks)
+
+    def exists(i: Array) -> tuple[Array, Array, Array]:
+        block = i * step + jnp.arange(step)
+        row = jnp.minimum(jnp.sum(block[:, None] >= plan.end[None, :], axis=1), rows - 1)
+        return row, block - plan.first[row], block < plan.segments
+
+    def part(i: Array) -> Part:
+        row, place, real = exists(i)
+        index = place[:, None] * tokens + jnp.arange(tokens)
+        return Part(
+            blocks=jnp.where(real, table.at[row, jnp.minimum(place, max_blocks - 1)].get(mode=IN_BOUNDS), 0),
+            row=row,
+            places=index,
+            held=real[:, None] & (index < lengths[row][:, None]),
+        )
+
+    return Walk(-(-plan.segments // step), step, max_blocks, part, exists)
+
+
+def tiered_attention(
+    query: Array,
+    pool: Array,
+    block_table: Array,
+    lengths: Array,
+    layout: BlockLayout,
+    *,
+    raw: RawKVs | None,
+    significance: Significance | None,
+    next_position: Array | None,
+) -> Tiered:
+    """See ``api.tiered_attention``."""
+    from pallas_kernels.tiered_attention.api import Tiered, Weakest
+
+    batch, heads, head_dim = query.shape
+    kv_heads = block_table.shape[1]
+    rows, group = batch * kv_heads, heads // kv_heads
+    scaled = (query.astype(jnp.float32) * head_dim**-0.5).reshape(rows, group, head_dim)
+    words = pool.reshape(pool.shape[0], -1)
+    table = block_table.reshape(rows, -1)
+    tiers = tuple(
+        (tier, walk(columns, lengths[i].reshape(rows), tier.tokens))
+        for i, (tier, columns) in enumerate(zip(layout.tiers, (table, table[:, ::-1]), strict=True))
+    )
+    softmax = Softmax(jnp.full((rows, group), MASKED), jnp.zeros((rows, group)), jnp.zeros((rows, group, head_dim)))
+    logits = []
+    for tier, blocks_of in tiers:
+        softmax, kept = _attend_tier(softmax, scaled, words, tier, blocks_of, keep=significance is not None)
+        logits.append(kept)
+    if raw is not None:
+        softmax = _attend_raw(softmax, scaled, raw)
+    total = jnp.maximum(softmax.total, jnp.finfo(jnp.float32).tiny)
+    output = (softmax.output / total[..., None]).reshape(batch, heads, head_dim).astype(query.dtype)
+    if significance is None or next_position is None:
+        return Tiered(output, pool, None)
+
+    position = jnp.repeat(next_position, kv_heads)
+    softmax = softmax._replace(total=total)
+    values, indices = [], []
+    for (tier, blocks_of), kept in zip(tiers, logits, strict=True):
+        words, value, index = _observe(words, softmax, kept, tier, blocks_of, significance, position)
+        values.append(value.reshape(batch, kv_heads))
+        indices.append(index.reshape(batch, kv_heads))
+    weakest = Weakest(value=jnp.stack(values), index=jnp.stack(indices))
+    return Tiered(output, words.reshape(pool.shape), weakest)
+
+
+def _attend_tier(
+    softmax: Softmax, scaled: Array, words: Array, tier: Segments, blocks_of: Walk, *, keep: bool
+) -> tuple[Softmax, Array]:
+    """The softmax with a tier's KVs in it; and the logits, ``f32[steps, step, group, tokens]``, if they are kept."""
+    rows, group, head_dim = scaled.shape
+    most = -(-rows * blocks_of.row_blocks // blocks_of.step) if keep else 0
+    logits = jnp.zeros((most, blocks_of.step, group, tier.tokens))
+
+    def step(i: Array, carry: tuple[Softmax, Array]) -> tuple[Softmax, Array]:
+        softmax, logits = carry
+        part = blocks_of.part(i)
+        key, value = blocks.read_codes(words.at[part.blocks].get(mode=IN_BOUNDS), tier, head_dim)
+        q = scaled.at[part.row].get(mode=IN_BOUNDS)
+        s = jnp.where(part.held[:, None], _dot_keys(q, key), MASKED)
+        if keep:
+            logits = lax.dynamic_update_index_in_dim(logits, s, i, 0)
+        return _add(softmax, part, s, lambda p: _dot_values(p, value, part.held)), logits
+
+    return lax.fori_loop(0, blocks_of.steps, step, (softmax, logits))
+
+
+def _attend_raw(softmax: Softmax, scaled: Array, raw: RawKVs) -> Softmax:
+    rows, _, head_dim = scaled.shape
+    half = raw.pool.shape[2] // 2
+    blocks_of = walk(raw.block_table.reshape(rows, -1), raw.lengths.reshape(rows), raw.pool.shape[1])
+
+    def step(i: Array, softmax: Softmax) -> Softmax:
+        part = blocks_of.part(i)
+        kv = raw.pool.at[part.blocks].get(mode=IN_BOUNDS).astype(jnp.float32)
+        s = jnp.einsum("cgd,ctd->cgt", scaled.at[part.row].get(mode=IN_BOUNDS), kv[..., :head_dim])
+        value = jnp.where(part.held[..., None], kv[..., half : half + head_dim], 0.0)
+        s = jnp.where(part.held[:, None], s, MASKED)
+        return _add(softmax, part, s, lambda p: jnp.einsum("cgt,ctd->cgd", p, value))
+
+    return lax.fori_loop(0, blocks_of.steps, step, softmax)
+
+
+def _add(softmax: Softmax, part: Part, s: Array, dot_values: Callable[[Array], Array]) -> Softmax:
+    """The softmax with logits ``[step, group, tokens]`` and their values in it."""
+    maximum = softmax.maximum.at[part.row].max(s.max(-1), mode=IN_BOUNDS)
+    p = jnp.where(part.held[:, None], jnp.exp(s - maximum[part.row][..., None]), 0.0)
+    decay = jnp.exp(softmax.maximum - maximum)
+    return Softmax(
+        maximum,
+        (softmax.total * decay).at[part.row].add(p.sum(-1), mode=IN_BOUNDS),
+        (softmax.output * decay[..., None]).at[part.row].add(dot_values(p), mode=IN_BOUNDS),
+    )
+
+
+def _dot_keys(query: Array, key: quantizer.Codes) -> Array:
+    """Logits ``[step, group, tokens]`` = scale * (query . codes) + minimum * sum(query), over the groups of values."""
+    scale, low = quantizer.unpack_meta(key.meta)  # [step, tokens, groups]
+    groups = scale.shape[-1]
+    codes = quantizer.as_float(key.codes)
+    codes = codes.reshape(*codes.shape[:-1], groups, -1)
+    query = query.reshape(*query.shape[:-1], groups, -1)
+    dots = jnp.einsum("cgnd,ctnd->cgtn", query, codes)
+    return jnp.sum(dots * scale[:, None] + query.sum(-1)[:, :, None] * low[:, None], axis=-1)
+
+
+def _dot_values(p: Array, value: quantizer.Codes, held: Array) -> Array:
+    """Output ``[step, group, head_dim]`` = (p * scale) . codes + sum(p * minimum), over the groups of values."""
+    # A freed block keeps its old bytes, and 0 * NaN is NaN: meta is masked as well as p.
+    scale, low = (jnp.where(held[..., None], part, 0.0) for part in quantizer.unpack_meta(value.meta))
+    codes = quantizer.as_float(value.codes)
+    codes = codes.reshape(*codes.shape[:-1], scale.shape[-1], -1)
+    weighted = jnp.einsum("cgtn,ctnd->cgnd", p[..., None] * scale[:, None], codes)
+    minima = jnp.einsum("cgt,ctn->cgn", p, low)
+    return (weighted + minima[..., None]).reshape(*p.shape[:2], -1)
+
+
+def _observe(
+    words: Array,
+    softmax: Softmax,
+    logits: Array,
+    tier: Segments,
+    blocks_of: Walk,
+    significance: Significance,
+    next_position: Array,
+) -> tuple[Array, Array, Array]:
+    """Adds to a tier's scores, and finds each row's weakest KV: its value and its index."""
+    rows = softmax.total.shape[0]
+    none = jnp.iinfo(jnp.int32).max
+
+    def step(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        words, least, index = carry
+        part = blocks_of.part(i)
+        s = lax.dynamic_index_in_dim(logits, i, 0, keepdims=False)
+        p = jnp.exp(s - softmax.maximum[part.row][..., None]) / softmax.total[part.row][..., None]
+        p = jnp.where(part.held[:, None], p, 0.0)
+        values = words.at[part.blocks, tier.scores : tier.end].get(mode=IN_BOUNDS)
+        scores = lax.bitcast_convert_type(values[:, : tier.tokens], jnp.float32) + significance.observe(p)
+        positions = lax.bitcast_convert_type(values[:, tier.tokens :], jnp.int32)
+        stored = lax.bitcast_convert_type(scores, jnp.uint32)
+        words = words.at[part.blocks, tier.scores : tier.positions].set(stored, mode=IN_BOUNDS)
+
+        worth = significance.value(scores, positions, next_position[part.row][:, None])
+        worth = jnp.where(part.held, worth, jnp.inf)
+        here = worth.min(-1)
+        lower = least.at[part.row].min(here, mode=IN_BOUNDS)
+        first = jnp.min(jnp.where(worth == here[:, None], part.places, none), axis=-1)
+        index = jnp.where(lower < least, none, index)
+        index = index.at[part.row].min(jnp.where(here == lower[part.row], first, none), mode=IN_BOUNDS)
+        return words, lower, index
+
+    start = (words, jnp.full(rows, jnp.inf), jnp.full(rows, none))
+    return lax.fori_loop(0, blocks_of.steps, step, start)

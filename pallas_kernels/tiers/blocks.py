@@ -1,0 +1,148 @@
+"""Quantised blocks as arrays of their parts, and single tokens in them: the format of ``layout`` in plain XLA."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from pallas_kernels.tiers.layout import Segments
+from pallas_kernels.tiers.quantizer import Codes, dequantize, pack, quantize, unpack
+
+
+class Tokens(NamedTuple):
+    """KVs with their score and position."""
+
+    key: Array
+    """``f32[..., head_dim]``."""
+    value: Array
+    scores: Array
+    """``f32[...]``."""
+    positions: Array
+    """``i32[...]``."""
+
+
+def encode(tokens: Tokens, tier: Segments, words: int) -> Array:
+    """Whole blocks, ``u32[..., words]``, of ``[..., tier.tokens]`` KVs each, quantised."""
+    fmt = tier.format
+    key = quantize(tokens.key, fmt.key_bits, fmt.key_groups)
+    value = quantize(tokens.value, fmt.value_bits, fmt.value_groups)
+    shape = tokens.scores.shape[:-1]
+    parts = [
+        pack(key.codes, fmt.key_bits),
+        pack(value.codes, fmt.value_bits),
+        jnp.swapaxes(key.meta, -1, -2),
+        jnp.swapaxes(value.meta, -1, -2),
+        lax.bitcast_convert_type(tokens.scores, jnp.uint32),
+        lax.bitcast_convert_type(tokens.positions, jnp.uint32),
+        jnp.zeros((*shape, words - tier.end), jnp.uint32),
+    ]
+    return jnp.concatenate([part.reshape(*shape, -1) for part in parts], axis=-1)
+
+
+def decode(words: Array, tier: Segments, head_dim: int) -> Tokens:
+    """The KVs of blocks ``u32[..., words]``, dequantised: ``[..., tier.tokens]`` of them a block."""
+    key, value = read_codes(words, tier, head_dim)
+    return Tokens(dequantize(key), dequantize(value), read_scores(words, tier), read_positions(words, tier))
+
+
+def read_codes(words: Array, tier: Segments, head_dim: int) -> tuple[Codes, Codes]:
+    """K and V of blocks ``u32[..., words]``: codes ``[..., tokens, head_dim]`` and meta ``[..., tokens, groups]``."""
+    fmt = tier.format
+
+    def part(start: int, end: int, width: int) -> Array:
+        return words[..., start:end].reshape(*words.shape[:-1], (end - start) // width, width)
+
+    key, value = part(0, tier.value, head_dim), part(tier.value, tier.key_meta, head_dim)
+    key_meta, value_meta = (
+        part(tier.key_meta, tier.value_meta, tier.tokens),
+        part(tier.value_meta, tier.scores, tier.tokens),
+    )
+    return (
+        Codes(unpack(key, fmt.key_bits), jnp.swapaxes(key_meta, -1, -2)),
+        Codes(unpack(value, fmt.value_bits), jnp.swapaxes(value_meta, -1, -2)),
+    )
+
+
+def read_scores(words: Array, tier: Segments) -> Array:
+    """``f32[..., tokens]`` of blocks ``u32[..., words]``."""
+    return lax.bitcast_convert_type(words[..., tier.scores : tier.positions], jnp.float32)
+
+
+def read_positions(words: Array, tier: Segments) -> Array:
+    """``i32[..., tokens]`` of blocks ``u32[..., words]``."""
+    return lax.bitcast_convert_type(words[..., tier.positions : tier.end], jnp.int32)
+
+
+def read_tokens(pool: Array, blocks: Array, offsets: Array, tier: Segments, head_dim: int) -> Tokens:
+    """KVs at ``offsets`` of ``blocks``, ``i32[n]`` each, of a pool ``u32[blocks, words]``, dequantised."""
+
+    def codes(start: int, bits: int) -> Array:
+        rows = tier.tokens * bits // 32
+        words = _read(pool, blocks, start + offsets % rows * head_dim, head_dim)
+        return words >> _shift(offsets, rows, bits) & jnp.uint32(2**bits - 1)
+
+    def meta(start: int, groups: int) -> Array:
+        each = [_read(pool, blocks, start + group * tier.tokens + offsets, 1) for group in range(groups)]
+        return jnp.concatenate(each, axis=-1)
+
+    fmt = tier.format
+    return Tokens(
+        key=dequantize(Codes(codes(0, fmt.key_bits), meta(tier.key_meta, fmt.key_groups))),
+        value=dequantize(Codes(codes(tier.value, fmt.value_bits), meta(tier.value_meta, fmt.value_groups))),
+        scores=lax.bitcast_convert_type(_read(pool, blocks, tier.scores + offsets, 1)[:, 0], jnp.float32),
+        positions=lax.bitcast_convert_type(_read(pool, blocks, tier.positions + offsets, 1)[:, 0], jnp.int32),
+    )
+
+
+def write_tokens(pool: Array, blocks: Array, offsets: Array, tokens: Tokens, tier: Segments) -> Array:
+    """The pool with single KVs quantised into their slots; every other token keeps its bits. See ``read_tokens``.
+
+    No two of ``blocks`` may be the same, but for the null block.
+    """
+    head_dim = tokens.key.shape[-1]
+
+    def write(pool: Array, vectors: Array, start: int, meta: int, bits: int, groups: int) -> Array:
+        quantized = quantize(vectors, bits, groups)
+        rows = tier.tokens * bits // 32
+        at, shift = start + offsets % rows * head_dim, _shift(offsets, rows, bits)
+        kept = _read(pool, blocks, at, head_dim) & ~(jnp.uint32(2**bits - 1) << shift)
+        pool = _write(pool, blocks, at, kept | quantized.codes << shift)
+        for group in range(groups):
+            pool = _write(pool, blocks, meta + group * tier.tokens + offsets, quantized.meta[:, group : group + 1])
+        return pool
+
+    fmt = tier.format
+    pool = write(pool, tokens.key, 0, tier.key_meta, fmt.key_bits, fmt.key_groups)
+    pool = write(pool, tokens.value, tier.value, tier.value_meta, fmt.value_bits, fmt.value_groups)
+    scores = lax.bitcast_convert_type(tokens.scores, jnp.uint32)[:, None]
+    positions = lax.bitcast_convert_type(tokens.positions, jnp.uint32)[:, None]
+    pool = _write(pool, blocks, tier.scores + offsets, scores)
+    return _write(pool, blocks, tier.positions + offsets, positions)
+
+
+def _shift(offsets: Array, rows: int, bits: int) -> Array:
+    return (offsets // rows * bits).astype(jnp.uint32)[:, None]
+
+
+def _read(pool: Array, blocks: Array, starts: Array, size: int) -> Array:
+    return lax.gather(
+        pool,
+        jnp.stack([blocks, starts], axis=-1),
+        lax.GatherDimensionNumbers(offset_dims=(1,), collapsed_slice_dims=(0,), start_index_map=(0, 1)),
+        slice_sizes=(1, size),
+        mode="promise_in_bounds",
+    )
+
+
+def _write(pool: Array, blocks: Array, starts: Array, new: Array) -> Array:
+    return lax.scatter(
+        pool,
+        jnp.stack([blocks, starts], axis=-1),
+        new,
+        lax.ScatterDimensionNumbers(
+            update_window_dims=(1,), inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0, 1)
+        ),
+        mode="promise_in_bounds",
+    )

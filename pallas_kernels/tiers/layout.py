@@ -1,0 +1,149 @@
+"""What lies where in a block of quantised KVs.
+
+A block is ``u32[rows, 128]`` whatever its tier, so one free list serves both; a tier says how many tokens fit. Read as
+one line of words, a block of ``T`` tokens holds in this order::
+
+    K codes   [T * key_bits / 32, head_dim]     V codes   [T * value_bits / 32, head_dim]
+    K meta    [key_groups, T]                   V meta    [value_groups, T]
+    scores    [T] (f32)                         positions [T] (i32)
+
+Codes are packed along the tokens: of the ``n`` rows of K codes, the lowest bits of row ``r`` are those of token ``r``,
+the next of token ``r + n``, and so on. So unpacking shifts and masks whole rows and never moves a value between lanes.
+A word of meta is a group's scale (low half) and minimum (high half), IEEE half precision each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+LANES = 128
+WIDTHS = (8, 4, 2, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """Bits of a K and of a V value, and into how many groups along the head dimension each vector is cut."""
+
+    key_bits: int
+    value_bits: int
+    key_groups: int = 1
+    value_groups: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("key_bits", "value_bits"):
+            if getattr(self, name) not in WIDTHS:
+                raise ValueError(f"{name} must be one of {WIDTHS}, got {getattr(self, name)}")
+        for name in ("key_groups", "value_groups"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @classmethod
+    def named(cls, name: str) -> Format:
+        """``"K8V4"``, or with groups ``"K8V4/1,2"``.
+
+        Raises:
+          ValueError: another form, or bits that aren't 8, 4, 2 or 1.
+        """
+        bits, _, groups = name.upper().partition("/")
+        try:
+            key, value = bits.removeprefix("K").split("V")
+            key_groups, value_groups = (int(n) for n in groups.split(",")) if groups else (1, 1)
+            return cls(key_bits=int(key), value_bits=int(value), key_groups=key_groups, value_groups=value_groups)
+        except ValueError as error:
+            raise ValueError(f"a format is like K8V4 or K4V2/2,4, of {WIDTHS} bits, got {name!r}: {error}") from None
+
+    def __str__(self) -> str:
+        groups = f"/{self.key_groups},{self.value_groups}" if (self.key_groups, self.value_groups) != (1, 1) else ""
+        return f"K{self.key_bits}V{self.value_bits}{groups}"
+
+    @property
+    def bits(self) -> int:
+        """Of a K and a V value together: a nominal ratio is 32 over this."""
+        return self.key_bits + self.value_bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segments:
+    """Where a tier's parts begin, in words, and how many tokens fit in a block."""
+
+    format: Format
+    tokens: int
+    value: int
+    key_meta: int
+    value_meta: int
+    scores: int
+    positions: int
+    end: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockLayout:
+    """The two formats of a block, and its size: what ``tokens`` of the high tier take, in whole rows.
+
+    Raises:
+      ValueError: a head dimension that the groups don't divide; tokens that don't fill whole words.
+    """
+
+    head_dim: int
+    high: Format
+    low: Format
+    tokens: int = 64
+    """Tokens of a high block."""
+
+    def __post_init__(self) -> None:
+        for tier in (self.high, self.low):
+            for groups in (tier.key_groups, tier.value_groups):
+                if self.head_dim % groups:
+                    raise ValueError(f"groups must divide the head dimension: {tier} with {self.head_dim=}")
+        step = _step(self.high)
+        if self.tokens < step or self.tokens % step:
+            raise ValueError(f"a block of {self.high} holds a multiple of {step} tokens, got {self.tokens}")
+        if self.low.bits > self.high.bits:
+            raise ValueError(f"the low tier takes more bits than the high one: {self.low} below {self.high}")
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows of 128 words in a block."""
+        return -(-_words(self.high, self.head_dim, self.tokens) // LANES)
+
+    @property
+    def words(self) -> int:
+        return self.rows * LANES
+
+    @property
+    def block_bytes(self) -> int:
+        return 4 * self.words
+
+    @cached_property
+    def tiers(self) -> tuple[Segments, Segments]:
+        """High and low."""
+        return self._segments(self.high), self._segments(self.low)
+
+    def _segments(self, tier: Format) -> Segments:
+        step = _step(tier)
+        tokens = self.words // _words(tier, self.head_dim, step) * step
+        value = tokens * tier.key_bits // 32 * self.head_dim
+        key_meta = value + tokens * tier.value_bits // 32 * self.head_dim
+        value_meta = key_meta + tier.key_groups * tokens
+        scores = value_meta + tier.value_groups * tokens
+        return Segments(
+            format=tier,
+            tokens=tokens,
+            value=value,
+            key_meta=key_meta,
+            value_meta=value_meta,
+            scores=scores,
+            positions=scores + tokens,
+            end=scores + 2 * tokens,
+        )
+
+
+def _step(tier: Format) -> int:
+    """Tokens that fill whole words of K and of V codes."""
+    return 32 // min(tier.key_bits, tier.value_bits)
+
+
+def _words(tier: Format, head_dim: int, tokens: int) -> int:
+    """Words that so many tokens take."""
+    return tokens * (tier.bits * head_dim // 32 + tier.key_groups + tier.value_groups + 2)
