@@ -13,12 +13,10 @@ import jax
 from tqdm import tqdm
 
 from jaxkv.llm import LLM
-from jaxkv.policies import Budget, KVCompress, MaxBytes, MaxTokens, Policy, Ratio
+from jaxkv.policies import POLICIES, Budget, MaxBytes, MaxTokens, Policy, Ratio, make_policy
 from jaxkv.report import as_dict, summary
 from jaxkv.requests import Completion, Finished, PromptRead, SamplingParams, TextMade
 from models.hub import cache_directory
-
-POLICIES = {"kv-compress": KVCompress}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -139,7 +137,7 @@ def compression_from(options: argparse.Namespace) -> Policy | None:
     }
     if settings.get("window") == 0:
         settings["window"] = None
-    return POLICIES[name](budget=budget, **settings)
+    return make_policy(name, budget, **settings)
 
 
 def sampling_from(options: argparse.Namespace) -> SamplingParams:

@@ -2,10 +2,13 @@
 
 KV-Compress (arXiv 2410.00161), section 4: a block is freed only when the worst KVs of its head fill one, so each head
 offers its blocks at the price of the best KV that must go with them, and the cheapest blocks of all layers and heads
-of a sequence are taken.
+of a sequence are taken; or of each group of heads, where the budget is shared otherwise (``jaxkv.shares``).
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,9 @@ from jax import Array, lax
 from jaxkv import allocator
 from jaxkv.cache import PagedCache, num_blocks
 from pallas_kernels.block_moves import Moves, move_kvs
+
+if TYPE_CHECKING:
+    from jaxkv.shares import Shares
 
 KEPT = jnp.iinfo(jnp.int32).max
 """Sort key of what can't be evicted; above that of any score, +inf included."""
@@ -40,7 +46,14 @@ def sort_keys(scores: Array) -> Array:
 
 
 def plan_eviction(
-    scores: Array, evictable: Array, lengths: Array, evict_blocks: Array, *, block_size: int, floor: int = 1
+    scores: Array,
+    evictable: Array,
+    lengths: Array,
+    evict_blocks: Array,
+    *,
+    block_size: int,
+    floor: int = 1,
+    shares: Shares | None = None,
 ) -> Plan:
     """Chooses which KVs go, so that each sequence gives up exactly ``evict_blocks`` blocks where that is feasible.
 
@@ -55,6 +68,7 @@ def plan_eviction(
       evict_blocks: ``i32[batch]``; more than is feasible gives up as many as are.
       block_size: KVs a block.
       floor: blocks that a head always keeps.
+      shares: how the heads share what stays; None: all heads of a sequence compete.
     """
     keys = jnp.where(evictable, sort_keys(scores), KEPT)
     blocks = num_blocks(lengths, block_size)
@@ -67,9 +81,17 @@ def plan_eviction(
     price = jnp.take_along_axis(ascending, jnp.clip(last, 0, kvs - 1), axis=-1)
     price = jnp.where(row < blocks[..., None] - floor, price, KEPT)  # [layers, batch, kv_heads, rows]
 
-    by_sequence = jnp.moveaxis(price, 1, 0)  # [batch, layers, kv_heads, rows]: the order of ties
-    taken = take_cheapest(by_sequence.reshape(price.shape[1], -1), evict_blocks)
-    given = jnp.moveaxis(taken.reshape(by_sequence.shape).sum(-1, dtype=jnp.int32), 0, 1)
+    price = jnp.moveaxis(price, 1, 0)  # [batch, layers, kv_heads, rows]: the order of ties
+    groups = evict_blocks[:, None]
+    if shares is not None:
+        held = jnp.moveaxis(blocks, 1, 0)
+        keep = shares.keep(held, price < KEPT, evict_blocks)  # [batch, groups]
+        heads = held.reshape(*keep.shape, -1)
+        groups = heads.sum(-1) - keep
+        least = (shares.floor / heads.shape[-1] * keep).astype(jnp.int32)[..., None]
+        price = jnp.where(row < (heads - least)[..., None], price.reshape(*heads.shape, -1), KEPT).reshape(price.shape)
+    taken = take_cheapest(price.reshape(groups.size, -1), groups.reshape(-1))
+    given = jnp.moveaxis(taken.reshape(price.shape).sum(-1, dtype=jnp.int32), 0, 1)
 
     count = jnp.where(given > 0, (given - 1) * block_size + hang, 0)
     shape = keys.shape
@@ -100,12 +122,21 @@ def plan_moves(plan: Plan, lengths: Array) -> Moves:
     )
 
 
-def evict(cache: PagedCache, scores: Array, evictable: Array, evict_blocks: Array, *, floor: int = 1) -> PagedCache:
+def evict(
+    cache: PagedCache,
+    scores: Array,
+    evictable: Array,
+    evict_blocks: Array,
+    *,
+    floor: int = 1,
+    shares: Shares | None = None,
+) -> PagedCache:
     """Gives up blocks of each sequence, moves the survivors together and returns the freed blocks to the pool.
 
     Arguments as for ``plan_eviction``.
     """
-    plan = plan_eviction(scores, evictable, cache.lengths, evict_blocks, block_size=cache.block_size, floor=floor)
+    size = cache.block_size
+    plan = plan_eviction(scores, evictable, cache.lengths, evict_blocks, block_size=size, floor=floor, shares=shares)
     table = cache.block_table.reshape(-1, cache.block_table.shape[-1])
     moves = plan_moves(plan, cache.lengths)
     pool, kept_scores, positions = move_kvs(cache.pool, cache.scores, cache.positions, table, moves)

@@ -59,7 +59,7 @@ def _evict(cache: PagedCache, policy: Policy, evict_blocks: Array) -> PagedCache
     evictable = held & ~policy.protects(positions, cache.num_tokens)
     # XLA for TPU takes minutes to compile what it would fuse across this line; on CPU the barrier is nothing.
     scores, evictable = lax.optimization_barrier((scores, evictable))
-    return eviction.evict(cache, scores, evictable, evict_blocks)
+    return eviction.evict(cache, scores, evictable, evict_blocks, shares=policy.shares)
 
 
 def decode_step(

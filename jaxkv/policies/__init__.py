@@ -6,4 +6,12 @@ from jaxkv.policies.budget import KeepFraction as KeepFraction
 from jaxkv.policies.budget import MaxBytes as MaxBytes
 from jaxkv.policies.budget import MaxTokens as MaxTokens
 from jaxkv.policies.budget import Ratio as Ratio
+from jaxkv.policies.h2o import H2O as H2O
 from jaxkv.policies.kv_compress import KVCompress as KVCompress
+from jaxkv.policies.registry import POLICIES as POLICIES
+from jaxkv.policies.registry import make_policy as make_policy
+from jaxkv.policies.snapkv import AdaKV as AdaKV
+from jaxkv.policies.snapkv import PyramidKV as PyramidKV
+from jaxkv.policies.snapkv import SnapKV as SnapKV
+from jaxkv.policies.streaming_llm import StreamingLLM as StreamingLLM
+from jaxkv.policies.tova import TOVA as TOVA

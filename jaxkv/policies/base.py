@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from jax import Array
 
 from jaxkv.policies.budget import Budget
+from jaxkv.shares import Global, Shares
 
 ALL_QUERIES = None
 """Value of ``observed_queries``: every query of the prompt."""
@@ -20,6 +21,8 @@ class Policy:
     """
 
     budget: Budget
+    shares: Shares = Global()
+    """How the heads of a sequence share the budget."""
     protected_window: int = 32
     """Newest tokens that are never evicted, the sampled but not yet cached one included."""
     sinks: int = 0

@@ -1,0 +1,19 @@
+"""StreamingLLM (arXiv 2309.17453): the first tokens, which soak up attention, and the newest."""
+
+from dataclasses import dataclass
+
+from jax import Array
+
+from jaxkv.policies.base import Policy
+from jaxkv.shares import PerHead, Shares
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamingLLM(Policy):
+    """Oldest first, but for the sinks. Keys keep the rotation of their place in the text, gaps and all."""
+
+    sinks: int = 4
+    shares: Shares = PerHead()
+
+    def rank(self, scores: Array, positions: Array) -> Array:
+        return positions.astype(scores.dtype)
