@@ -30,8 +30,8 @@ def encode(tokens: Tokens, tier: Segments, words: int) -> Array:
     value = quantize(tokens.value, fmt.value_bits, fmt.value_groups)
     shape = tokens.scores.shape[:-1]
     parts = [
-        pack(key.codes, fmt.key_bits),
-        pack(value.codes, fmt.value_bits),
+        pack(key.codes, fmt.key_bits, tier.sides),
+        pack(value.codes, fmt.value_bits, tier.sides),
         jnp.swapaxes(key.meta, -1, -2),
         jnp.swapaxes(value.meta, -1, -2),
         lax.bitcast_convert_type(tokens.scores, jnp.uint32),
@@ -60,8 +60,8 @@ def read_codes(words: Array, tier: Segments, head_dim: int) -> tuple[Codes, Code
         part(tier.value_meta, tier.scores, tier.tokens),
     )
     return (
-        Codes(unpack(key, fmt.key_bits), jnp.swapaxes(key_meta, -1, -2)),
-        Codes(unpack(value, fmt.value_bits), jnp.swapaxes(value_meta, -1, -2)),
+        Codes(unpack(key, fmt.key_bits, tier.sides), jnp.swapaxes(key_meta, -1, -2)),
+        Codes(unpack(value, fmt.value_bits, tier.sides), jnp.swapaxes(value_meta, -1, -2)),
     )
 
 
@@ -79,9 +79,8 @@ def read_tokens(pool: Array, blocks: Array, offsets: Array, tier: Segments, head
     """KVs at ``offsets`` of ``blocks``, ``i32[n]`` each, of a pool ``u32[blocks, words]``, dequantised."""
 
     def codes(start: int, bits: int) -> Array:
-        rows = tier.tokens * bits // 32
-        words = _read(pool, blocks, start + offsets % rows * head_dim, head_dim)
-        return words >> _shift(offsets, rows, bits) & jnp.uint32(2**bits - 1)
+        row, shift = locate(offsets, tier, bits)
+        return _read(pool, blocks, start + row * head_dim, head_dim) >> shift[:, None] & jnp.uint32(2**bits - 1)
 
     def meta(start: int, groups: int) -> Array:
         each = [_read(pool, blocks, start + group * tier.tokens + offsets, 1) for group in range(groups)]
@@ -105,8 +104,8 @@ def write_tokens(pool: Array, blocks: Array, offsets: Array, tokens: Tokens, tie
 
     def write(pool: Array, vectors: Array, start: int, meta: int, bits: int, groups: int) -> Array:
         quantized = quantize(vectors, bits, groups)
-        rows = tier.tokens * bits // 32
-        at, shift = start + offsets % rows * head_dim, _shift(offsets, rows, bits)
+        row, shift = locate(offsets, tier, bits)
+        at, shift = start + row * head_dim, shift[:, None]
         kept = _read(pool, blocks, at, head_dim) & ~(jnp.uint32(2**bits - 1) << shift)
         pool = _write(pool, blocks, at, kept | quantized.codes << shift)
         for group in range(groups):
@@ -122,8 +121,12 @@ def write_tokens(pool: Array, blocks: Array, offsets: Array, tokens: Tokens, tie
     return _write(pool, blocks, tier.positions + offsets, positions)
 
 
-def _shift(offsets: Array, rows: int, bits: int) -> Array:
-    return (offsets // rows * bits).astype(jnp.uint32)[:, None]
+def locate(offsets: Array, tier: Segments, bits: int) -> tuple[Array, Array]:
+    """Where a token's codes are: which vector of words, ``i32[...]``, and how far they are shifted, ``u32[...]``."""
+    a_side = tier.tokens // tier.sides
+    rows = a_side * bits // 32
+    side, index = offsets // a_side, offsets % a_side
+    return index % rows * tier.sides + side, (index // rows * bits).astype(jnp.uint32)
 
 
 def _read(pool: Array, blocks: Array, starts: Array, size: int) -> Array:

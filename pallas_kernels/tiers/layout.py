@@ -3,13 +3,15 @@
 A block is ``u32[rows, 128]`` whatever its tier, so one free list serves both; a tier says how many tokens fit. Read as
 one line of words, a block of ``T`` tokens holds in this order::
 
-    K codes   [T * key_bits / 32, head_dim]     V codes   [T * value_bits / 32, head_dim]
-    K meta    [key_groups, T]                   V meta    [value_groups, T]
-    scores    [T] (f32)                         positions [T] (i32)
+    K codes   [n, sides, head_dim]     V codes   [n', sides, head_dim]
+    K meta    [key_groups, T]          V meta    [value_groups, T]
+    scores    [T] (f32)                positions [T] (i32)
 
-Codes are packed along the tokens: of the ``n`` rows of K codes, the lowest bits of row ``r`` are those of token ``r``,
-the next of token ``r + n``, and so on. So unpacking shifts and masks whole rows and never moves a value between lanes.
-A word of meta is a group's scale (low half) and minimum (high half), IEEE half precision each.
+A row of 128 words has room for two vectors of 64 (two ``sides``: the block's first ``T / 2`` tokens and its last), or
+for one longer one. Codes are packed along the tokens: of a side's ``n`` rows the lowest bits of row ``r`` are those of
+its token ``r``, the next of token ``r + n``, and so on. So unpacking shifts and masks whole rows, gives the tokens in
+order and never moves a value between lanes. A word of meta is a group's scale (low half) and minimum (high half), IEEE
+half precision each.
 """
 
 from __future__ import annotations
@@ -69,6 +71,8 @@ class Segments:
 
     format: Format
     tokens: int
+    sides: int
+    """Vectors that share a row of words."""
     value: int
     key_meta: int
     value_meta: int
@@ -79,7 +83,7 @@ class Segments:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockLayout:
-    """The two formats of a block, and its size: what ``tokens`` of the high tier take, in whole rows.
+    """The two formats of a block, and its size: what ``tokens`` of the high tier take, in whole rows or tiles of rows.
 
     Raises:
       ValueError: a head dimension that the groups don't divide; tokens that don't fill whole words.
@@ -90,13 +94,15 @@ class BlockLayout:
     low: Format
     tokens: int = 64
     """Tokens of a high block."""
+    tile: int = 1
+    """A block's rows are a multiple of this. A TPU keeps arrays in tiles of 8 rows, part-filled ones too."""
 
     def __post_init__(self) -> None:
         for tier in (self.high, self.low):
             for groups in (tier.key_groups, tier.value_groups):
                 if self.head_dim % groups:
                     raise ValueError(f"groups must divide the head dimension: {tier} with {self.head_dim=}")
-        step = _step(self.high)
+        step = self._step(self.high)
         if self.tokens < step or self.tokens % step:
             raise ValueError(f"a block of {self.high} holds a multiple of {step} tokens, got {self.tokens}")
         if self.low.bits > self.high.bits:
@@ -105,7 +111,12 @@ class BlockLayout:
     @cached_property
     def rows(self) -> int:
         """Rows of 128 words in a block."""
-        return -(-_words(self.high, self.head_dim, self.tokens) // LANES)
+        return -(-_words(self.high, self.head_dim, self.tokens) // (LANES * self.tile)) * self.tile
+
+    @property
+    def sides(self) -> int:
+        """Vectors that share a row of words."""
+        return 2 if 2 * self.head_dim == LANES else 1
 
     @property
     def words(self) -> int:
@@ -118,11 +129,15 @@ class BlockLayout:
     @cached_property
     def tiers(self) -> tuple[Segments, Segments]:
         """High and low."""
-        return self._segments(self.high), self._segments(self.low)
+        step = self._step(self.low)
+        fitting = self.words // _words(self.low, self.head_dim, step) * step
+        return self._segments(self.high, self.tokens), self._segments(self.low, fitting)
 
-    def _segments(self, tier: Format) -> Segments:
-        step = _step(tier)
-        tokens = self.words // _words(tier, self.head_dim, step) * step
+    def _step(self, tier: Format) -> int:
+        """Tokens that fill whole words of K and of V codes on each side."""
+        return 32 // min(tier.key_bits, tier.value_bits) * self.sides
+
+    def _segments(self, tier: Format, tokens: int) -> Segments:
         value = tokens * tier.key_bits // 32 * self.head_dim
         key_meta = value + tokens * tier.value_bits // 32 * self.head_dim
         value_meta = key_meta + tier.key_groups * tokens
@@ -130,6 +145,7 @@ class BlockLayout:
         return Segments(
             format=tier,
             tokens=tokens,
+            sides=self.sides,
             value=value,
             key_meta=key_meta,
             value_meta=value_meta,
@@ -137,11 +153,6 @@ class BlockLayout:
             positions=scores + tokens,
             end=scores + 2 * tokens,
         )
-
-
-def _step(tier: Format) -> int:
-    """Tokens that fill whole words of K and of V codes."""
-    return 32 // min(tier.key_bits, tier.value_bits)
 
 
 def _words(tier: Format, head_dim: int, tokens: int) -> int:

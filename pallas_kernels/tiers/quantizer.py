@@ -64,15 +64,18 @@ def unpack_meta(meta: Array) -> tuple[Array, Array]:
     return half(meta & 0xFFFF), half(meta >> 16)
 
 
-def pack(codes: Array, bits: int) -> Array:
-    """Codes ``u32[..., tokens, head_dim]`` as words ``u32[..., tokens * bits / 32, head_dim]``."""
+def pack(codes: Array, bits: int, sides: int = 1) -> Array:
+    """Codes ``u32[..., tokens, head_dim]`` as words ``u32[..., tokens * bits / 32, head_dim]``, ``sides`` in turn."""
     count = 32 // bits
-    parts = codes.reshape(*codes.shape[:-2], count, -1, codes.shape[-1])
+    parts = codes.reshape(*codes.shape[:-2], sides, count, -1, codes.shape[-1])
     shifts = jnp.arange(count, dtype=jnp.uint32)[:, None, None] * bits
-    return jnp.sum(parts << shifts, axis=-3, dtype=jnp.uint32)
+    words = jnp.sum(parts << shifts, axis=-3, dtype=jnp.uint32)
+    return jnp.swapaxes(words, -3, -2).reshape(*codes.shape[:-2], -1, codes.shape[-1])
 
 
-def unpack(words: Array, bits: int) -> Array:
+def unpack(words: Array, bits: int, sides: int = 1) -> Array:
     """The reverse of ``pack``."""
+    words = jnp.swapaxes(words.reshape(*words.shape[:-2], -1, sides, words.shape[-1]), -3, -2)
     parts = [words >> jnp.uint32(shift) & jnp.uint32(2**bits - 1) for shift in range(0, 32, bits)]
-    return jnp.concatenate(parts, axis=-2)
+    parts = jnp.concatenate(parts, axis=-2)
+    return parts.reshape(*parts.shape[:-3], -1, parts.shape[-1])
