@@ -1,7 +1,8 @@
 """Continuous batching under a hard memory bound: requests join and leave between dispatches of many decode steps.
 
 A fixed number of rows share one pool. A request joins when its whole prompt fits beside what the running ones may soon
-need; one prompt is read at a time, a chunk between two dispatches, so nobody stalls. Where the pool would run dry,
+need; one prompt is read at a time, a chunk between two dispatches, so nobody stalls. A prompt that is larger than the
+pool is read in parts, each compressed before the next (``jaxkv.admission``). Where the pool would run dry,
 sequences that have outgrown their budget are compressed again, if their policy does that at all; then the youngest is
 put back to the head of the queue. It is read again later and its tokens are replayed through the same steps, so its
 answer and its cache are what they would have been alone. The oldest always goes on, so every trace comes to an end.
@@ -12,17 +13,18 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkv.admission import Reading, more_memory, plan_reading, refusal
 from jaxkv.answers import Answer
 from jaxkv.cache import CacheConfig, PagedCache, stats, take_sequences
 from jaxkv.policies import Policy
 from jaxkv.prompt import CHUNK, PromptState
-from jaxkv.requests import Event, PromptRead, Refused, Request, sampler_for
+from jaxkv.requests import Event, PromptRead, Refused, sampler_for
 from jaxkv.sampling import Forced, Sampler
 from jaxkv.steps import CompiledSteps
 
@@ -32,8 +34,20 @@ HORIZON = 4 * STEPS
 """Tokens that each running sequence must still have room for when another joins; else it would soon be put back."""
 
 
+@dataclass(kw_only=True)
+class Prompt:
+    """One that is being read."""
+
+    row: int
+    reading: Reading
+    state: PromptState
+    """Of its present part."""
+    read: int
+    """Tokens."""
+
+
 class Engine:
-    """Answers requests with one model, one policy and one cache.
+    """Answers requests with one model and one cache.
 
     Args:
       steps: the model's programs.
@@ -45,8 +59,8 @@ class Engine:
         self.steps, self.config, self.cache = steps, config, cache
         self.rows: list[Answer | None] = [None] * config.batch
         self.queue: deque[Answer] = deque()
-        self.reading: tuple[int, PromptState, int] | None = None
-        """Row, state and tokens read of the prompt that is being read."""
+        self.prompt: Prompt | None = None
+        """The one that is being read."""
         self.joined = 0
         self.preemptions = 0
         self.decode_steps = self.decoded = 0
@@ -69,13 +83,13 @@ class Engine:
                     self.queue.append(drawn)
                 elif drawn is not None:
                     yield drawn
-            if self.queue and self.reading is None and not self.locked:
+            if self.queue and self.prompt is None and not self.locked:
                 yield from self._admit()
-            if self.reading is not None:
+            if self.prompt is not None:
                 yield from self._read_chunk()
             if self._running():
                 yield from self._decode()
-            elif self.reading is None and not self.queue and ended:
+            elif self.prompt is None and not self.queue and ended:
                 return
 
     def _answer(self, row: int) -> Answer:
@@ -86,7 +100,7 @@ class Engine:
 
     def _running(self) -> list[int]:
         """Rows that decode: all taken but the one whose prompt is being read."""
-        reading = self.reading[0] if self.reading is not None else None
+        reading = self.prompt.row if self.prompt is not None else None
         return [row for row, answer in enumerate(self.rows) if answer is not None and row != reading]
 
     def _growth(self, rows: list[int], tokens: int) -> int:
@@ -99,24 +113,27 @@ class Engine:
             total += int((-(-(lengths + more) // size) + (-lengths // size)).sum())
         return total
 
+    def _held(self, row: int) -> int:
+        """Blocks."""
+        return int((-(-self.lengths[:, row] // self.config.block_size)).sum())
+
     def _unread(self) -> int:
-        """Blocks that the rest of the prompt being read will take."""
-        if self.reading is None:
-            return 0
-        row, _, read = self.reading
-        answer = self._answer(row)
-        return self.config.full_blocks(len(answer.request.prompt)) - self.config.full_blocks(read)
+        """Blocks that the rest of the prompt being read may still take."""
+        return self.prompt.reading.peak - self._held(self.prompt.row) if self.prompt is not None else 0
 
     def _admit(self) -> Iterator[Event]:
-        """Begins to read the first in the queue, where there is a row and its prompt fits uncompressed."""
+        """Begins to read the first in the queue, where there is a row and room for its prompt."""
         answer, running = self.queue[0], self._running()
-        if error := refusal(answer.request, self.config, self.steps.policy):
+        request = answer.request
+        if error := refusal(request, self.config):
             self.queue.popleft()
             yield Refused(request=answer.index, error=error)
             return
-        need = self.config.full_blocks(len(answer.request.prompt))
-        if self.steps.policy is None and running:
-            need += self.config.full_blocks(min(HORIZON, answer.request.limit))
+        reading = plan_reading(request, self.config)
+        assert reading is not None
+        need = reading.peak
+        if request.policy is None and running:
+            need += self.config.full_blocks(min(HORIZON, request.limit))
         if None not in self.rows or need > self.free - self._growth(running, HORIZON):
             return
         self.queue.popleft()
@@ -124,42 +141,67 @@ class Engine:
         self.rows[row] = answer
         self.joined += 1
         answer.begin(order=self.joined)
-        state = self.steps.start(self.cache, row, len(answer.request.prompt))
-        self.cache, self.reading = state.cache, (row, state, 0)
-        yield PromptRead(request=answer.index, tokens=0, total=len(answer.request.prompt))
+        self._begin_part(row, reading, 0)
+        yield PromptRead(request=answer.index, tokens=0, total=len(request.prompt))
+
+    def _begin_part(self, row: int, reading: Reading, read: int) -> None:
+        request = self._answer(row).request
+        state = self.steps.start(self.cache, row, min(reading.part, len(request.prompt) - read), request.policy)
+        self.cache, self.prompt = state.cache, Prompt(row=row, reading=reading, state=state, read=read)
 
     def _read_chunk(self) -> Iterator[Event]:
-        """The next chunk of the prompt; after the last, the first token from the full cache, then compression."""
-        assert self.reading is not None
-        row, state, at = self.reading
+        """The next chunk of the prompt; after a part's last, compression; after the prompt's, first the first token."""
+        assert self.prompt is not None
+        prompt, row, part = self.prompt, self.prompt.row, self.prompt.reading.part
         answer = self._answer(row)
-        prompt = answer.request.prompt
-        total = len(prompt)
+        ids, total = answer.request.prompt, len(answer.request.prompt)
+        end = min((prompt.read // part + 1) * part, total)
         began, compiled = time.perf_counter(), self.steps.compile_seconds
-        size = min(CHUNK, -(-total // 64) * 64)
-        count = min(size, total - at)
+        size = min(CHUNK, -(-part // 64) * 64)
+        count = min(size, end - prompt.read)
         tokens = np.zeros((1, size), np.int32)
-        tokens[0, :count] = prompt[at : at + count]
-        state = self.steps.chunk(replace(state, cache=self.cache), row, jnp.asarray(tokens), count)
-        self.cache, self.reading = state.cache, (row, state, at + count)
+        tokens[0, :count] = ids[prompt.read : prompt.read + count]
+        state = replace(prompt.state, cache=self.cache)
+        prompt.state = state = self.steps.chunk(state, row, jnp.asarray(tokens), count, answer.request.policy)
+        prompt.read += count
+        self.cache = state.cache
         jax.block_until_ready(state.hidden)
         answer.timings.spent("prefill", began, self.steps.compile_seconds - compiled)
-        yield PromptRead(request=answer.index, tokens=at + count, total=total)
-        if at + count == total:
+        yield PromptRead(request=answer.index, tokens=prompt.read, total=total)
+        if prompt.read == total:
             yield from self._finish_prompt(row, answer, state)
+        elif prompt.read == end:
+            yield from self._finish_part(prompt, answer)
         else:
             self._look()
 
+    def _finish_part(self, prompt: Prompt, answer: Answer) -> Iterator[Event]:
+        """Compresses what is read to what the whole prompt's budget leaves, and begins the next part."""
+        policy, total = answer.request.policy, len(answer.request.prompt)
+        assert policy is not None
+        self.cache = self.steps.score(prompt.state, prompt.row, policy)
+        self._compress(prompt.row, tokens=total)
+        held, peak = self._held(prompt.row), prompt.reading.peak
+        need = held + self.config.full_blocks(min(prompt.reading.part, total - prompt.read))
+        if need > peak:
+            error = (
+                f"the prompt holds {held} blocks once {prompt.read} of its {total} tokens are read and compressed, "
+                f"so {need} with the next, and the pool is shared out for {peak}; protect less, or give more memory"
+            )
+            self._leave(prompt.row)
+            yield Refused(request=answer.index, error=error)
+            return
+        self._begin_part(prompt.row, prompt.reading, prompt.read)
+
     def _finish_prompt(self, row: int, answer: Answer, state: PromptState) -> Iterator[Event]:
+        policy, sampler = answer.request.policy, sampler_for([answer.request.params])
         began, compiled = time.perf_counter(), self.steps.compile_seconds
-        self.cache, token, logprob = self.steps.finish(state, row, sampler_for([answer.request.params]))
+        self.cache, token, logprob = self.steps.finish(state, row, sampler, policy)
         first, logprob = int(token[0]), float(logprob[0])
-        self.reading = None
+        self.prompt = None
         answer.timings.spent("prefill", began, self.steps.compile_seconds - compiled)
-        if self.steps.policy is not None:
-            began, compiled = time.perf_counter(), self.steps.compile_seconds
-            self.cache = jax.block_until_ready(self.steps.compress(self.cache, row))
-            answer.timings.spent("compress", began, self.steps.compile_seconds - compiled)
+        if policy is not None:
+            self._compress(row)
         self._look()
         answer.cache = stats(take_sequences(self.cache, jnp.array([row])))
         more = self._growth([row], answer.request.limit)
@@ -174,6 +216,15 @@ class Engine:
             return
         yield from self._accept(row, [first], [logprob])
 
+    def _compress(self, row: int, tokens: int = 0) -> None:
+        """To the budget of the tokens that it has seen, or of so many where those are more."""
+        answer = self._answer(row)
+        assert answer.request.policy is not None
+        began, compiled = time.perf_counter(), self.steps.compile_seconds
+        self.cache = jax.block_until_ready(self.steps.compress(self.cache, row, tokens, answer.request.policy))
+        answer.timings.spent("compress", began, self.steps.compile_seconds - compiled)
+        self._look()
+
     def _decode(self) -> Iterator[Event]:
         """As many steps for all running rows as the pool surely serves; makes room first where that is none."""
         running = self._running()
@@ -183,12 +234,21 @@ class Engine:
         if steps == 0:
             self._make_room(running)
             return
-        pending, limits = np.zeros(len(self.rows), np.int32), np.zeros(len(self.rows), np.int32)
+        alike: dict[Policy | None, list[int]] = {}
         for row in running:
+            alike.setdefault(_deciding(self._answer(row).request.policy), []).append(row)
+        for policy, rows in alike.items():
+            yield from self._decode_rows(rows, steps, policy)
+
+    def _decode_rows(self, rows: list[int], steps: int, policy: Policy | None) -> Iterator[Event]:
+        """One dispatch, for rows whose policies do the same in decoding."""
+        pending, limits = np.zeros(len(self.rows), np.int32), np.zeros(len(self.rows), np.int32)
+        for row in rows:
             answer = self._answer(row)
             pending[row], limits[row] = answer.pending, min(steps, answer.tokens_left)
         began, compiled = time.perf_counter(), self.steps.compile_seconds
-        made = self.steps.decode(self.cache, jnp.asarray(pending), jnp.asarray(limits), self._sampler(running), STEPS)
+        sampler = self._sampler(rows)
+        made = self.steps.decode(self.cache, jnp.asarray(pending), jnp.asarray(limits), sampler, STEPS, policy)
         self.cache = made.cache
         tokens, logprobs, counts = jax.device_get((made.tokens, made.logprobs, made.counts))
         self._look()
@@ -196,27 +256,27 @@ class Engine:
         self.decode_seconds += time.perf_counter() - began - compiling
         self.decode_steps += int(counts.max())
         self.decoded += int(counts.sum())
-        for row in running:
+        for row in rows:
             answer, count = self._answer(row), counts[row]
             if count == 0:
                 raise RuntimeError("the pool ran dry while decoding, though blocks were kept free; please report this")
             answer.timings.spent("decode", began, compiling)
             yield from self._accept(row, tokens[row, :count].tolist(), logprobs[row, :count].tolist())
 
-    def _sampler(self, running: list[int]) -> Sampler:
+    def _sampler(self, rows: list[int]) -> Sampler:
         """Each row's own; those that repeat what they said before they were put back are told what it was."""
-        someone = self._answer(running[0])
-        sampler = sampler_for([(answer or someone).request.params for answer in self.rows])
-        longest = max(answer.replaying for answer in self.rows if answer is not None)
+        someone = self._answer(rows[0])
+        answers = [self._answer(row) if row in rows else someone for row in range(len(self.rows))]
+        sampler = sampler_for([answer.request.params for answer in answers])
+        longest = max(answer.replaying for answer in answers)
         if longest == 0:
             return sampler
         width = max(64, 1 << (longest - 1).bit_length())  # few different widths: each is a program of its own
-        tokens, first = np.full((len(self.rows), width), -1, np.int32), np.zeros(len(self.rows), np.int32)
-        for row, answer in enumerate(self.rows):
-            if answer is not None:
-                told = answer.token_ids[answer.replayed :][:width]
-                tokens[row, : len(told)] = told
-                first[row] = len(answer.request.prompt) + answer.replayed
+        tokens, first = np.full((len(answers), width), -1, np.int32), np.zeros(len(answers), np.int32)
+        for row, answer in enumerate(answers):
+            told = answer.token_ids[answer.replayed :][:width]
+            tokens[row, : len(told)] = told
+            first[row] = len(answer.request.prompt) + answer.replayed
         return Forced(sampler=sampler, tokens=jnp.asarray(tokens), first=jnp.asarray(first))
 
     def _accept(self, row: int, tokens: list[int], logprobs: list[float]) -> Iterator[Event]:
@@ -230,13 +290,13 @@ class Engine:
 
     def _make_room(self, running: list[int]) -> None:
         """Compresses what has outgrown its budget; where that frees nothing, puts the youngest back."""
-        if self.steps.policy is not None and self.steps.policy.compress_every is not None:
-            before = self.free
-            for row in running:
-                self.cache = self.steps.compress(self.cache, row)
-            self._look()
-            if self.free > before:
-                return
+        before = self.free
+        for row in running:
+            policy = self._answer(row).request.policy
+            if policy is not None and policy.compress_every is not None:
+                self._compress(row)
+        if self.free > before:
+            return
         taken = (row for row, answer in enumerate(self.rows) if answer is not None)
         row = max(taken, key=lambda row: self._answer(row).order)
         answer = self._answer(row)
@@ -246,8 +306,8 @@ class Engine:
         self.locked = bool(self._running())
 
     def _leave(self, row: int) -> None:
-        if self.reading is not None and self.reading[0] == row:
-            self.reading = None
+        if self.prompt is not None and self.prompt.row == row:
+            self.prompt = None
         self.rows[row] = None
         self.cache = self.steps.release(self.cache, jnp.arange(len(self.rows)) == row)
         self._look()
@@ -258,19 +318,6 @@ class Engine:
         self.lengths, self.free = lengths, int(free)
 
 
-def more_memory(config: CacheConfig, blocks: int) -> str:
-    """What to do about a pool that is too small for so many blocks."""
-    return f"give cache_memory of at least {config.bytes_with(blocks + 1)} bytes"
-
-
-def refusal(request: Request, config: CacheConfig, policy: Policy | None) -> str | None:
-    """Why a request can never be served; None where it may be. What is left once it is compressed is checked then."""
-    tokens = len(request.prompt) + (0 if policy else request.limit)
-    need = config.full_blocks(tokens)
-    if need <= config.num_blocks - 1:
-        return None
-    return (
-        f"the prompt has {len(request.prompt)} tokens and needs {need} blocks "
-        f"{'before it is compressed' if policy else 'with its answer'}, but the pool has {config.num_blocks - 1}; "
-        f"{more_memory(config, need)}, or shorten it"
-    )
+def _deciding(policy: Policy | None) -> Policy | None:
+    """What a policy is for decoding: None where it neither observes it nor compresses again."""
+    return policy if policy is not None and (policy.observes_decoding or policy.compress_every is not None) else None

@@ -26,15 +26,20 @@ if TYPE_CHECKING:
     from models import Llama
 
 
-def compress(cache: PagedCache, policy: Policy, select: Array | None = None) -> PagedCache:
+def compress(
+    cache: PagedCache, policy: Policy, select: Array | None = None, *, tokens: Array | None = None
+) -> PagedCache:
     """Evicts from each sequence what the policy's budget doesn't leave room for.
 
     Args:
       cache: donated.
       policy: what decides which KVs stay.
       select: ``bool[batch]`` the sequences to compress; None: all.
+      tokens: ``i32[batch]`` whose budget to apply; None: those seen so far. A prompt that is read in parts gives the
+        whole prompt's, so that each part leaves what the end will.
     """
-    evict_blocks = policy.budget.evict_blocks(cache, policy.protected_window)
+    budgeted = cache if tokens is None else replace(cache, num_tokens=tokens)
+    evict_blocks = policy.budget.evict_blocks(budgeted, policy.protected_window)
     if select is not None:
         evict_blocks = jnp.where(select, evict_blocks, 0)
 

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkv.admission import refusal
 from jaxkv.answers import Answer
 from jaxkv.cache import CacheConfig, PagedCache, init_cache
-from jaxkv.engine import Engine, refusal
+from jaxkv.engine import Engine
 from jaxkv.policies import Policy
 from jaxkv.requests import Completion, Event, Finished, Refused, Request, SamplingParams, TextMade
 from jaxkv.steps import CompiledSteps
@@ -124,7 +125,7 @@ class LLM:
         longest = max((len(r.prompt) + r.limit for r in requests), default=1)
         config = self._cache_config(longest, rows=len(requests))
         for request in requests:
-            if error := refusal(request, config, self.compression):
+            if error := refusal(request, config):
                 raise ValueError(_numbered(error, request.index))
         for event in self._serve(requests, config):
             if isinstance(event, Refused):
@@ -160,7 +161,7 @@ class LLM:
     def _serve(self, requests: Iterable[Request | Refused], config: CacheConfig) -> Iterator[Event]:
         ends = self._ends()
         if self._steps is None:
-            self._steps = CompiledSteps(self.model, self.compression, ends)
+            self._steps = CompiledSteps(self.model, ends)
         kept, self._cache = self._cache, None
         cache = kept[1] if kept is not None and kept[0] == config else init_cache(config)
         self.engine = Engine(self._steps, config, cache)
@@ -191,7 +192,7 @@ class LLM:
         if params.stop and self.tokenizer is None:
             raise ValueError("stop texts need a tokenizer, and this LLM has none")
         limit = min(params.max_tokens, context - len(ids))
-        return Request(index=index, prompt=ids.astype(np.int32), params=params, limit=limit)
+        return Request(index=index, prompt=ids.astype(np.int32), params=params, limit=limit, policy=self.compression)
 
     def _encode(self, prompt: Prompt) -> np.ndarray:
         if isinstance(prompt, str):

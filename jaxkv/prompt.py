@@ -16,6 +16,7 @@ from jax import Array, lax
 from jaxkv import allocator
 from jaxkv.cache import PagedCache, in_table_order, stamp_slots, to_slots
 from jaxkv.policies import Policy
+from jaxkv.policies.base import ALL_QUERIES
 from pallas_kernels.block_writes import write_blocks
 from pallas_kernels.prefill_attention import Observed, prefill_attention
 
@@ -133,17 +134,26 @@ def prefill_chunk(model: Llama, state: PromptState, tokens: Array, counts: Array
 
 def finish_prompt(model: Llama, state: PromptState, policy: Policy | None) -> tuple[PagedCache, Array]:
     """After the last chunk: scores from the observed attention, and the logits of the last tokens."""
-    cache = state.cache
-    if policy is not None and observes_prompt(policy):
-        layers, batch, kv_heads = cache.lengths.shape
-        mass = state.mass.reshape(layers, batch, kv_heads, -1, cache.capacity)
-        held = jnp.arange(cache.capacity) < cache.lengths[..., None]
-        added = jnp.where(held, policy.of_prompt(mass, held), 0.0)
-        table = cache.block_table, cache.lengths
-        scores = in_table_order(cache.scores, *table, cache.block_size) + added
-        cache = replace(cache, scores=to_slots(cache.scores, *table, scores))
     logits = model.logits(state.hidden)
-    return cache, jnp.where(state.granted, logits, jnp.nan)
+    return score_prompt(state, policy), jnp.where(state.granted, logits, jnp.nan)
+
+
+def score_prompt(state: PromptState, policy: Policy | None) -> PagedCache:
+    """The cache with scores from the observed attention: of a prompt, or of a part of one that is read in parts.
+
+    A policy that observes the last queries scores by those of the last part alone, one that observes all by their sum.
+    """
+    cache = state.cache
+    if policy is None or not observes_prompt(policy):
+        return cache
+    layers, batch, kv_heads = cache.lengths.shape
+    mass = state.mass.reshape(layers, batch, kv_heads, -1, cache.capacity)
+    held = jnp.arange(cache.capacity) < cache.lengths[..., None]
+    scores = jnp.where(held, policy.of_prompt(mass, held), 0.0)
+    table = cache.block_table, cache.lengths
+    if policy.observed_queries is ALL_QUERIES:
+        scores += in_table_order(cache.scores, *table, cache.block_size)
+    return replace(cache, scores=to_slots(cache.scores, *table, scores))
 
 
 def _observed(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.cache import CacheStats
+from jaxkv.policies import Policy
 from jaxkv.sampling import Greedy, Random, Sampler
 
 
@@ -147,3 +148,5 @@ class Request:
     params: SamplingParams
     limit: int
     """Tokens to make at most: ``max_tokens``, or less where the context ends before."""
+    policy: Policy | None
+    """What compresses its cache; None: nothing."""

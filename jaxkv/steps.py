@@ -17,7 +17,7 @@ from jaxkv.allocator import release_sequences
 from jaxkv.cache import PagedCache, put_sequences, take_sequences
 from jaxkv.generation import Decoded
 from jaxkv.policies import Policy
-from jaxkv.prompt import PromptState, finish_prompt, prefill_chunk, start_prompt
+from jaxkv.prompt import PromptState, finish_prompt, prefill_chunk, score_prompt, start_prompt
 from jaxkv.sampling import Sampler, logprobs_of
 from models import Llama
 
@@ -26,43 +26,61 @@ class CompiledSteps:
     """Prompt chunks, compression and decoding for one row or for the whole batch.
 
     The model is split once; the programs take its leaves, since flattening a module costs milliseconds a step.
-    Programs are compiled when first needed for a shape; ``compile_seconds`` tells what that took.
+    Programs are compiled when first needed for a shape and a policy; ``compile_seconds`` tells what that took.
     """
 
-    def __init__(self, model: Llama, policy: Policy | None, stop_tokens: tuple[int, ...]):
+    def __init__(self, model: Llama, stop_tokens: tuple[int, ...]):
         graph, weights = nnx.split(model)
         self.leaves, treedef = jax.tree.flatten(weights)
-        self.policy = policy
         self.compile_seconds = 0.0
         self._programs: dict[object, Callable[..., Any]] = {}
 
         def merge(leaves: list[Array]) -> Llama:
             return nnx.merge(graph, jax.tree.unflatten(treedef, leaves))
 
-        def start(leaves: list[Array], cache: PagedCache, row: Array, length: Array) -> PromptState:
+        def start(
+            leaves: list[Array], cache: PagedCache, row: Array, length: Array, policy: Policy | None
+        ) -> PromptState:
             part = start_prompt(merge(leaves), take_sequences(cache, row), length, policy)
             return replace(part, cache=put_sequences(cache, part.cache, row))
 
-        def chunk(leaves: list[Array], state: PromptState, row: Array, tokens: Array, counts: Array) -> PromptState:
+        def chunk(
+            leaves: list[Array], state: PromptState, row: Array, tokens: Array, counts: Array, policy: Policy | None
+        ) -> PromptState:
             whole = state.cache
             state = replace(state, cache=take_sequences(whole, row))
             state = prefill_chunk(merge(leaves), state, tokens, counts, policy)
             return replace(state, cache=put_sequences(whole, state.cache, row))
 
         def finish(
-            leaves: list[Array], whole: PagedCache, state: PromptState, row: Array, sampler: Sampler
+            leaves: list[Array],
+            whole: PagedCache,
+            state: PromptState,
+            row: Array,
+            sampler: Sampler,
+            policy: Policy | None,
         ) -> tuple[PagedCache, Array, Array]:
             state = replace(state, cache=take_sequences(whole, row))
             part, logits = finish_prompt(merge(leaves), state, policy)
             token = sampler(logits, part.num_tokens)
             return put_sequences(whole, part, row), token, logprobs_of(logits, token)
 
-        def compress(cache: PagedCache, row: Array) -> PagedCache:
-            assert policy is not None
-            return put_sequences(cache, generation.compress(take_sequences(cache, row), policy), row)
+        def score(whole: PagedCache, state: PromptState, row: Array, policy: Policy) -> PagedCache:
+            return put_sequences(whole, score_prompt(replace(state, cache=take_sequences(whole, row)), policy), row)
+
+        def compress(cache: PagedCache, row: Array, tokens: Array, policy: Policy) -> PagedCache:
+            part = take_sequences(cache, row)
+            part = generation.compress(part, policy, tokens=jnp.maximum(tokens, part.num_tokens))
+            return put_sequences(cache, part, row)
 
         def decode(
-            leaves: list[Array], cache: PagedCache, tokens: Array, limits: Array, sampler: Sampler, steps: int
+            leaves: list[Array],
+            cache: PagedCache,
+            tokens: Array,
+            limits: Array,
+            sampler: Sampler,
+            steps: int,
+            policy: Policy | None,
         ) -> Decoded:
             return generation.decode(
                 merge(leaves),
@@ -75,11 +93,12 @@ class CompiledSteps:
                 stop_tokens=stop_tokens,
             )
 
-        self._start = jax.jit(start, donate_argnums=1)
-        self._chunk = jax.jit(chunk, donate_argnums=1)
-        self._finish = jax.jit(finish, donate_argnums=1)
-        self._compress = jax.jit(compress, donate_argnums=0)
-        self._decode = jax.jit(decode, donate_argnums=1, static_argnums=5)
+        self._start = jax.jit(start, donate_argnums=1, static_argnums=4)
+        self._chunk = jax.jit(chunk, donate_argnums=1, static_argnums=5)
+        self._finish = jax.jit(finish, donate_argnums=1, static_argnums=5)
+        self._score = jax.jit(score, donate_argnums=0, static_argnums=3)
+        self._compress = jax.jit(compress, donate_argnums=0, static_argnums=3)
+        self._decode = jax.jit(decode, donate_argnums=1, static_argnums=(5, 6))
         self._release = jax.jit(release_sequences, donate_argnums=0)
 
     def _call(self, step: Any, *args: Any, static: tuple[Any, ...] = ()) -> Any:
@@ -91,30 +110,44 @@ class CompiledSteps:
             self.compile_seconds += time.perf_counter() - began
         return self._programs[key](*args)
 
-    def start(self, cache: PagedCache, row: int, length: int) -> PromptState:
-        """Begins a prompt of ``length`` tokens in a row of the batch."""
-        return self._call(self._start, self.leaves, cache, _one(row), _one(length))
+    def start(self, cache: PagedCache, row: int, length: int, policy: Policy | None) -> PromptState:
+        """Begins a prompt, or a part of one, of ``length`` tokens in a row of the batch."""
+        return self._call(self._start, self.leaves, cache, _one(row), _one(length), static=(policy,))
 
-    def chunk(self, state: PromptState, row: int, tokens: Array, count: int) -> PromptState:
+    def chunk(self, state: PromptState, row: int, tokens: Array, count: int, policy: Policy | None) -> PromptState:
         """Reads a chunk, ``i32[1, chunk]``."""
-        return self._call(self._chunk, self.leaves, state, _one(row), tokens, _one(count))
+        return self._call(self._chunk, self.leaves, state, _one(row), tokens, _one(count), static=(policy,))
 
-    def finish(self, state: PromptState, row: int, sampler: Sampler) -> tuple[PagedCache, Array, Array]:
+    def finish(
+        self, state: PromptState, row: int, sampler: Sampler, policy: Policy | None
+    ) -> tuple[PagedCache, Array, Array]:
         """Ends a prompt: the cache, the first token and its log probability, ``[1]`` each."""
-        read = replace(state, cache=None)  # pyright: ignore[reportArgumentType]  # only the cache is donated
-        return self._call(self._finish, self.leaves, state.cache, read, _one(row), sampler)
+        return self._call(
+            self._finish, self.leaves, state.cache, _without_cache(state), _one(row), sampler, static=(policy,)
+        )
 
-    def compress(self, cache: PagedCache, row: int) -> PagedCache:
-        """Compresses one row of the batch."""
-        return self._call(self._compress, cache, _one(row))
+    def score(self, state: PromptState, row: int, policy: Policy) -> PagedCache:
+        """Ends a part of a prompt, with nothing said."""
+        return self._call(self._score, state.cache, _without_cache(state), _one(row), static=(policy,))
 
-    def decode(self, cache: PagedCache, tokens: Array, limits: Array, sampler: Sampler, steps: int) -> Decoded:
+    def compress(self, cache: PagedCache, row: int, tokens: int, policy: Policy) -> PagedCache:
+        """Compresses one row of the batch to the budget of what it has seen, or of so many tokens if those are more."""
+        return self._call(self._compress, cache, _one(row), _one(tokens), static=(policy,))
+
+    def decode(
+        self, cache: PagedCache, tokens: Array, limits: Array, sampler: Sampler, steps: int, policy: Policy | None
+    ) -> Decoded:
         """Up to ``steps`` tokens for every row."""
-        return self._call(self._decode, self.leaves, cache, tokens, limits, sampler, static=(steps,))
+        return self._call(self._decode, self.leaves, cache, tokens, limits, sampler, static=(steps, policy))
 
     def release(self, cache: PagedCache, finished: Array) -> PagedCache:
         """Empties rows of the batch."""
         return self._call(self._release, cache, finished)
+
+
+def _without_cache(state: PromptState) -> PromptState:
+    """What of a prompt's state isn't donated."""
+    return replace(state, cache=None)  # pyright: ignore[reportArgumentType]
 
 
 def _one(value: int) -> Array:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv import CacheConfig, Greedy, KVCompress, Ratio, init_cache
+from jaxkv import CacheConfig, Greedy, KVCompress, Policy, Ratio, init_cache
 from jaxkv.cli import keep_compiled_programs
 from jaxkv.prompt import CHUNK
 from jaxkv.steps import CompiledSteps
@@ -46,21 +46,21 @@ class Row:
 class Ours:
     """A cache of ``batch`` rows, each with its own part of the text; prompts one after the other, as in ``LLM``."""
 
-    def __init__(self, steps: CompiledSteps, model: Llama, tokens: np.ndarray, room: int):
+    def __init__(self, steps: CompiledSteps, policy: Policy, model: Llama, tokens: np.ndarray, room: int):
         batch, length = tokens.shape
-        self.steps, self.tokens, self.batch = steps, tokens, batch
+        self.steps, self.policy, self.tokens, self.batch = steps, policy, tokens, batch
         size = -(-(length + room) // 256) * 256
         self.cache = init_cache(CacheConfig.for_model(model.config, batch=batch, max_context=size))
 
     def prefill(self, row: int) -> None:
         ids, chunk = self.tokens[row], min(CHUNK, self.tokens.shape[1])
-        state = self.steps.start(self.cache, row, len(ids))
+        state = self.steps.start(self.cache, row, len(ids), self.policy)
         for at in range(0, len(ids), chunk):
             part = np.zeros((1, chunk), np.int32)
             count = min(chunk, len(ids) - at)
             part[0, :count] = ids[at : at + count]
-            state = self.steps.chunk(state, row, jnp.asarray(part), count)
-        self.cache, token, _ = self.steps.finish(state, row, Greedy())
+            state = self.steps.chunk(state, row, jnp.asarray(part), count, self.policy)
+        self.cache, token, _ = self.steps.finish(state, row, Greedy(), self.policy)
         token.block_until_ready()
 
     def prefill_all(self) -> None:
@@ -69,11 +69,13 @@ class Ours:
             self.prefill(row)
 
     def compress(self, row: int) -> None:
-        self.cache = jax.block_until_ready(self.steps.compress(self.cache, row))
+        self.cache = jax.block_until_ready(self.steps.compress(self.cache, row, 0, self.policy))
 
     def decode(self) -> None:
         last, limits = jnp.zeros(self.batch, jnp.int32), jnp.full(self.batch, STEPS)
-        self.cache = jax.block_until_ready(self.steps.decode(self.cache, last, limits, Greedy(), STEPS).cache)
+        self.cache = jax.block_until_ready(
+            self.steps.decode(self.cache, last, limits, Greedy(), STEPS, self.policy).cache
+        )
 
 
 class Theirs:
@@ -118,10 +120,10 @@ def in_turn(repeats: int, *runs: Callable[[], object]) -> list[float]:
 
 def measure(model: Llama, theirs: Theirs | None, ids: np.ndarray, batch: int, options: argparse.Namespace) -> list[Row]:
     context, repeats, short = options.context, options.repeats, options.context // options.ratio
-    steps = CompiledSteps(model, KVCompress(budget=Ratio(ratio=options.ratio)), ())
+    steps, policy = CompiledSteps(model, ()), KVCompress(budget=Ratio(ratio=options.ratio))
     texts = np.stack([ids[start : start + context] for start in np.arange(batch) * 997 % (len(ids) - context)])
     room = (repeats + 1) * STEPS
-    full, eighth = Ours(steps, model, texts, room), Ours(steps, model, texts[:, :short], room)
+    full, eighth = Ours(steps, policy, model, texts, room), Ours(steps, policy, model, texts[:, :short], room)
     name = f"batch {batch}, {context} tokens"
     prefills: list[Callable[[], object]] = [full.prefill_all]
     full.prefill(0)  # warm-up
@@ -130,7 +132,7 @@ def measure(model: Llama, theirs: Theirs | None, ids: np.ndarray, batch: int, op
         prefills.append(lambda: theirs.prefill(texts))
     prefill, *other = in_turn(repeats if batch == 1 else min(repeats, 2), *prefills)
     rows = [row(f"prefill, {name}", prefill, "transformers", other, "≥ 1.0x")]
-    squeezed, compressing = Ours(steps, model, texts, room), []
+    squeezed, compressing = Ours(steps, policy, model, texts, room), []
     while len(compressing) <= repeats:  # the first compiles and isn't counted
         squeezed.prefill_all()
         compressing += [seconds(lambda at=at: squeezed.compress(at)) for at in range(batch)]

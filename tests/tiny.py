@@ -1,5 +1,6 @@
 """A tiny random Llama and its dense, uncompressed run, for tests of everything above the kernels."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -115,3 +116,10 @@ def token_slots(cache: PagedCache) -> jnp.ndarray:
     index = jnp.arange(cache.capacity)
     slots = cache.block_table[..., index // cache.block_size] * cache.block_size + index % cache.block_size
     return jnp.where(index < cache.lengths[..., None], slots, 0)
+
+
+def assert_no_block_is_lost_or_shared(cache):
+    table, lengths, free, stack = jax.device_get((cache.block_table, cache.lengths, cache.num_free, cache.free_blocks))
+    held = [table[row][: -(-lengths[row] // cache.block_size)] for row in np.ndindex(lengths.shape)]
+    blocks = np.concatenate([*held, stack[:free]])
+    assert sorted(blocks.tolist()) == list(range(1, cache.pool.shape[0]))

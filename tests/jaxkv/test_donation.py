@@ -11,7 +11,7 @@ from jaxkv.allocator import release_sequences
 from jaxkv.cache import put_sequences, take_sequences
 from jaxkv.generation import compress, decode, decode_step, generate
 from jaxkv.policies import KVCompress, Ratio
-from jaxkv.prompt import finish_prompt, prefill, prefill_chunk, start_prompt
+from jaxkv.prompt import finish_prompt, prefill, prefill_chunk, score_prompt, start_prompt
 
 BATCH = 2
 POLICIES = {
@@ -39,13 +39,14 @@ def programs(policy):
         "prefill": (lambda c, t, n: prefill(model, c, t, n, policy), (cache, ids, row)),
         "chunk": (chunk_of_one_row, (state, one, ids[:1], one)),
         "finish": (lambda s: finish_prompt(model, replace(s, cache=take_sequences(s.cache, one)), policy), (state,)),
+        "score": (lambda s: score_prompt(replace(s, cache=take_sequences(s.cache, one)), policy), (state,)),
         "decode_step": (lambda c, t: decode_step(model, c, t, t > 0, policy), (cache, row)),
         "decode": (lambda c, t: decode(model, c, t, t, steps=8, policy=policy), (cache, row)),
         "generate": (lambda c, t, n: generate(model, c, t, n, max_tokens=8, policy=policy), (cache, ids, row)),
         "release": (lambda c, t: release_sequences(c, t > 0), (cache, row)),
     }
     if policy is not None:
-        steps["compress"] = (lambda c: compress(c, policy), (cache,))
+        steps["compress"] = (lambda c, t: compress(c, policy, tokens=t), (cache, row))
     return steps
 
 

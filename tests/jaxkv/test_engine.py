@@ -2,8 +2,6 @@
 
 from functools import cache
 
-import jax
-import numpy as np
 import pytest
 import tiny
 from hypothesis import given, settings
@@ -56,18 +54,11 @@ def request(job):
     return tiny.prompt(length, seed).tolist(), params
 
 
-def assert_no_block_is_lost_or_shared(cache):
-    table, lengths, free, stack = jax.device_get((cache.block_table, cache.lengths, cache.num_free, cache.free_blocks))
-    held = [table[row][: -(-lengths[row] // cache.block_size)] for row in np.ndindex(lengths.shape)]
-    blocks = np.concatenate([*held, stack[:free]])
-    assert sorted(blocks.tolist()) == list(range(1, cache.pool.shape[0]))
-
-
 def run(policy, jobs):
     """Answers by index, after checking the blocks at every event."""
     llm, answers, streamed = served(policy), {}, {}
     for event in llm.run((request(job) for job in jobs), max_context=CONTEXT):
-        assert_no_block_is_lost_or_shared(llm.engine.cache)
+        tiny.assert_no_block_is_lost_or_shared(llm.engine.cache)
         match event:
             case Finished(request=i, completion=completion):
                 assert i not in answers
