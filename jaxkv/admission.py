@@ -66,6 +66,11 @@ def blocks_between_parts(config: CacheConfig, policy: Policy, tokens: int) -> in
 def refusal(request: Request, config: CacheConfig) -> str | None:
     """Why a request can never be served; None where it may be. What is left once it is compressed is checked then."""
     prompt, policy, blocks = len(request.prompt), request.policy, config.num_blocks - 1
+    if policy is not None:
+        try:
+            policy.budget.check(config, policy.protected_window)
+        except ValueError as error:
+            return str(error)
     if policy is None:
         need = config.full_blocks(prompt + request.limit)
         if need <= blocks:

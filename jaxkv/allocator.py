@@ -29,41 +29,50 @@ def grow(cache: PagedCache, lengths: Array, *, most: int) -> tuple[PagedCache, A
     have = cache.blocks_held()
     need = num_blocks(lengths, size) - have
     granted = (jnp.sum(need) <= cache.num_free) & jnp.all(lengths <= cache.capacity)
-    need = jnp.where(granted, need, 0)
-    first = (jnp.cumsum(need) - need.reshape(-1)).reshape(need.shape)
-
     place = jnp.arange(-(-most // size))
-    wanted = place < need[..., None]
-    rank = first[..., None] + place
-    block = cache.free_blocks[jnp.where(wanted, cache.num_free - 1 - rank, 0)]
+    wanted = granted & (place < need[..., None])
+    cache, block = take(cache, wanted)
     column = jnp.where(wanted, have[..., None] + place, cache.block_table.shape[-1])
     layer, sequence, head, _ = jnp.ogrid[tuple(slice(n) for n in (*have.shape, 1))]
     table = cache.block_table.at[layer, sequence, head, column].set(block, mode="drop")
-    grown = replace(
+    return replace(cache, block_table=table, lengths=jnp.where(granted, lengths, cache.lengths)), granted
+
+
+def take(cache: PagedCache, wanted: Array) -> tuple[PagedCache, Array]:
+    """Takes a free block for each place that is wanted, ``bool[...]``: the blocks, ``i32`` of the same shape."""
+    rank = jnp.cumsum(wanted).reshape(wanted.shape)
+    blocks = cache.free_blocks[jnp.where(wanted, cache.num_free - rank, 0)]
+    return replace(cache, num_free=cache.num_free - jnp.sum(wanted)), blocks
+
+
+def give_back(cache: PagedCache, blocks: Array, freed: Array) -> PagedCache:
+    """Frees the blocks, ``i32[...]``, where ``bool[...]`` freed."""
+    rank = jnp.cumsum(freed)
+    at = jnp.where(freed.reshape(-1), cache.num_free + rank - 1, cache.free_blocks.shape[0])
+    return replace(
         cache,
-        block_table=table,
-        lengths=jnp.where(granted, lengths, cache.lengths),
-        num_free=cache.num_free - jnp.sum(need),
+        free_blocks=cache.free_blocks.at[at].set(blocks.reshape(-1), mode="drop"),
+        num_free=cache.num_free + rank[-1],
     )
-    return grown, granted
 
 
 def release(cache: PagedCache, lengths: Array) -> PagedCache:
-    """Cuts each head to ``lengths`` KVs, ``i32[layers, batch, kv_heads]``; blocks past them go back to the pool."""
-    have, keep = cache.blocks_held(), num_blocks(lengths, cache.block_size)
+    """Cuts each head to ``lengths`` KVs, ``i32[layers, batch, kv_heads]``; blocks past them go back to the pool.
+
+    But for those that belong to a prefix.
+    """
+    have = cache.blocks_held()
+    keep = jnp.maximum(num_blocks(lengths, cache.block_size), cache.shared[:, None])
     place = jnp.arange(cache.block_table.shape[-1])
-    freed = ((place >= keep[..., None]) & (place < have[..., None])).reshape(-1)
-    rank = jnp.cumsum(freed)
-    at = jnp.where(freed, cache.num_free + rank - 1, cache.free_blocks.shape[0])
-    return replace(
-        cache,
-        lengths=lengths,
-        free_blocks=cache.free_blocks.at[at].set(cache.block_table.reshape(-1), mode="drop"),
-        num_free=cache.num_free + rank[-1],
-    )
+    freed = (place >= keep[..., None]) & (place < have[..., None])
+    return replace(give_back(cache, cache.block_table, freed), lengths=lengths)
 
 
 def release_sequences(cache: PagedCache, finished: Array) -> PagedCache:
     """Empties the rows of the batch where ``finished``, ``bool[batch]``, and takes their blocks back."""
     cache = release(cache, jnp.where(finished[:, None], 0, cache.lengths))
-    return replace(cache, num_tokens=jnp.where(finished, 0, cache.num_tokens))
+    return replace(
+        cache,
+        num_tokens=jnp.where(finished, 0, cache.num_tokens),
+        shared=jnp.where(finished, 0, cache.shared),
+    )

@@ -116,8 +116,8 @@ class CacheConfig:
 
     @property
     def table_bytes(self) -> int:
-        """Bytes of what doesn't grow with the pool: block table, lengths and token counts."""
-        return 4 * self.batch * (self.heads * (self.max_blocks + 1) + 1)
+        """Bytes of what doesn't grow with the pool: block table, lengths, token and block counts."""
+        return 4 * self.batch * (self.heads * (self.max_blocks + 1) + 2)
 
     def bytes_with(self, num_blocks: int) -> int:
         """Bytes of the whole cache with so many blocks: scores and positions come in whole rows."""
@@ -149,6 +149,8 @@ class PagedCache:
     """``i32[layers, batch, kv_heads]``: KVs that a head holds."""
     num_tokens: Array
     """``i32[batch]``: tokens of the text that the cache has seen, and so the next one's position."""
+    shared: Array
+    """``i32[batch]``: blocks at the beginning of each head that belong to a prefix (``jaxkv.prefix``)."""
     free_blocks: Array
     """``i32[blocks]``: a stack, of which the first ``num_free`` are free."""
     num_free: Array
@@ -179,6 +181,7 @@ def init_cache(config: CacheConfig) -> PagedCache:
         block_table=jnp.zeros((*table, config.max_blocks), jnp.int32),
         lengths=jnp.zeros(table, jnp.int32),
         num_tokens=jnp.zeros(config.batch, jnp.int32),
+        shared=jnp.zeros(config.batch, jnp.int32),
         # Popped from the end: the lowest blocks go first. The last entry is spare, since the null block is never free.
         free_blocks=(config.num_blocks - 1 - jnp.arange(config.num_blocks)).astype(jnp.int32),
         num_free=jnp.int32(config.num_blocks - 1),
@@ -245,6 +248,7 @@ def take_sequences(cache: PagedCache, sequences: Array) -> PagedCache:
         block_table=cache.block_table[:, sequences],
         lengths=cache.lengths[:, sequences],
         num_tokens=cache.num_tokens[sequences],
+        shared=cache.shared[sequences],
     )
 
 
@@ -255,12 +259,13 @@ def put_sequences(cache: PagedCache, part: PagedCache, sequences: Array) -> Page
         block_table=cache.block_table.at[:, sequences].set(part.block_table),
         lengths=cache.lengths.at[:, sequences].set(part.lengths),
         num_tokens=cache.num_tokens.at[sequences].set(part.num_tokens),
+        shared=cache.shared.at[sequences].set(part.shared),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheStats:
-    """What a cache holds. All bytes are of memory that is really held."""
+    """What a cache holds. All bytes are of memory that is really held; what a prefix lends counts for each borrower."""
 
     bytes_allocated: int
     """All arrays of the cache: pool, scores, positions, tables, lengths, free list."""
@@ -288,7 +293,7 @@ def stats(cache: PagedCache) -> CacheStats:
     blocks = -(-lengths // size)
     blocks_full = int((-(-tokens // size)).sum()) * layers * kv_heads
     block_bytes = cache.pool[:1].nbytes + 8 * size
-    table_bytes = cache.block_table.nbytes + cache.lengths.nbytes + cache.num_tokens.nbytes
+    table_bytes = sum(a.nbytes for a in (cache.block_table, cache.lengths, cache.num_tokens, cache.shared))
     held = int(blocks.sum())
     return CacheStats(
         bytes_allocated=sum(getattr(cache, field.name).nbytes for field in fields(cache)),

@@ -13,7 +13,7 @@ import jax
 from tqdm import tqdm
 
 from jaxkv.llm import LLM
-from jaxkv.policies import POLICIES, Budget, MaxBytes, MaxTokens, Policy, Ratio, make_policy
+from jaxkv.policies import POLICIES, policy_from
 from jaxkv.report import as_dict, summary
 from jaxkv.requests import Completion, Finished, PromptRead, SamplingParams, TextMade
 from models.hub import cache_directory
@@ -62,6 +62,12 @@ def parser() -> argparse.ArgumentParser:
     add_compression(batch)
     add_sampling(batch)
     batch.add_argument("--max-batch", type=int, default=16, metavar="N", help="answered together (default: 16)")
+    batch.add_argument(
+        "--no-share-prefixes",
+        dest="share_prefixes",
+        action="store_false",
+        help="read each prompt whole, also where several start alike",
+    )
     batch.add_argument("--max-context", type=int, metavar="N", help="longest prompt and answer (default: the model's)")
     return top
 
@@ -110,36 +116,6 @@ def byte_count(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes; write 500M, 2G or 1.5GiB") from None
 
 
-def compression_from(options: argparse.Namespace) -> Policy | None:
-    """The policy that the options ask for.
-
-    Raises:
-      ValueError: a policy without a budget, a budget without a policy, or a value out of range.
-    """
-    budget: Budget | None = None
-    if options.ratio is not None:
-        budget = Ratio(ratio=options.ratio)
-    elif options.max_cache_tokens is not None:
-        budget = MaxTokens(tokens=options.max_cache_tokens)
-    elif options.max_cache_bytes is not None:
-        budget = MaxBytes(size=options.max_cache_bytes)
-    name = options.compression or ("kv-compress" if budget else "none")
-    if name == "none":
-        if budget is not None:
-            raise ValueError("--compression none keeps everything; drop the budget, or name a policy")
-        return None
-    if budget is None:
-        raise ValueError(f"--compression {name} needs --ratio, --max-cache-tokens or --max-cache-bytes")
-    settings = {
-        name: getattr(options, name)
-        for name in ("protected_window", "sinks", "window", "compress_every")
-        if getattr(options, name) is not None
-    }
-    if settings.get("window") == 0:
-        settings["window"] = None
-    return make_policy(name, budget, **settings)
-
-
 def sampling_from(options: argparse.Namespace) -> SamplingParams:
     return SamplingParams(
         max_tokens=options.max_tokens,
@@ -176,7 +152,7 @@ def read_prompt(options: argparse.Namespace) -> str:
 
 
 def run_generate(options: argparse.Namespace) -> int:
-    prompt, policy, params = read_prompt(options), compression_from(options), sampling_from(options)
+    prompt, policy, params = read_prompt(options), policy_from(vars(options)), sampling_from(options)
     if options.system is not None and not options.chat:
         raise ValueError("--system needs --chat")
     if options.plot is not None and not options.plot.parent.is_dir():
@@ -201,7 +177,7 @@ def run_generate(options: argparse.Namespace) -> int:
 def run_batch(options: argparse.Namespace) -> int:
     from jaxkv.batch import BatchJob  # locks files, which generate can do without where a system can't
 
-    policy, params = compression_from(options), sampling_from(options)
+    policy, params = policy_from(vars(options)), sampling_from(options)
     with BatchJob(options.input, options.output, params, retry_failed=options.retry_failed) as job:
         if not job.left:
             return job.finish()
@@ -211,6 +187,7 @@ def run_batch(options: argparse.Namespace) -> int:
             cache_memory=options.cache_memory,
             block_size=options.block_size,
             max_batch=options.max_batch,
+            share_prefixes=options.share_prefixes,
         )
         return job.run(llm, max_context=options.max_context)
 

@@ -2,7 +2,8 @@
 
 A fixed number of rows share one pool. A request joins when its whole prompt fits beside what the running ones may soon
 need; one prompt is read at a time, a chunk between two dispatches, so nobody stalls. A prompt that is larger than the
-pool is read in parts, each compressed before the next (``jaxkv.admission``). Where the pool would run dry,
+pool is read in parts, each compressed before the next (``jaxkv.admission``); a prefix with which several begin is read
+once and kept as long as there is room (``jaxkv.sharing``). Where the pool would run dry,
 sequences that have outgrown their budget are compressed again, if their policy does that at all; then the youngest is
 put back to the head of the queue. It is read again later and its tokens are replayed through the same steps, so its
 answer and its cache are what they would have been alone. The oldest always goes on, so every trace comes to an end.
@@ -19,13 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.admission import Reading, more_memory, plan_reading, refusal
+from jaxkv.admission import more_memory, plan_reading, refusal
 from jaxkv.answers import Answer
 from jaxkv.cache import CacheConfig, PagedCache, stats, take_sequences
 from jaxkv.policies import Policy
 from jaxkv.prompt import CHUNK, PromptState
 from jaxkv.requests import Event, PromptRead, Refused, sampler_for
 from jaxkv.sampling import Forced, Sampler
+from jaxkv.sharing import AHEAD, Kept, choose
 from jaxkv.steps import CompiledSteps
 
 STEPS = 16
@@ -39,11 +41,20 @@ class Prompt:
     """One that is being read."""
 
     row: int
-    reading: Reading
+    part: int
+    """Tokens of a part."""
+    chunk: int
+    """Tokens of a chunk, the last one padded: one program serves all."""
+    peak: int
+    """Blocks that it takes from the pool in all."""
     state: PromptState
     """Of its present part."""
     read: int
-    """Tokens."""
+    """Tokens, borrowed ones included."""
+    borrowed: int
+    """Blocks of a prefix that it began with."""
+    lend: int
+    """Tokens that become a prefix once they are read; 0: none do."""
 
 
 class Engine:
@@ -53,14 +64,19 @@ class Engine:
       steps: the model's programs.
       config: the cache's sizes; its batch is the number of rows.
       cache: an empty one; given away.
+      share_prefixes: whether prompts that start alike are looked for, and read once.
     """
 
-    def __init__(self, steps: CompiledSteps, config: CacheConfig, cache: PagedCache):
+    def __init__(self, steps: CompiledSteps, config: CacheConfig, cache: PagedCache, *, share_prefixes: bool = True):
         self.steps, self.config, self.cache = steps, config, cache
         self.rows: list[Answer | None] = [None] * config.batch
         self.queue: deque[Answer] = deque()
         self.prompt: Prompt | None = None
         """The one that is being read."""
+        self.share_prefixes = share_prefixes
+        self.prefixes: list[Kept] = []
+        self.prompt_tokens = self.borrowed_tokens = 0
+        """Tokens of prompts read, and those borrowed instead."""
         self.joined = 0
         self.preemptions = 0
         self.decode_steps = self.decoded = 0
@@ -73,10 +89,11 @@ class Engine:
         self.free = config.num_blocks - 1
 
     def run(self, answers: Iterable[Answer | Refused]) -> Iterator[Event]:
-        """Events of all requests; as many are drawn from the iterable as there are free rows."""
+        """Events of all requests; no more are drawn from the iterable than there are free rows, and ``AHEAD``."""
         source, ended = iter(answers), False
+        ahead = AHEAD if self.share_prefixes else 0
         while True:
-            while not ended and len(self.queue) < self.rows.count(None):
+            while not ended and len(self.queue) < self.rows.count(None) + ahead:
                 drawn = next(source, None)
                 ended = drawn is None
                 if isinstance(drawn, Answer):
@@ -90,6 +107,7 @@ class Engine:
             if self._running():
                 yield from self._decode()
             elif self.prompt is None and not self.queue and ended:
+                self._cut_prefixes()
                 return
 
     def _answer(self, row: int) -> Answer:
@@ -119,54 +137,95 @@ class Engine:
 
     def _unread(self) -> int:
         """Blocks that the rest of the prompt being read may still take."""
-        return self.prompt.reading.peak - self._held(self.prompt.row) if self.prompt is not None else 0
+        if self.prompt is None:
+            return 0
+        return self.prompt.peak + self.prompt.borrowed - self._held(self.prompt.row)
 
     def _admit(self) -> Iterator[Event]:
         """Begins to read the first in the queue, where there is a row and room for its prompt."""
         answer, running = self.queue[0], self._running()
-        request = answer.request
-        if error := refusal(request, self.config):
+        request, config = answer.request, self.config
+        if error := refusal(request, config):
             self.queue.popleft()
             yield Refused(request=answer.index, error=error)
             return
-        reading = plan_reading(request, self.config)
+        if None not in self.rows:
+            return
+        reading = plan_reading(request, config)
         assert reading is not None
-        need = reading.peak
-        if request.policy is None and running:
-            need += self.config.full_blocks(min(HORIZON, request.limit))
-        if None not in self.rows or need > self.free - self._growth(running, HORIZON):
+        kept, borrowed, lend = None, 0, 0
+        if self.share_prefixes and reading.part == len(request.prompt):
+            waiting = [other.request for other in self.queue][1:]
+            kept, borrowed, lend = choose(self.prefixes, request, waiting, config.block_size)
+        peak, grows = reading.peak, 0
+        if request.policy is None:
+            peak -= config.heads * borrowed
+            grows = config.full_blocks(min(HORIZON, request.limit)) if running else 0
+        elif peak + config.heads * lend < config.num_blocks:
+            peak += config.heads * lend  # compressed is a copy
+        else:
+            lend = 0
+        grows += self._growth(running, HORIZON)
+        if peak + grows > self.free:
+            self._cut_prefixes(but=kept)
+        if peak + grows > self.free:
+            if not running:  # nothing but prefixes is in its way; then it reads by itself
+                self._cut_prefixes()
             return
         self.queue.popleft()
         row = self.rows.index(None)
         self.rows[row] = answer
         self.joined += 1
         answer.begin(order=self.joined)
-        self._begin_part(row, reading, 0)
-        yield PromptRead(request=answer.index, tokens=0, total=len(request.prompt))
+        if kept is not None:
+            self.cache = self.steps.attach(self.cache, row, kept.prefix, borrowed)
+            kept.borrowed[row] = borrowed
+            self._look()
+        read, lend = borrowed * config.block_size, lend * config.block_size
+        self.borrowed_tokens += read
+        state = self._begin_part(row, reading.part, read)
+        self.prompt = Prompt(
+            row=row,
+            part=reading.part,
+            chunk=min(CHUNK, -(-min(reading.part, len(request.prompt) - read) // 64) * 64),
+            peak=peak,
+            state=state,
+            read=read,
+            borrowed=config.heads * borrowed,
+            lend=lend,
+        )
+        yield PromptRead(request=answer.index, tokens=read, total=len(request.prompt))
 
-    def _begin_part(self, row: int, reading: Reading, read: int) -> None:
+    def _begin_part(self, row: int, part: int, read: int) -> PromptState:
         request = self._answer(row).request
-        state = self.steps.start(self.cache, row, min(reading.part, len(request.prompt) - read), request.policy)
-        self.cache, self.prompt = state.cache, Prompt(row=row, reading=reading, state=state, read=read)
+        state = self.steps.start(self.cache, row, min(part, len(request.prompt) - read), request.policy)
+        self.cache = state.cache
+        return state
 
     def _read_chunk(self) -> Iterator[Event]:
         """The next chunk of the prompt; after a part's last, compression; after the prompt's, first the first token."""
         assert self.prompt is not None
-        prompt, row, part = self.prompt, self.prompt.row, self.prompt.reading.part
+        prompt, row = self.prompt, self.prompt.row
         answer = self._answer(row)
         ids, total = answer.request.prompt, len(answer.request.prompt)
-        end = min((prompt.read // part + 1) * part, total)
+        end = min((prompt.read // prompt.part + 1) * prompt.part, total)
         began, compiled = time.perf_counter(), self.steps.compile_seconds
-        size = min(CHUNK, -(-part // 64) * 64)
-        count = min(size, end - prompt.read)
+        size = prompt.chunk
+        count = min(size, (prompt.lend if prompt.read < prompt.lend else end) - prompt.read)
         tokens = np.zeros((1, size), np.int32)
         tokens[0, :count] = ids[prompt.read : prompt.read + count]
         state = replace(prompt.state, cache=self.cache)
         prompt.state = state = self.steps.chunk(state, row, jnp.asarray(tokens), count, answer.request.policy)
         prompt.read += count
+        self.prompt_tokens += count
         self.cache = state.cache
         jax.block_until_ready(state.hidden)
         answer.timings.spent("prefill", began, self.steps.compile_seconds - compiled)
+        if prompt.read == prompt.lend:
+            self.cache, prefix = self.steps.detach(self.cache, row)
+            lent = Kept(tokens=ids[: prompt.lend], prefix=prefix)
+            lent.borrowed[row] = lent.blocks
+            self.prefixes.append(lent)
         yield PromptRead(request=answer.index, tokens=prompt.read, total=total)
         if prompt.read == total:
             yield from self._finish_prompt(row, answer, state)
@@ -181,21 +240,23 @@ class Engine:
         assert policy is not None
         self.cache = self.steps.score(prompt.state, prompt.row, policy)
         self._compress(prompt.row, tokens=total)
-        held, peak = self._held(prompt.row), prompt.reading.peak
-        need = held + self.config.full_blocks(min(prompt.reading.part, total - prompt.read))
-        if need > peak:
+        held = self._held(prompt.row)
+        need = held + self.config.full_blocks(min(prompt.part, total - prompt.read))
+        if need > prompt.peak:
             error = (
                 f"the prompt holds {held} blocks once {prompt.read} of its {total} tokens are read and compressed, "
-                f"so {need} with the next, and the pool is shared out for {peak}; protect less, or give more memory"
+                f"so {need} with the next part, and may hold {prompt.peak}; protect less, or give more memory"
             )
             self._leave(prompt.row)
             yield Refused(request=answer.index, error=error)
             return
-        self._begin_part(prompt.row, prompt.reading, prompt.read)
+        prompt.state = self._begin_part(prompt.row, prompt.part, prompt.read)
 
     def _finish_prompt(self, row: int, answer: Answer, state: PromptState) -> Iterator[Event]:
         policy, sampler = answer.request.policy, sampler_for([answer.request.params])
         began, compiled = time.perf_counter(), self.steps.compile_seconds
+        if policy is not None and self._give_up_prefix(row):
+            state = replace(state, cache=self.steps.own(state.cache, row))
         self.cache, token, logprob = self.steps.finish(state, row, sampler, policy)
         first, logprob = int(token[0]), float(logprob[0])
         self.prompt = None
@@ -289,8 +350,11 @@ class Engine:
             yield answer.finished(at_end)
 
     def _make_room(self, running: list[int]) -> None:
-        """Compresses what has outgrown its budget; where that frees nothing, puts the youngest back."""
+        """Drops unused prefixes; else compresses what has outgrown its budget; else puts the youngest back."""
         before = self.free
+        self._cut_prefixes()
+        if self.free > before:
+            return
         for row in running:
             policy = self._answer(row).request.policy
             if policy is not None and policy.compress_every is not None:
@@ -308,9 +372,22 @@ class Engine:
     def _leave(self, row: int) -> None:
         if self.prompt is not None and self.prompt.row == row:
             self.prompt = None
+        self._give_up_prefix(row)
         self.rows[row] = None
         self.cache = self.steps.release(self.cache, jnp.arange(len(self.rows)) == row)
         self._look()
+
+    def _cut_prefixes(self, *, but: Kept | None = None) -> None:
+        """Gives back what of the prefixes nobody borrows."""
+        for kept in [kept for kept in self.prefixes if kept is not but and kept.in_use < kept.blocks]:
+            self.cache, kept.prefix = self.steps.cut(self.cache, kept.prefix, kept.in_use)
+            kept.tokens = kept.tokens[: kept.blocks * self.config.block_size]
+        self.prefixes = [kept for kept in self.prefixes if kept.blocks]
+        self._look()
+
+    def _give_up_prefix(self, row: int) -> bool:
+        """A row borrows no longer; False where it did not."""
+        return any(kept.borrowed.pop(row, 0) for kept in self.prefixes)
 
     def _look(self) -> None:
         """Reads back what the heads hold and what is free."""

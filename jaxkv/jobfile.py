@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from jaxkv.policies.registry import SETTINGS, policy_from
 from jaxkv.requests import SamplingParams
 
 Id = str | int | float
@@ -20,7 +21,10 @@ NUMBERS = {
     "min_p": "a number",
     "seed": "a whole number",
 }
-ASKED = {"prompt", "messages", "stop", *NUMBERS}
+COMPRESSION = {"compression": "a text", "ratio": "a number"}
+COMPRESSION |= dict.fromkeys(("max_cache_tokens", "max_cache_bytes", *SETTINGS), "a whole number")
+KINDS = {"a text": str, "a number": int | float, "a whole number": int}
+ASKED = {"prompt", "messages", "stop", *NUMBERS, *COMPRESSION}
 ROLES = ("system", "user", "assistant")
 
 
@@ -64,9 +68,11 @@ def read_line(data: bytes, line: int, defaults: SamplingParams) -> Job | Broken:
     """Reads one line: our own shape, or that of OpenAI's batch files.
 
     Ours: ``prompt`` (a text) or ``messages`` (``role`` and ``content`` each), and perhaps ``id``, ``max_tokens``,
-    ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``seed`` and ``stop`` (a text or several). OpenAI's: ``custom_id``
-    and a ``body`` with the same, or ``max_completion_tokens`` for ``max_tokens``; ``method``, ``url`` and the body's
-    ``model`` are ignored, since the job has one model. A value of null is as none given; any other field is an error.
+    ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``seed`` and ``stop`` (a text or several); and what compresses its
+    cache, named as on the command line: ``compression``, ``ratio`` and so on. A line that names any of these says all
+    of it, and a ``compression`` of ``none`` keeps everything. OpenAI's: ``custom_id`` and a ``body`` with the same, or
+    ``max_completion_tokens`` for ``max_tokens``; ``method``, ``url`` and the body's ``model`` are ignored, since the
+    job has one model. A value of null is as none given; any other field is an error.
 
     Args:
       defaults: what the line doesn't say.
@@ -191,24 +197,28 @@ def _text(value: Any, where: str) -> str:
 
 
 def _params(fields: dict[str, Any], defaults: SamplingParams) -> SamplingParams:
-    given: dict[str, Any] = {}
-    for name, expected in NUMBERS.items():
-        value = fields.get(name)
-        if value is None:
-            continue
-        kinds = int if expected == "a whole number" else int | float
-        if isinstance(value, bool) or not isinstance(value, kinds):
-            raise LineError(f"{name} must be {expected}, got {_shown(value)}")
-        given[name] = value
+    given = _typed(fields, NUMBERS)
+    compression = _typed(fields, COMPRESSION)
     stop = fields.get("stop")
     if stop is not None:
         if not isinstance(stop, str | list):
             raise LineError(f"stop must be a text or a list of texts, got {_shown(stop)}")
         given["stop"] = tuple(_text(s, "stop") for s in ([stop] if isinstance(stop, str) else stop))
     try:
+        if compression:
+            given["compression"] = policy_from(compression)
         return replace(defaults, **given)
     except ValueError as error:
         raise LineError(str(error)) from None
+
+
+def _typed(fields: dict[str, Any], expected: dict[str, str]) -> dict[str, Any]:
+    """Those of the fields that are given and expected, each of its kind."""
+    given = {name: fields[name] for name in expected if fields.get(name) is not None}
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, KINDS[expected[name]]):
+            raise LineError(f"{name} must be {expected[name]}, got {_shown(value)}")
+    return given
 
 
 def _shown(value: Any) -> str:

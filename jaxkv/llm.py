@@ -30,9 +30,10 @@ class LLM:
       model: a built-in name, a directory, a ``.gguf`` file, or a ``models.Llama``.
       tokenizer: for a ``models.Llama``; without one, prompts are token ids and answers have no text.
       cache_memory: bytes for the whole cache; None: what the prompts of a call need uncompressed.
-      compression: a policy, or None for the full cache.
+      compression: a policy, or None for the full cache; a prompt's ``SamplingParams`` may say otherwise.
       block_size: token slots a block; None: what suits the platform's kernels.
       max_batch: sequences that are decoded together.
+      share_prefixes: whether a prefix with which several prompts begin is read once, and held once while uncompressed.
       dtype: of weights and cache.
 
     Raises:
@@ -49,6 +50,7 @@ class LLM:
         compression: Policy | None = None,
         block_size: int | None = None,
         max_batch: int = 16,
+        share_prefixes: bool = True,
         dtype: jnp.dtype = jnp.float32,  # pyright: ignore[reportArgumentType]
     ):
         if max_batch < 1:
@@ -66,6 +68,7 @@ class LLM:
         self.compression = compression
         self.block_size = default_block_size() if block_size is None else block_size
         self.max_batch = max_batch
+        self.share_prefixes = share_prefixes
         self.dtype = dtype
         self._cache: tuple[CacheConfig, PagedCache] | None = None
         self._steps: CompiledSteps | None = None
@@ -164,7 +167,7 @@ class LLM:
             self._steps = CompiledSteps(self.model, ends)
         kept, self._cache = self._cache, None
         cache = kept[1] if kept is not None and kept[0] == config else init_cache(config)
-        self.engine = Engine(self._steps, config, cache)
+        self.engine = Engine(self._steps, config, cache, share_prefixes=self.share_prefixes)
         answers = (
             Answer(r, self.tokenizer, ends, self.load_seconds) if isinstance(r, Request) else r for r in requests
         )
@@ -192,7 +195,8 @@ class LLM:
         if params.stop and self.tokenizer is None:
             raise ValueError("stop texts need a tokenizer, and this LLM has none")
         limit = min(params.max_tokens, context - len(ids))
-        return Request(index=index, prompt=ids.astype(np.int32), params=params, limit=limit, policy=self.compression)
+        policy = self.compression if params.compression == "default" else params.compression
+        return Request(index=index, prompt=ids.astype(np.int32), params=params, limit=limit, policy=policy)
 
     def _encode(self, prompt: Prompt) -> np.ndarray:
         if isinstance(prompt, str):

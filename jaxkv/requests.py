@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,7 @@ from jaxkv.sampling import Greedy, Random, Sampler
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How to choose tokens and when to stop.
+    """How to choose tokens, when to stop, and what of the cache stays.
 
     Raises:
       ValueError: a value out of range.
@@ -35,6 +36,8 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: bool = False
     """Whether to return each token's log probability under the model."""
+    compression: Policy | Literal["default"] | None = "default"
+    """A policy, None for the full cache, or ``"default"``: the LLM's."""
 
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, expected: str) -> None:
@@ -49,6 +52,8 @@ class SamplingParams:
         check(0 < self.top_p <= 1, "top_p", "in (0, 1]")
         check(0 <= self.min_p <= 1, "min_p", "in [0, 1]")
         check(0 <= self.seed < 2**32, "seed", "in [0, 2**32)")
+        chosen = self.compression is None or self.compression == "default" or isinstance(self.compression, Policy)
+        check(chosen, "compression", 'a policy, None for the full cache, or "default" for the LLM\'s')
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         check(all(isinstance(s, str) and s for s in self.stop), "stop", "texts, none of them empty")

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxkv import generation
+from jaxkv import generation, prefix
 from jaxkv.allocator import release_sequences
 from jaxkv.cache import PagedCache, put_sequences, take_sequences
 from jaxkv.generation import Decoded
 from jaxkv.policies import Policy
+from jaxkv.prefix import Prefix
 from jaxkv.prompt import PromptState, finish_prompt, prefill_chunk, score_prompt, start_prompt
 from jaxkv.sampling import Sampler, logprobs_of
 from models import Llama
@@ -100,6 +101,10 @@ class CompiledSteps:
         self._compress = jax.jit(compress, donate_argnums=0, static_argnums=3)
         self._decode = jax.jit(decode, donate_argnums=1, static_argnums=(5, 6))
         self._release = jax.jit(release_sequences, donate_argnums=0)
+        self._detach = jax.jit(prefix.detach, donate_argnums=0)
+        self._attach = jax.jit(prefix.attach, donate_argnums=0)
+        self._own = jax.jit(prefix.own, donate_argnums=0)
+        self._cut = jax.jit(prefix.cut, donate_argnums=0)
 
     def _call(self, step: Any, *args: Any, static: tuple[Any, ...] = ()) -> Any:
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(args))
@@ -143,6 +148,24 @@ class CompiledSteps:
     def release(self, cache: PagedCache, finished: Array) -> PagedCache:
         """Empties rows of the batch."""
         return self._call(self._release, cache, finished)
+
+    def detach(self, cache: PagedCache, row: int) -> tuple[PagedCache, Prefix]:
+        """Makes a prefix, on the host, of what a row holds."""
+        cache, made = self._call(self._detach, cache, jnp.int32(row))
+        return cache, jax.device_get(made)
+
+    def attach(self, cache: PagedCache, row: int, prefix: Prefix, blocks: int) -> PagedCache:
+        """Begins a row with blocks of a prefix."""
+        return self._call(self._attach, cache, jnp.int32(row), prefix, jnp.int32(blocks))
+
+    def own(self, cache: PagedCache, row: int) -> PagedCache:
+        """Copies what a row borrows."""
+        return self._call(self._own, cache, jnp.int32(row))
+
+    def cut(self, cache: PagedCache, prefix: Prefix, blocks: int) -> tuple[PagedCache, Prefix]:
+        """Gives back what of a prefix lies past so many blocks of each head."""
+        cache, left = self._call(self._cut, cache, prefix, jnp.int32(blocks))
+        return cache, jax.device_get(left)
 
 
 def _without_cache(state: PromptState) -> PromptState:

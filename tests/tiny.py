@@ -118,8 +118,18 @@ def token_slots(cache: PagedCache) -> jnp.ndarray:
     return jnp.where(index < cache.lengths[..., None], slots, 0)
 
 
-def assert_no_block_is_lost_or_shared(cache):
-    table, lengths, free, stack = jax.device_get((cache.block_table, cache.lengths, cache.num_free, cache.free_blocks))
-    held = [table[row][: -(-lengths[row] // cache.block_size)] for row in np.ndindex(lengths.shape)]
-    blocks = np.concatenate([*held, stack[:free]])
+def assert_no_block_is_lost_or_shared(cache, prefixes=()):
+    """But for what rows borrow of prefixes (``jaxkv.sharing.Kept``), which must be these."""
+    table, lengths, shared, free, stack = jax.device_get(
+        (cache.block_table, cache.lengths, cache.shared, cache.num_free, cache.free_blocks)
+    )
+    held = [table[row][shared[row[1]] : -(-lengths[row] // cache.block_size)] for row in np.ndindex(lengths.shape)]
+    lent = [kept.prefix.table[..., : kept.blocks].reshape(-1) for kept in prefixes]
+    blocks = np.concatenate([*held, *lent, stack[:free]])
     assert sorted(blocks.tolist()) == list(range(1, cache.pool.shape[0]))
+    borrowed = np.zeros(len(shared), int)
+    for kept in prefixes:
+        for row, count in kept.borrowed.items():
+            borrowed[row] = count
+            assert (table[:, row, :, :count] == kept.prefix.table[..., :count]).all()
+    assert shared.tolist() == borrowed.tolist()

@@ -10,6 +10,7 @@ from jaxkv.policies.h2o import H2O as H2O
 from jaxkv.policies.kv_compress import KVCompress as KVCompress
 from jaxkv.policies.registry import POLICIES as POLICIES
 from jaxkv.policies.registry import make_policy as make_policy
+from jaxkv.policies.registry import policy_from as policy_from
 from jaxkv.policies.snapkv import AdaKV as AdaKV
 from jaxkv.policies.snapkv import PyramidKV as PyramidKV
 from jaxkv.policies.snapkv import SnapKV as SnapKV

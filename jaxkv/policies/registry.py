@@ -1,9 +1,10 @@
 """Policies by the names that command lines and job files use."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from jaxkv.policies.base import Policy
-from jaxkv.policies.budget import Budget
+from jaxkv.policies.budget import Budget, MaxBytes, MaxTokens, Ratio
 from jaxkv.policies.h2o import H2O
 from jaxkv.policies.kv_compress import KVCompress
 from jaxkv.policies.snapkv import AdaKV, PyramidKV, SnapKV
@@ -21,6 +22,32 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "tova": TOVA,
 }
 """Each takes ``budget`` and its own settings by keyword."""
+BUDGETS: dict[str, Callable[[Any], Budget]] = {
+    "ratio": lambda value: Ratio(ratio=value),
+    "max_cache_tokens": lambda value: MaxTokens(tokens=value),
+    "max_cache_bytes": lambda value: MaxBytes(size=value),
+}
+SETTINGS = ("protected_window", "sinks", "window", "compress_every")
+
+
+def policy_from(options: Mapping[str, Any]) -> Policy | None:
+    """The policy that options ask for: ``compression`` (a name), one of ``BUDGETS``, and ``SETTINGS``; None: not given.
+
+    With a budget alone it is KV-Compress, with neither the full cache. A ``window`` of 0 observes all queries.
+
+    Raises:
+      ValueError: two budgets, or as ``make_policy``.
+    """
+    given = {name: options[name] for name in (*BUDGETS, *SETTINGS) if options.get(name) is not None}
+    budgets = [make(given.pop(name)) for name, make in BUDGETS.items() if name in given]
+    if len(budgets) > 1:
+        raise ValueError(f"give one of {', '.join(BUDGETS)}, got {len(budgets)}")
+    name = options.get("compression") or ("kv-compress" if budgets else "none")
+    if name == "none" and given:
+        raise ValueError(f"nothing is compressed, so there is no {', '.join(given)}; give a budget, such as a ratio")
+    if given.get("window") == 0:
+        given["window"] = None
+    return make_policy(name, budgets[0] if budgets else None, **given)
 
 
 def make_policy(name: str, budget: Budget | None, **settings) -> Policy | None:

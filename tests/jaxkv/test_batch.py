@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from batch_fake import FakeLLM, completion, run_job
 
-from jaxkv import SamplingParams, cli
+from jaxkv import KVCompress, MaxBytes, MaxTokens, Ratio, SamplingParams, cli
 from jaxkv.batch import BatchJob
 from jaxkv.jobfile import Broken, Job, read_line
+from jaxkv.policies import SnapKV
 from jaxkv.progress import Progress
 from jaxkv.requests import PromptRead
 
@@ -117,7 +118,11 @@ BROKEN = [
     ({"messages": [{"role": "user"}]}, 7, "messages[0].content must be a text, got null"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 7, "content may only hold"),
     ({"messages": [{"role": "user", "content": "x", "name": "n"}]}, 7, 'unknown field "messages[0].name"'),
-    ({"prompt": "x", "max_token": 5, "temprature": 1}, 7, 'unknown field "max_token", "temprature"; known are id, max'),
+    (
+        {"prompt": "x", "max_token": 5, "temprature": 1},
+        7,
+        'unknown field "max_token", "temprature"; known are compress_every, compression, id, max',
+    ),
     ({"prompt": "x", "max_tokens": "5"}, 7, 'max_tokens must be a whole number, got "5"'),
     ({"prompt": "x", "max_tokens": 0}, 7, "max_tokens must be at least 1, got 0"),
     ({"prompt": "x", "seed": True}, 7, "seed must be a whole number, got true"),
@@ -132,6 +137,43 @@ BROKEN = [
     ({"custom_id": "c", "body": {"prompt": "x", "n": 2}}, "c", 'unknown field "body.n"'),
     ({"custom_id": "c", "body": {"prompt": "x", "max_tokens": 1, "max_completion_tokens": 2}}, "c", "not both"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "policy"),
+    [
+        ({}, "default"),
+        ({"ratio": 8}, KVCompress(budget=Ratio(ratio=8))),
+        ({"compression": "none"}, None),
+        ({"compression": "snapkv", "max_cache_tokens": 64, "sinks": 2}, SnapKV(budget=MaxTokens(tokens=64), sinks=2)),
+        ({"max_cache_bytes": 10**6, "window": 0}, KVCompress(budget=MaxBytes(size=10**6), window=None)),
+        ({"ratio": None}, "default"),
+    ],
+)
+def test_a_line_may_say_what_compresses_its_cache(fields, policy):
+    plain = json.dumps({"prompt": "x"} | fields).encode()
+    job = read_line(plain, 1, SamplingParams())
+    assert isinstance(job, Job)
+    assert job.params.compression == policy
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        ({"compression": "zip", "ratio": 8}, "no policy is named 'zip'; there are none, kv-compress"),
+        ({"compression": 8}, "compression must be a text, got 8"),
+        ({"compression": "snapkv"}, "policy snapkv needs a budget"),
+        ({"ratio": 8, "max_cache_tokens": 64}, "give one of ratio, max_cache_tokens, max_cache_bytes, got 2"),
+        ({"sinks": 2}, "nothing is compressed, so there is no sinks"),
+        ({"compression": "none", "ratio": 2}, "policy none keeps everything"),
+        ({"ratio": 0.5}, "ratio must be at least 1"),
+        ({"compression": "streaming-llm", "ratio": 2, "window": 3}, "policy streaming-llm"),
+    ],
+)
+def test_a_line_whose_compression_is_wrong_is_broken(fields, error):
+    job = read_line(json.dumps({"prompt": "x"} | fields).encode(), 1, SamplingParams())
+    assert isinstance(job, Broken)
+    assert error in job.error
 
 
 @pytest.mark.parametrize(("line", "name", "error"), BROKEN, ids=[error[:30] for _, _, error in BROKEN])

@@ -104,7 +104,7 @@ def test_bad_input_is_named(capsys, tmp_path):
         ((*model, "--prompt-file", tmp_path), "can't read the prompt"),
         ((*model, "--prompt-file", tmp_path / "no.txt"), "No such file"),
         ((*model, "--prompt", "x", "--ratio", 0.5), "ratio must be at least 1"),
-        ((*model, "--prompt", "x", "--compression", "kv-compress"), "needs --ratio, --max-cache-tokens"),
+        ((*model, "--prompt", "x", "--compression", "kv-compress"), "needs a budget: a ratio, tokens or bytes"),
         ((*model, "--prompt", "x", "--compression", "none", "--ratio", 2), "keeps everything"),
         ((*model, "--prompt", "x", "--ratio", 2, "--window", -3), "window must be at least 1"),
         ((*model, "--prompt", "x", "--system", "y"), "--system needs --chat"),

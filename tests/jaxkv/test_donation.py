@@ -11,6 +11,7 @@ from jaxkv.allocator import release_sequences
 from jaxkv.cache import put_sequences, take_sequences
 from jaxkv.generation import compress, decode, decode_step, generate
 from jaxkv.policies import KVCompress, Ratio
+from jaxkv.prefix import own
 from jaxkv.prompt import finish_prompt, prefill, prefill_chunk, score_prompt, start_prompt
 
 BATCH = 2
@@ -43,6 +44,7 @@ def programs(policy):
         "decode_step": (lambda c, t: decode_step(model, c, t, t > 0, policy), (cache, row)),
         "decode": (lambda c, t: decode(model, c, t, t, steps=8, policy=policy), (cache, row)),
         "generate": (lambda c, t, n: generate(model, c, t, n, max_tokens=8, policy=policy), (cache, ids, row)),
+        "own": (lambda c: own(c, jnp.int32(1)), (cache,)),
         "release": (lambda c, t: release_sequences(c, t > 0), (cache, row)),
     }
     if policy is not None:

@@ -1,5 +1,6 @@
 """Random traces through a pool that is too small for all: nothing is lost or shared, and every answer is as alone."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -8,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxkv.engine
-from jaxkv import LLM, KVCompress, Ratio, SamplingParams
+from jaxkv import LLM, KVCompress, MaxTokens, Ratio, SamplingParams
 from jaxkv.cache import CacheConfig
 from jaxkv.requests import Finished, PromptRead, Refused, TextMade
+from jaxkv.sharing import AHEAD
 
 POLICIES = {
     "full cache": None,
@@ -58,7 +60,7 @@ def run(policy, jobs):
     """Answers by index, after checking the blocks at every event."""
     llm, answers, streamed = served(policy), {}, {}
     for event in llm.run((request(job) for job in jobs), max_context=CONTEXT):
-        tiny.assert_no_block_is_lost_or_shared(llm.engine.cache)
+        tiny.assert_no_block_is_lost_or_shared(llm.engine.cache, llm.engine.prefixes)
         match event:
             case Finished(request=i, completion=completion):
                 assert i not in answers
@@ -73,7 +75,8 @@ def run(policy, jobs):
     return answers, llm.engine
 
 
-JOBS = st.lists(st.tuples(st.integers(1, 110), st.integers(1, 50), st.integers(0, 5)), min_size=1, max_size=6)
+JOB = st.tuples(st.integers(1, 110), st.integers(1, 50), st.integers(0, 5))
+JOBS = st.lists(JOB, min_size=1, max_size=6)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -99,6 +102,35 @@ def test_an_over_committed_trace_ends_with_the_right_answers():
     assert engine.preemptions > 0
     for i, job in enumerate(OVERCOMMITTED):
         assert answers[i].token_ids == alone("full cache", job).token_ids
+
+
+@settings(max_examples=4)
+@given(jobs=st.lists(st.tuples(JOB, st.sampled_from(list(POLICIES))), min_size=2, max_size=6))
+def test_requests_bring_their_own_policies(jobs):
+    """In one run, each answered as by a model that has its policy for all."""
+    llm, answers = served("compressed once"), {}
+
+    def own(job, policy):
+        prompt, params = request(job)
+        return prompt, replace(params, compression=POLICIES[policy])
+
+    for event in llm.run((own(*job) for job in jobs), max_context=CONTEXT):
+        tiny.assert_no_block_is_lost_or_shared(llm.engine.cache, llm.engine.prefixes)
+        if isinstance(event, Finished):
+            answers[event.request] = event.completion
+    for i, (job, policy) in enumerate(jobs):
+        assert answers[i].token_ids == alone(policy, job).token_ids
+        assert answers[i].cache.blocks_held == alone(policy, job).cache.blocks_held
+
+
+def test_a_requests_impossible_budget_is_refused_alone():
+    prompt, params = request((60, 5, 2))
+    mean = replace(params, compression=KVCompress(budget=MaxTokens(tokens=3)))
+    events = list(served("full cache").run(iter([(prompt, mean), (prompt, params)]), max_context=CONTEXT))
+    [refused] = [e for e in events if isinstance(e, Refused)]
+    assert refused.request == 0
+    assert "max_cache_tokens=3 leaves 3 tokens a head" in refused.error
+    assert [e.request for e in events if isinstance(e, Finished)] == [1]
 
 
 def test_freed_memory_is_another_requests():
@@ -134,14 +166,14 @@ def test_requests_are_drawn_only_when_there_is_room():
     drawn = []
 
     def jobs():
-        for i in range(9):
+        for i in range(2 * (ROWS + AHEAD)):
             drawn.append(i)
             yield request((20, 30, 2))
 
     events = served("full cache").run(jobs(), max_context=CONTEXT)
     next(events)
-    assert len(drawn) <= ROWS
-    assert sum(isinstance(e, Finished) for e in events) == 9
+    assert len(drawn) <= ROWS + AHEAD
+    assert sum(isinstance(e, Finished) for e in events) == 2 * (ROWS + AHEAD)
 
 
 def test_what_cannot_be_served_is_refused_and_the_others_go_on():

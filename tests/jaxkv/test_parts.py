@@ -38,7 +38,7 @@ def answers(llm, jobs):
     """Token ids by request and the most blocks that were in use at once."""
     made, most = {}, 0
     for event in llm.run(iter(jobs), max_context=512):
-        tiny.assert_no_block_is_lost_or_shared(llm.engine.cache)
+        tiny.assert_no_block_is_lost_or_shared(llm.engine.cache, llm.engine.prefixes)
         most = max(most, llm.engine.config.num_blocks - 1 - int(llm.engine.cache.num_free))
         assert not isinstance(event, Refused), event
         if isinstance(event, Finished):
