@@ -210,12 +210,10 @@ class Engine:
         ids, total = answer.request.prompt, len(answer.request.prompt)
         end = min((prompt.read // prompt.part + 1) * prompt.part, total)
         began, compiled = time.perf_counter(), self.steps.compile_seconds
-        size = prompt.chunk
-        count = min(size, (prompt.lend if prompt.read < prompt.lend else end) - prompt.read)
-        tokens = np.zeros((1, size), np.int32)
-        tokens[0, :count] = ids[prompt.read : prompt.read + count]
+        stop = prompt.lend if prompt.read < prompt.lend else end
+        tokens, count = _chunk(ids[prompt.read : stop], prompt.chunk)
         state = replace(prompt.state, cache=self.cache)
-        prompt.state = state = self.steps.chunk(state, row, jnp.asarray(tokens), count, answer.request.policy)
+        prompt.state = state = self.steps.chunk(state, row, tokens, count, answer.request.policy)
         prompt.read += count
         self.prompt_tokens += count
         self.cache = state.cache
@@ -227,12 +225,30 @@ class Engine:
             lent.borrowed[row] = lent.blocks
             self.prefixes.append(lent)
         yield PromptRead(request=answer.index, tokens=prompt.read, total=total)
+        if prompt.read == end and answer.request.policy is not None and answer.request.policy.rereads:
+            state = self._reread(prompt, answer, end)
         if prompt.read == total:
             yield from self._finish_prompt(row, answer, state)
         elif prompt.read == end:
             yield from self._finish_part(prompt, answer)
         else:
             self._look()
+
+    def _reread(self, prompt: Prompt, answer: Answer, end: int) -> PromptState:
+        """Reads the part that ends there once more, for a policy that scores by what that attends to.
+
+        Its chunks don't follow from what was borrowed, since the scores depend on them.
+        """
+        policy, part = answer.request.policy, prompt.part
+        assert policy is not None
+        began, compiled = time.perf_counter(), self.steps.compile_seconds
+        size = min(CHUNK, -(-part // 64) * 64)
+        for at in range((end - 1) // part * part, end, size):
+            tokens, count = _chunk(answer.request.prompt[at:end], size)
+            prompt.state = self.steps.reread(prompt.state, prompt.row, tokens, count, policy)
+        self.cache = jax.block_until_ready(prompt.state).cache
+        answer.timings.spent("prefill", began, self.steps.compile_seconds - compiled)
+        return prompt.state
 
     def _finish_part(self, prompt: Prompt, answer: Answer) -> Iterator[Event]:
         """Compresses what is read to what the whole prompt's budget leaves, and begins the next part."""
@@ -398,3 +414,10 @@ class Engine:
 def _deciding(policy: Policy | None) -> Policy | None:
     """What a policy is for decoding: None where it neither observes it nor compresses again."""
     return policy if policy is not None and (policy.observes_decoding or policy.compress_every is not None) else None
+
+
+def _chunk(ids: np.ndarray, size: int) -> tuple[jax.Array, int]:
+    """The first of these tokens, ``i32[1, size]``, and how many are real."""
+    tokens = np.zeros((1, size), np.int32)
+    tokens[0, : len(ids[:size])] = ids[:size]
+    return jnp.asarray(tokens), len(ids[:size])

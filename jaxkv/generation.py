@@ -27,7 +27,12 @@ if TYPE_CHECKING:
 
 
 def compress(
-    cache: PagedCache, policy: Policy, select: Array | None = None, *, tokens: Array | None = None
+    cache: PagedCache,
+    policy: Policy,
+    select: Array | None = None,
+    *,
+    tokens: Array | None = None,
+    evict_blocks: Array | None = None,
 ) -> PagedCache:
     """Evicts from each sequence what the policy's budget doesn't leave room for.
 
@@ -37,22 +42,26 @@ def compress(
       select: ``bool[batch]`` the sequences to compress; None: all.
       tokens: ``i32[batch]`` whose budget to apply; None: those seen so far. A prompt that is read in parts gives the
         whole prompt's, so that each part leaves what the end will.
+      evict_blocks: ``i32[batch]`` blocks to give up, whatever the budget says; None: as it says.
     """
-    budgeted = cache if tokens is None else replace(cache, num_tokens=tokens)
-    evict_blocks = policy.budget.evict_blocks(budgeted, policy.protected_window)
+    if evict_blocks is None:
+        budgeted = cache if tokens is None else replace(cache, num_tokens=tokens)
+        evict_blocks = policy.budget.evict_blocks(budgeted, policy.protected_window)
     if select is not None:
         evict_blocks = jnp.where(select, evict_blocks, 0)
+
+    blocks = evict_blocks
 
     def compress_one(row: Array, cache: PagedCache) -> PagedCache:
         def run(cache: PagedCache) -> PagedCache:
             sequence = row[None]
-            part = _evict(take_sequences(cache, sequence), policy, evict_blocks[sequence])
+            part = _evict(take_sequences(cache, sequence), policy, blocks[sequence])
             return put_sequences(cache, part, sequence)
 
-        return lax.cond(evict_blocks[row] > 0, run, lambda cache: cache, cache)
+        return lax.cond(blocks[row] > 0, run, lambda cache: cache, cache)
 
     # One sequence at a time: what is ranked together is one sequence's, and temporaries stay those of one.
-    return lax.fori_loop(0, evict_blocks.shape[0], compress_one, cache)
+    return lax.fori_loop(0, blocks.shape[0], compress_one, cache)
 
 
 def _evict(cache: PagedCache, policy: Policy, evict_blocks: Array) -> PagedCache:

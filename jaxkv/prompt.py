@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxkv import allocator
-from jaxkv.cache import PagedCache, in_table_order, stamp_slots, to_slots
+from jaxkv.cache import NULL_BLOCK, PagedCache, in_table_order, stamp_slots, to_slots
 from jaxkv.policies import Policy
 from jaxkv.policies.base import ALL_QUERIES
 from pallas_kernels.block_writes import write_blocks
@@ -59,7 +59,15 @@ def prefill(
         part = lax.dynamic_slice_in_dim(tokens, i * chunk, chunk, axis=1)
         return prefill_chunk(model, state, part, jnp.clip(lengths - i * chunk, 0, chunk), policy)
 
-    state = lax.fori_loop(0, -(-jnp.max(lengths) // chunk), read, state)
+    chunks = -(-jnp.max(lengths) // chunk)
+    state = lax.fori_loop(0, chunks, read, state)
+    if policy is not None and policy.rereads:
+
+        def reread(i: Array, state: PromptState) -> PromptState:
+            part = lax.dynamic_slice_in_dim(tokens, i * chunk, chunk, axis=1)
+            return reread_chunk(model, state, part, jnp.clip(lengths - i * chunk, 0, chunk), policy)
+
+        state = lax.fori_loop(0, chunks, reread, state)
     return finish_prompt(model, state, policy)
 
 
@@ -93,7 +101,7 @@ def start_prompt(model: Llama, cache: PagedCache, lengths: Array, policy: Policy
 
 
 def observes_prompt(policy: Policy | None) -> bool:
-    return policy is not None and policy.observed_queries != 0
+    return policy is not None and (policy.observed_queries != 0 or policy.rereads)
 
 
 def prefill_chunk(model: Llama, state: PromptState, tokens: Array, counts: Array, policy: Policy | None) -> PromptState:
@@ -132,28 +140,88 @@ def prefill_chunk(model: Llama, state: PromptState, tokens: Array, counts: Array
     )
 
 
+def reread_chunk(model: Llama, state: PromptState, tokens: Array, counts: Array, policy: Policy) -> PromptState:
+    """Reads a chunk as if it followed the prompt, only to see what it attends to: nothing of it is cached."""
+    length = tokens.shape[1]
+    real = jnp.arange(length) < counts[:, None]
+    rows = jnp.where(real & state.granted, jnp.arange(length), -1)
+    mass, _ = _look(model, state.cache, tokens, state.mass, rows, policy)
+    return replace(state, mass=mass)
+
+
+def look_ahead(model: Llama, cache: PagedCache, tokens: Array) -> Array:
+    """What the model makes of tokens that would follow, ``[batch, length, hidden]``; the cache stays as it is.
+
+    ``tokens`` is ``i32[batch, length]``; what a row has past its real tokens changes nothing before it.
+    """
+    return _look(model, cache, tokens, jnp.zeros(()), None, None)[1]
+
+
+def _look(
+    model: Llama, cache: PagedCache, tokens: Array, mass: Array, rows: Array | None, policy: Policy | None
+) -> tuple[Array, Array]:
+    """The masses with those of the observed rows added, and the hidden states of tokens that aren't cached."""
+    positions = cache.num_tokens[:, None] + jnp.arange(tokens.shape[1])
+
+    def attend(state: Array, layer: int | Array, query: Array, key: Array, value: Array) -> tuple[Array, Array]:
+        table, length = cache.block_table[layer], cache.lengths[layer]
+        observed = None
+        if policy is not None and rows is not None:
+            observed = Observed(
+                rows=rows,
+                positions=positions,
+                cached_positions=in_table_order(cache.positions, table, length, cache.block_size),
+                function=policy.of_probability,
+                buffer=policy.observed_buffer,
+            )
+        out, masses = prefill_attention(query, key, value, cache.pool, table, length, observed=observed)
+        return state if masses is None else state.at[layer].add(masses[0]), out
+
+    return model(tokens, positions, attend, mass)
+
+
 def finish_prompt(model: Llama, state: PromptState, policy: Policy | None) -> tuple[PagedCache, Array]:
-    """After the last chunk: scores from the observed attention, and the logits of the last tokens."""
+    """After the last chunk: scores from the observed attention and the KVs, and the logits of the last tokens."""
     logits = model.logits(state.hidden)
     return score_prompt(state, policy), jnp.where(state.granted, logits, jnp.nan)
 
 
 def score_prompt(state: PromptState, policy: Policy | None) -> PagedCache:
-    """The cache with scores from the observed attention: of a prompt, or of a part of one that is read in parts.
+    """The cache with scores from attention and KVs: of a prompt, or of a part of one that is read in parts.
 
-    A policy that observes the last queries scores by those of the last part alone, one that observes all by their sum.
+    A policy that observes the last queries scores by those of the last part alone, one that observes all, or reads
+    twice, by their sum.
     """
     cache = state.cache
-    if policy is None or not observes_prompt(policy):
+    if policy is None or not (observes_prompt(policy) or policy.reads_kvs):
         return cache
     layers, batch, kv_heads = cache.lengths.shape
-    mass = state.mass.reshape(layers, batch, kv_heads, -1, cache.capacity)
     held = jnp.arange(cache.capacity) < cache.lengths[..., None]
-    scores = jnp.where(held, policy.of_prompt(mass, held), 0.0)
+    scores = jnp.zeros(held.shape)
+    if observes_prompt(policy):
+        scores = policy.of_prompt(state.mass.reshape(layers, batch, kv_heads, -1, cache.capacity), held)
+    if policy.reads_kvs:
+        scores = _of_kvs(cache, policy, scores, held)
+    scores = jnp.where(held, scores, 0.0)
     table = cache.block_table, cache.lengths
-    if policy.observed_queries is ALL_QUERIES:
+    if policy.observed_queries is ALL_QUERIES or policy.rereads:
         scores += in_table_order(cache.scores, *table, cache.block_size)
     return replace(cache, scores=to_slots(cache.scores, *table, scores))
+
+
+def _of_kvs(cache: PagedCache, policy: Policy, scores: Array, held: Array) -> Array:
+    """A layer at a time: what is copied out of the pool is one layer's."""
+
+    def of_layer(layer: tuple[Array, Array, Array, Array]) -> Array:
+        table, lengths, scores, held = layer
+        blocks = jnp.where(held[..., :: cache.block_size], table, NULL_BLOCK)
+        rows = cache.pool[blocks].reshape(*held.shape, -1)
+        rows = jnp.where(held[..., None], rows.astype(jnp.float32), 0.0)
+        key, value = jnp.split(rows, 2, axis=-1)
+        positions = in_table_order(cache.positions, table, lengths, cache.block_size)
+        return policy.of_kvs(scores, key, value, positions, held)
+
+    return lax.map(of_layer, (cache.block_table, cache.lengths, scores, held))
 
 
 def _observed(

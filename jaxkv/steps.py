@@ -18,7 +18,7 @@ from jaxkv.cache import PagedCache, put_sequences, take_sequences
 from jaxkv.generation import Decoded
 from jaxkv.policies import Policy
 from jaxkv.prefix import Prefix
-from jaxkv.prompt import PromptState, finish_prompt, prefill_chunk, score_prompt, start_prompt
+from jaxkv.prompt import PromptState, finish_prompt, prefill_chunk, reread_chunk, score_prompt, start_prompt
 from jaxkv.sampling import Sampler, logprobs_of
 from models import Llama
 
@@ -52,6 +52,13 @@ class CompiledSteps:
             state = replace(state, cache=take_sequences(whole, row))
             state = prefill_chunk(merge(leaves), state, tokens, counts, policy)
             return replace(state, cache=put_sequences(whole, state.cache, row))
+
+        def reread(
+            leaves: list[Array], state: PromptState, row: Array, tokens: Array, counts: Array, policy: Policy
+        ) -> PromptState:
+            whole = state.cache
+            state = replace(state, cache=take_sequences(whole, row))
+            return replace(reread_chunk(merge(leaves), state, tokens, counts, policy), cache=whole)
 
         def finish(
             leaves: list[Array],
@@ -96,6 +103,7 @@ class CompiledSteps:
 
         self._start = jax.jit(start, donate_argnums=1, static_argnums=4)
         self._chunk = jax.jit(chunk, donate_argnums=1, static_argnums=5)
+        self._reread = jax.jit(reread, donate_argnums=1, static_argnums=5)
         self._finish = jax.jit(finish, donate_argnums=1, static_argnums=5)
         self._score = jax.jit(score, donate_argnums=0, static_argnums=3)
         self._compress = jax.jit(compress, donate_argnums=0, static_argnums=3)
@@ -122,6 +130,10 @@ class CompiledSteps:
     def chunk(self, state: PromptState, row: int, tokens: Array, count: int, policy: Policy | None) -> PromptState:
         """Reads a chunk, ``i32[1, chunk]``."""
         return self._call(self._chunk, self.leaves, state, _one(row), tokens, _one(count), static=(policy,))
+
+    def reread(self, state: PromptState, row: int, tokens: Array, count: int, policy: Policy) -> PromptState:
+        """Reads a chunk once more, after the prompt or its part, for a policy that wants it; nothing of it is cached."""
+        return self._call(self._reread, self.leaves, state, _one(row), tokens, _one(count), static=(policy,))
 
     def finish(
         self, state: PromptState, row: int, sampler: Sampler, policy: Policy | None

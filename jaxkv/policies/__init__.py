@@ -7,7 +7,10 @@ from jaxkv.policies.budget import MaxBytes as MaxBytes
 from jaxkv.policies.budget import MaxTokens as MaxTokens
 from jaxkv.policies.budget import Ratio as Ratio
 from jaxkv.policies.h2o import H2O as H2O
+from jaxkv.policies.keydiff import KeyDiff as KeyDiff
+from jaxkv.policies.knorm import KNorm as KNorm
 from jaxkv.policies.kv_compress import KVCompress as KVCompress
+from jaxkv.policies.kvzip import KVzip as KVzip
 from jaxkv.policies.registry import POLICIES as POLICIES
 from jaxkv.policies.registry import make_policy as make_policy
 from jaxkv.policies.registry import policy_from as policy_from

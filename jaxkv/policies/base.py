@@ -53,6 +53,16 @@ class Policy:
         """Whether each decoded token's attention is added to the scores."""
         return False
 
+    @property
+    def rereads(self) -> bool:
+        """Whether the prompt is read once more, as if it came again after itself, and its attention observed then."""
+        return False
+
+    @property
+    def reads_kvs(self) -> bool:
+        """Whether ``of_kvs`` has something to say."""
+        return False
+
     def of_probability(self, probability: Array) -> Array:
         """What one attention probability counts for, elementwise."""
         return probability
@@ -68,6 +78,21 @@ class Policy:
           ``f32[layers, batch, kv_heads, kvs]``.
         """
         return mass.sum(-2)
+
+    def of_kvs(self, scores: Array, keys: Array, values: Array, positions: Array, held: Array) -> Array:
+        """Scores of a prompt's KVs, from those of ``of_prompt`` and the KVs themselves, a layer at a time.
+
+        Args:
+          scores: ``f32[batch, kv_heads, kvs]``; 0 where no query is observed.
+          keys: ``f32[batch, kv_heads, kvs, half]``, after RoPE; 0 past ``head_dim``, and where nothing is held.
+          values: like ``keys``.
+          positions: ``i32[batch, kv_heads, kvs]``.
+          held: ``bool`` like ``positions``.
+
+        Returns:
+          Like ``scores``.
+        """
+        return scores
 
     def of_decoding(self, probability: Array) -> Array:
         """What a decoded token adds to the scores: probabilities ``[..., group, kvs]`` -> ``[..., kvs]``."""

@@ -1,12 +1,18 @@
 """Policies by the names that command lines and job files use."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
+
+import jax.numpy as jnp
 
 from jaxkv.policies.base import Policy
 from jaxkv.policies.budget import Budget, MaxBytes, MaxTokens, Ratio
 from jaxkv.policies.h2o import H2O
+from jaxkv.policies.keydiff import KeyDiff
+from jaxkv.policies.knorm import KNorm
 from jaxkv.policies.kv_compress import KVCompress
+from jaxkv.policies.kvzip import KVzip
 from jaxkv.policies.snapkv import AdaKV, PyramidKV, SnapKV
 from jaxkv.policies.streaming_llm import StreamingLLM
 from jaxkv.policies.tova import TOVA
@@ -20,6 +26,10 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "h2o": H2O,
     "streaming-llm": StreamingLLM,
     "tova": TOVA,
+    "knorm": KNorm,
+    "keydiff": KeyDiff,
+    "kvzip": KVzip,
+    "auto": partial(KVzip, group=jnp.mean),  # what kept most, of all that docs/evaluation.md has
 }
 """Each takes ``budget`` and its own settings by keyword."""
 BUDGETS: dict[str, Callable[[Any], Budget]] = {

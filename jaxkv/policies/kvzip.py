@@ -1,0 +1,33 @@
+"""KVzip (arXiv 2505.23416): what the model attends to when it reads the context a second time."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax import Array
+
+from jaxkv.policies.base import Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVzip(Policy):
+    """The strongest attention that a KV gets while the context is reconstructed from it, over queries and group.
+
+    The context follows itself in chunks that don't see each other and aren't cached. The maximum over queries is a
+    norm of high order, which ranks almost like it and is a sum, as the kernels make it.
+    """
+
+    power: int = 4
+    """Order of the norm over the queries: 1 is the sum."""
+    group: Callable[..., Array] = jnp.max
+    """How the query heads of a KV head are joined, each with its own norm: ``jnp.max`` or ``jnp.mean``."""
+
+    @property
+    def rereads(self) -> bool:
+        return True
+
+    def of_probability(self, probability: Array) -> Array:
+        return probability**self.power
+
+    def of_prompt(self, mass: Array, held: Array) -> Array:
+        return self.group(mass ** (1 / self.power), axis=-2)

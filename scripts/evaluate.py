@@ -1,0 +1,179 @@
+"""Does the model still answer? Policies, ratios and tasks, by accuracy, real bytes and seconds.
+
+    python scripts/evaluate.py --model smollm2-135m --tasks DIR --policies none,snapkv --ratios 4,8,16 --json out.json
+    python scripts/evaluate.py --model smollm2-135m --suite quick
+
+A directory of tasks has ``contexts.json``, a list of ``{id, text}`` or ``{id, context_ids}``, and for each task a
+``NAME.json``, a list of ``{id, context_id, question, answer}`` or ``{..., question_ids, answer_ids}``. The context is
+compressed alone; then the question is read at its true positions; an item counts where greedy decoding starts with the
+answer. ``docs/evaluation.md`` says more. What ``--json`` names is written anew after each context, and a run that is
+started again goes on: single outcomes lie beside it, in a file named ``.items.jsonl``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from evaluation.records import Journal, Key, Record, record, table, write_json
+from evaluation.scoring import Runner
+from evaluation.suite import SUITES, generate
+from evaluation.tasks import Item, TaskSet, read_tasks
+from tqdm import tqdm
+
+from jaxkv import Policy, Ratio
+from jaxkv.cli import keep_compiled_programs
+from jaxkv.policies import make_policy
+from models import load_model, load_tokenizer, resolve
+
+POLICIES = "none,kv-compress,snapkv,auto"
+RATIOS = "4,8,16"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    keep_compiled_programs()
+    try:
+        return run(options)
+    except KeyboardInterrupt:
+        print("evaluate: stopped; the same command goes on where --json was given", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(description="Accuracy, bytes and seconds of policies at ratios of real bytes.")
+    top.add_argument("--model", required=True, help="smollm2-135m, a directory, or a .gguf file")
+    what = top.add_mutually_exclusive_group(required=True)
+    what.add_argument("--tasks", type=Path, metavar="DIR", help="contexts.json and NAME.json files")
+    what.add_argument("--suite", choices=SUITES, help="built-in tasks")
+    top.add_argument("--policies", default=POLICIES, metavar="NAMES", help=f"default: {POLICIES}")
+    top.add_argument("--ratios", default=RATIOS, metavar="NUMBERS", help=f"of real bytes; default: {RATIOS}")
+    top.add_argument("--json", type=Path, metavar="FILE", help="records; goes on where it was left")
+    top.add_argument("--markdown", type=Path, metavar="FILE", help="the table, which is printed too")
+    return top
+
+
+def run(options: argparse.Namespace) -> int:
+    ratios = parse_ratios(options.ratios)
+    policies = parse_policies(options.policies)
+    path = resolve(options.model)
+    tokenizer = load_tokenizer(path)
+    model = load_model(path)
+    if options.suite:
+        tasks = generate(options.suite, tokenizer)
+    else:
+        tasks = read_tasks(options.tasks, tokenizer, model.config.vocab_size)
+    longest = max(map(len, tasks.contexts.values())) + max(len(i.told) for t in tasks.tasks for i in t.items)
+    if longest > model.config.max_context:
+        raise ValueError(f"a context of {longest} tokens is longer than the model's {model.config.max_context}")
+    settings = {"model": options.model, "tasks": digest(tasks)}
+    journal = Journal(options.json and options.json.with_name(options.json.name + ".items.jsonl"), settings)
+    evaluate(Runner(model, longest), tasks, policies, ratios, journal, options.json)
+    text = table(records(journal, tasks, policies, ratios))
+    print(text)
+    if options.markdown:
+        options.markdown.write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+def parse_ratios(text: str) -> list[float]:
+    try:
+        ratios = [float(part) for part in text.split(",")]
+    except ValueError:
+        ratios = [0.0]
+    if any(not ratio > 1 for ratio in ratios):
+        raise ValueError(f"--ratios must be numbers above 1 with commas between, like 4,8,16, got {text!r}")
+    return ratios
+
+
+def parse_policies(text: str) -> dict[str, Policy | None]:
+    """By name; the budget in them isn't used, since ratios here are of bytes."""
+    names = list(dict.fromkeys(part.strip() for part in text.split(",")))
+    return {name: make_policy(name, None if name == "none" else Ratio(ratio=2)) for name in names}
+
+
+def digest(tasks: TaskSet) -> str:
+    """Of all contexts, questions and answers: a run only goes on with the same."""
+    return hashlib.sha256(repr(tasks).encode()).hexdigest()[:16]
+
+
+def keys(tasks: TaskSet, policies: dict[str, Policy | None], ratios: list[float]) -> list[Key]:
+    return [
+        (name, ratio, task.name)
+        for name in policies
+        for ratio in ([1.0] if name == "none" else ratios)
+        for task in tasks.tasks
+    ]
+
+
+def records(journal: Journal, tasks: TaskSet, policies: dict[str, Policy | None], ratios: list[float]) -> list[Record]:
+    """Of what is finished."""
+    items = {task.name: len(task.items) for task in tasks.tasks}
+    found = [(key, list(journal.outcomes[key].values())) for key in keys(tasks, policies, ratios)]
+    return [record(key, outcomes) for key, outcomes in found if len(outcomes) == items[key[2]]]
+
+
+def evaluate(
+    runner: Runner,
+    tasks: TaskSet,
+    policies: dict[str, Policy | None],
+    ratios: list[float],
+    journal: Journal,
+    path: Path | None,
+) -> None:
+    """Asks what the journal doesn't hold yet."""
+    of_context: dict[str, list[tuple[str, Item]]] = defaultdict(list)
+    for task in tasks.tasks:
+        for item in task.items:
+            of_context[item.context_id].append((task.name, item))
+    with tqdm(total=len(policies) * len(of_context), unit="context", file=sys.stderr, disable=None) as bar:
+        for name, policy in policies.items():
+            for context, asked in of_context.items():
+                bar.set_postfix_str(name)
+                _ask_all(runner, name, policy, tasks.contexts[context], asked, ratios, journal)
+                if path is not None:
+                    write_json(path, records(journal, tasks, policies, ratios))
+                bar.update()
+
+
+def _ask_all(
+    runner: Runner,
+    name: str,
+    policy: Policy | None,
+    context: tuple[int, ...],
+    asked: list[tuple[str, Item]],
+    ratios: list[float],
+    journal: Journal,
+) -> None:
+    """All items of one context, at all ratios."""
+    ratios = [1.0] if policy is None else ratios
+    left = {
+        (ratio, task, item)
+        for ratio in ratios
+        for task, item in asked
+        if item.id not in journal.outcomes[name, ratio, task]
+    }
+    if not left:
+        return
+    window = 0 if policy is None else policy.observed_queries or 0
+    read = runner.read(context, policy, keep_back=max(64, window))
+    for told in dict.fromkeys(item.told for _, item in asked):
+        full, seconds = runner.scored(read, told, policy)
+        for ratio in ratios:
+            small, spent = (full, 0.0) if policy is None else runner.compress(full, policy, ratio)
+            for task in dict.fromkeys(task for task, _ in asked):
+                items = [i for t, i in asked if t == task and i.told == told and (ratio, t, i) in left]
+                if items:
+                    outcomes = runner.ask(small, items, read=seconds, compress=spent)
+                    journal.add((name, ratio, task), outcomes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

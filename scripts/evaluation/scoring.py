@@ -1,0 +1,214 @@
+"""A context is read once a policy, compressed from a copy of its cache once a ratio, and asked all its questions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from evaluation.tasks import Item
+from jaxkv import CacheConfig, PagedCache, Policy, init_cache, stats
+from jaxkv.cache import take_sequences
+from jaxkv.generation import compress
+from jaxkv.prompt import CHUNK, PromptState, finish_prompt, look_ahead, prefill_chunk, reread_chunk, start_prompt
+from models import Llama
+
+ROWS = 8  # questions that are read together
+NEVER = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How one item went."""
+
+    item: str
+    correct: bool
+    """Greedy decoding starts with the answer: each of its tokens is the likeliest after those before it."""
+    token_accuracy: float
+    nll: float
+    """Mean over the answer's tokens, nats."""
+    bytes_held: int
+    """Blocks with scores and positions, and tables, of the cache that answered."""
+    bytes_full: int
+    """K and V of all tokens that the cache has seen, at 16 bits a value, and nothing else."""
+    seconds_read: float
+    """Reading and scoring what was compressed, shared by all items, tasks and ratios over it."""
+    seconds_compress: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Read:
+    """A context in the cache, up to what the items are told."""
+
+    state: PromptState
+    tokens: tuple[int, ...]
+    """The whole context."""
+    seen: int
+    """Of its tokens that are read."""
+    seconds: float
+
+
+class Runner:
+    """A model and a cache of one row, whose K and V are bfloat16: the bytes reported are those that it holds."""
+
+    def __init__(self, model: Llama, max_context: int, block_size: int = 16):
+        graph, self.weights = nnx.split(model)
+        self.compile_seconds = 0.0
+        self.config = CacheConfig.for_model(
+            model.config,
+            batch=1,
+            max_context=-(-max_context // CHUNK) * CHUNK,
+            block_size=block_size,
+            dtype=jnp.bfloat16,  # pyright: ignore[reportArgumentType]
+        )
+
+        @partial(jax.jit, static_argnames="policy")
+        def start(weights: nnx.State, cache: PagedCache, policy: Policy | None) -> PromptState:
+            return start_prompt(nnx.merge(graph, weights), cache, jnp.array([NEVER]), policy)
+
+        @partial(jax.jit, static_argnames="policy", donate_argnums=1)
+        def chunk(weights: nnx.State, state: PromptState, tokens: Array, count: Array, policy: Policy | None):
+            return prefill_chunk(nnx.merge(graph, weights), state, tokens, count, policy)
+
+        @partial(jax.jit, static_argnames="policy", donate_argnums=1)
+        def reread(weights: nnx.State, state: PromptState, tokens: Array, count: Array, policy: Policy):
+            return reread_chunk(nnx.merge(graph, weights), state, tokens, count, policy)
+
+        @partial(jax.jit, static_argnames="policy")
+        def finish(weights: nnx.State, state: PromptState, policy: Policy | None) -> PagedCache:
+            return finish_prompt(nnx.merge(graph, weights), state, policy)[0]
+
+        @partial(jax.jit, static_argnames="policy")
+        def shrink(cache: PagedCache, policy: Policy, evict_blocks: Array) -> PagedCache:
+            return compress(cache, policy, evict_blocks=evict_blocks)
+
+        @jax.jit
+        def ask(weights: nnx.State, cache: PagedCache, tokens: Array, places: Array) -> tuple[Array, Array]:
+            """Likeliest token at, and log probability of, each place, ``i32[rows, answer]``; -1: none."""
+            model = nnx.merge(graph, weights)
+            rows = take_sequences(cache, jnp.zeros(tokens.shape[0], jnp.int32))
+            hidden = look_ahead(model, rows, tokens)
+            before = jnp.take_along_axis(hidden, jnp.maximum(places - 1, 0)[..., None], axis=1)
+            logits = model.logits(before)
+            told = jnp.take_along_axis(tokens, jnp.maximum(places, 0), axis=1)
+            logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), told[..., None], axis=-1)[..., 0]
+            return logits.argmax(-1), logprob
+
+        self._start, self._chunk, self._reread = self._timed(start), self._timed(chunk), self._timed(reread)
+        self._finish, self._shrink, self._ask = self._timed(finish), self._timed(shrink), self._timed(ask)
+
+    def _timed(self, function: Any) -> Callable[..., Any]:
+        """Compiles before it runs, for each shape and policy once, and adds up the seconds of that."""
+        programs: dict[object, Callable[..., Any]] = {}
+
+        def call(*args: Any) -> Any:
+            arrays = [a for a in args if not isinstance(a, Policy | None)]
+            shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arrays))
+            key = shapes, tuple(a for a in args if isinstance(a, Policy | None))
+            if key not in programs:
+                began = time.perf_counter()
+                programs[key] = function.lower(*args).compile()
+                self.compile_seconds += time.perf_counter() - began
+            return programs[key](*arrays)
+
+        return call
+
+    def read(self, tokens: Sequence[int], policy: Policy | None, *, keep_back: int = 0) -> Read:
+        """Reads a context, but for its last ``keep_back`` tokens, which may be observed with what follows."""
+        began, compiled = time.perf_counter(), self.compile_seconds
+        seen = max(len(tokens) - keep_back, 0)
+        state = self._start(self.weights, init_cache(self.config), policy)
+        state = self._read(state, tokens[:seen], policy)
+        jax.block_until_ready(state)
+        seconds = time.perf_counter() - began - (self.compile_seconds - compiled)
+        return Read(state=state, tokens=tuple(tokens), seen=seen, seconds=seconds)
+
+    def scored(self, read: Read, told: Sequence[int], policy: Policy | None) -> tuple[PagedCache, float]:
+        """The cache of the context and what else is told before compression, scored; and seconds, reading's too."""
+        began, compiled = time.perf_counter(), self.compile_seconds
+        tokens = [*read.tokens, *told]
+        state = jax.tree.map(jnp.copy, read.state)  # the steps donate theirs
+        state = replace(state, end=jnp.array([len(tokens)]))
+        state = self._read(state, tokens[read.seen :], policy)
+        if policy is not None and policy.rereads:
+            for part, count in chunks(tokens):
+                state = self._reread(self.weights, state, part, count, policy)
+        cache = jax.block_until_ready(self._finish(self.weights, state, policy))
+        return cache, read.seconds + time.perf_counter() - began - (self.compile_seconds - compiled)
+
+    def _read(self, state: PromptState, tokens: Sequence[int], policy: Policy | None) -> PromptState:
+        for part, count in chunks(tokens):
+            state = self._chunk(self.weights, state, part, count, policy)
+        return state
+
+    def compress(self, cache: PagedCache, policy: Policy, ratio: float) -> tuple[PagedCache, float]:
+        """A copy that holds, tables and all, at most a ``ratio``-th of the full cache's bytes; and the seconds.
+
+        Raises:
+          ValueError: what must stay takes more.
+        """
+        room = self.bytes_full(cache) / ratio - self.config.table_bytes
+        keep = max(int(room // self.config.block_bytes), 0)
+        evict = jnp.array([max(int(cache.blocks_held().sum()) - keep, 0)])
+        began, compiled = time.perf_counter(), self.compile_seconds
+        small = jax.block_until_ready(self._shrink(cache, policy, evict))
+        seconds = time.perf_counter() - began - (self.compile_seconds - compiled)
+        if int(small.blocks_held().sum()) > keep:
+            raise ValueError(
+                f"ratio {ratio:g} leaves room for {keep} blocks, but what is protected and one block a head take "
+                f"{int(small.blocks_held().sum())}; choose a smaller ratio or longer contexts"
+            )
+        return small, seconds
+
+    def bytes_full(self, cache: PagedCache) -> int:
+        """K and V of each token, at 16 bits a value."""
+        return int(cache.num_tokens[0]) * self.config.heads * 2 * self.config.head_dim * 2
+
+    def ask(self, cache: PagedCache, items: Sequence[Item], *, read: float, compress: float) -> list[Outcome]:
+        """Each question from the same cache, and its answer's tokens as the model would have them."""
+        held, full = stats(cache).bytes_held, self.bytes_full(cache)
+        outcomes = []
+        for at in range(0, len(items), ROWS):
+            some = items[at : at + ROWS]
+            width = -(-max(len(i.question) + len(i.answer) for i in some) // 32) * 32
+            longest = -(-max(len(i.answer) for i in some) // 8) * 8
+            tokens, places = np.zeros((ROWS, width), np.int32), np.full((ROWS, longest), -1, np.int32)
+            for row, item in enumerate(some):
+                both = item.question + item.answer
+                tokens[row, : len(both)] = both
+                places[row, : len(item.answer)] = np.arange(len(item.question), len(both))
+            best, logprob = jax.device_get(self._ask(self.weights, cache, jnp.asarray(tokens), jnp.asarray(places)))
+            for row, item in enumerate(some):
+                right = best[row, : len(item.answer)] == np.array(item.answer)
+                outcomes.append(
+                    Outcome(
+                        item=item.id,
+                        correct=bool(right.all()),
+                        token_accuracy=float(right.mean()),
+                        nll=-float(logprob[row, : len(item.answer)].mean()),
+                        bytes_held=held,
+                        bytes_full=full,
+                        seconds_read=read,
+                        seconds_compress=compress,
+                    )
+                )
+        return outcomes
+
+
+def chunks(tokens: Sequence[int]) -> list[tuple[Array, Array]]:
+    """Tokens as ``i32[1, length]`` and how many are real; few different lengths, each of which is compiled."""
+    parts = []
+    for at in range(0, len(tokens), CHUNK):
+        part = tokens[at : at + CHUNK]
+        padded = np.zeros((1, CHUNK if len(part) > 128 else 128), np.int32)
+        padded[0, : len(part)] = part
+        parts.append((jnp.asarray(padded), jnp.array([len(part)])))
+    return parts

@@ -1,0 +1,77 @@
+"""The built-in tasks, over contexts of real prose; the same seeds give the same tasks."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from dataclasses import dataclass
+
+from evaluation.prose import CITIES, number_fact, passage, plant, word_fact
+from evaluation.tasks import Item, Task, TaskSet
+from models import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """Sizes of a suite."""
+
+    contexts: int
+    words: int
+    """Of prose a context; a word is 1.35 tokens."""
+    facts: int
+    """Planted of each kind in a context."""
+    aware: int
+    """Of them also asked for in the prompt."""
+    first_seed: int = 0
+
+
+SUITES = {
+    "quick": Suite(contexts=3, words=1250, facts=4, aware=1),
+    "full": Suite(contexts=24, words=1250, facts=4, aware=2),
+}
+
+
+def generate(name: str, tokenizer: Tokenizer) -> TaskSet:
+    """The tasks of a suite: words, numbers, and both with the question in the prompt; copying, continuing, turns."""
+    suite = SUITES[name]
+    contexts: dict[str, tuple[int, ...]] = {}
+    tasks: dict[str, list[Item]] = defaultdict(list)
+    for seed in range(suite.first_seed, suite.first_seed + suite.contexts):
+        _add(suite, seed, tokenizer, contexts, tasks)
+    return TaskSet(contexts=contexts, tasks=tuple(Task(name=n, items=tuple(items)) for n, items in tasks.items()))
+
+
+def _add(
+    suite: Suite, seed: int, tokenizer: Tokenizer, contexts: dict[str, tuple[int, ...]], tasks: dict[str, list[Item]]
+) -> None:
+    """One context and all its items."""
+    rng, key = random.Random(seed), str(seed)
+
+    def ids(text: str, special: bool = False) -> tuple[int, ...]:
+        return tuple(tokenizer.encode(text, add_special=special))
+
+    def add(task: str, question: str, answer: tuple[int, ...], told: str = "") -> None:
+        told_ids = ids(told) if told else ()
+        name = f"{key}/{len(tasks[task])}"
+        tasks[task].append(Item(id=name, context_id=key, question=ids(question), answer=answer, told=told_ids))
+
+    cities = rng.sample(CITIES, 2 * suite.facts)
+    words = [word_fact(city, rng) for city in cities[: suite.facts]]
+    numbers = [number_fact(city, rng) for city in cities[suite.facts :]]
+    sentences, after = passage(suite.words, rng)
+    contexts[key] = ids(plant(rng.sample(words + numbers, 2 * suite.facts), sentences, rng), special=True)
+
+    for task, facts in ("words", words), ("numbers", numbers):
+        for fact in facts:
+            add(task, fact.question + fact.stem, ids(fact.answer))
+        for fact in facts[: suite.aware]:
+            add(f"{task}, asked before", fact.stem, ids(fact.answer), told=fact.question)
+    first, second = words[:2]
+    turn = first.question + first.stem + first.answer + "."
+    add("words, second turn", turn + second.question + second.stem, ids(second.answer))
+    long = [s for s in sentences if len(s.split()) > 24]
+    for sentence in rng.sample(long, 2):
+        start = " ".join(sentence.split()[:10])
+        add("copying", f"\n\nAs it was said before: {start}", ids(sentence[len(start) :])[:8])
+    head, tail = after[:40].rsplit(" ", 1)
+    add("continuation", f" {head}", ids(f" {tail}{after[40:]}")[:128])
