@@ -132,7 +132,7 @@ class CompiledSteps:
         return self._call(self._chunk, self.leaves, state, _one(row), tokens, _one(count), static=(policy,))
 
     def reread(self, state: PromptState, row: int, tokens: Array, count: int, policy: Policy) -> PromptState:
-        """Reads a chunk once more, after the prompt or its part, for a policy that wants it; nothing of it is cached."""
+        """Reads a chunk once more, after the prompt or its part, for a policy that wants it; nothing is cached."""
         return self._call(self._reread, self.leaves, state, _one(row), tokens, _one(count), static=(policy,))
 
     def finish(

@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax.numpy as jnp
 from evaluation.records import Journal, Key, Record, record, table, write_json
 from evaluation.scoring import Runner
 from evaluation.suite import SUITES, generate
@@ -28,10 +29,23 @@ from tqdm import tqdm
 from jaxkv import Policy, Ratio
 from jaxkv.cli import keep_compiled_programs
 from jaxkv.policies import make_policy
+from jaxkv.policies.kv_compress import l1, l2
+from jaxkv.shares import Global, PerHead, PerLayer
 from models import load_model, load_tokenizer, resolve
 
 POLICIES = "none,kv-compress,snapkv,auto"
 RATIOS = "4,8,16"
+VALUES = {
+    "l1": l1,
+    "l2": l2,
+    "sum": jnp.sum,
+    "mean": jnp.mean,
+    "max": jnp.max,
+    "global": Global(),
+    "per-layer": PerLayer(),
+    "per-head": PerHead(),
+}
+"""What a policy's setting may be, but for numbers."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,8 +67,11 @@ def parser() -> argparse.ArgumentParser:
     what = top.add_mutually_exclusive_group(required=True)
     what.add_argument("--tasks", type=Path, metavar="DIR", help="contexts.json and NAME.json files")
     what.add_argument("--suite", choices=SUITES, help="built-in tasks")
-    top.add_argument("--policies", default=POLICIES, metavar="NAMES", help=f"default: {POLICIES}")
+    top.add_argument(
+        "--policies", default=POLICIES, metavar="NAMES", help=f"with settings as in kvzip:power=2; default: {POLICIES}"
+    )
     top.add_argument("--ratios", default=RATIOS, metavar="NUMBERS", help=f"of real bytes; default: {RATIOS}")
+    top.add_argument("--first-seed", type=int, default=0, help="of the suite's contexts: others to choose by")
     top.add_argument("--json", type=Path, metavar="FILE", help="records; goes on where it was left")
     top.add_argument("--markdown", type=Path, metavar="FILE", help="the table, which is printed too")
     return top
@@ -67,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(path)
     model = load_model(path)
     if options.suite:
-        tasks = generate(options.suite, tokenizer)
+        tasks = generate(options.suite, tokenizer, options.first_seed)
     else:
         tasks = read_tasks(options.tasks, tokenizer, model.config.vocab_size)
     longest = max(map(len, tasks.contexts.values())) + max(len(i.told) for t in tasks.tasks for i in t.items)
@@ -94,9 +111,24 @@ def parse_ratios(text: str) -> list[float]:
 
 
 def parse_policies(text: str) -> dict[str, Policy | None]:
-    """By name; the budget in them isn't used, since ratios here are of bytes."""
-    names = list(dict.fromkeys(part.strip() for part in text.split(",")))
-    return {name: make_policy(name, None if name == "none" else Ratio(ratio=2)) for name in names}
+    """By name, with settings behind colons: ``snapkv,kvzip:power=2:group=mean,knorm:shares=global``.
+
+    The budget in them isn't used, since ratios here are of bytes.
+    """
+    found: dict[str, Policy | None] = {}
+    for part in text.split(","):
+        name, *settings = part.strip().split(":")
+        pairs = [setting.partition("=")[::2] for setting in settings]
+        values = {key: VALUES[value] if value in VALUES else _number(part, value) for key, value in pairs}
+        found[part.strip()] = make_policy(name, None if name == "none" else Ratio(ratio=2), **values)
+    return found
+
+
+def _number(part: str, value: str) -> float:
+    try:
+        return float(value) if "." in value else int(value)
+    except ValueError:
+        raise ValueError(f"--policies {part}: {value!r} is neither a number nor one of {', '.join(VALUES)}") from None
 
 
 def digest(tasks: TaskSet) -> str:

@@ -29,7 +29,9 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "knorm": KNorm,
     "keydiff": KeyDiff,
     "kvzip": KVzip,
-    "auto": partial(KVzip, group=jnp.mean),  # what kept most, of all that docs/evaluation.md has
+    "auto": partial(
+        KVzip, group=jnp.mean, protected_window=2, sinks=4
+    ),  # what kept most, of all that docs/evaluation.md has
 }
 """Each takes ``budget`` and its own settings by keyword."""
 BUDGETS: dict[str, Callable[[Any], Budget]] = {

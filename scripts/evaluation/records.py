@@ -119,6 +119,12 @@ def write_json(path: Path, records: list[Record]) -> None:
     os.replace(new, path)
 
 
+def read_json(path: Path) -> list[Record]:
+    """What ``write_json`` wrote."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return [Record(**{k: v for k, v in r.items() if k != "seconds"}) for r in found]
+
+
 def table(records: list[Record]) -> str:
     """Markdown; ``kept`` is the accuracy over that of the full cache, where it was measured."""
     full = {r.task: r.accuracy for r in records if r.policy == "none"}

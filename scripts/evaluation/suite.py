@@ -22,7 +22,6 @@ class Suite:
     """Planted of each kind in a context."""
     aware: int
     """Of them also asked for in the prompt."""
-    first_seed: int = 0
 
 
 SUITES = {
@@ -31,12 +30,12 @@ SUITES = {
 }
 
 
-def generate(name: str, tokenizer: Tokenizer) -> TaskSet:
+def generate(name: str, tokenizer: Tokenizer, first_seed: int = 0) -> TaskSet:
     """The tasks of a suite: words, numbers, and both with the question in the prompt; copying, continuing, turns."""
     suite = SUITES[name]
     contexts: dict[str, tuple[int, ...]] = {}
     tasks: dict[str, list[Item]] = defaultdict(list)
-    for seed in range(suite.first_seed, suite.first_seed + suite.contexts):
+    for seed in range(first_seed, first_seed + suite.contexts):
         _add(suite, seed, tokenizer, contexts, tasks)
     return TaskSet(contexts=contexts, tasks=tuple(Task(name=n, items=tuple(items)) for n, items in tasks.items()))
 

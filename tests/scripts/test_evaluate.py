@@ -2,13 +2,19 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 from evaluate import evaluate, main, parse_policies, records
 from evaluation.records import Journal, table, wilson
 from evaluation.scoring import Runner
+from evaluation.suite import generate
 from evaluation.tasks import Item, Task, TaskSet, read_tasks
+
+from jaxkv import Ratio
+from jaxkv.policies import KNorm, KVzip
+from jaxkv.shares import Global
 
 CONTEXTS = {"a": tuple(tiny.prompt(400, 1).tolist()), "b": tuple(tiny.prompt(333, 2).tolist())}
 RUNNER = Runner(tiny.MODEL, 512)
@@ -125,6 +131,8 @@ def test_tasks_of_a_directory(tmp_path):
     ("options", "said"),
     [
         (("--policies", "snapvk"), "no policy is named 'snapvk'"),
+        (("--policies", "kvzip:power=many"), "'many' is neither a number nor one of l1, "),
+        (("--policies", "kvzip:strength=2"), "policy kvzip: "),
         (("--ratios", "4,x"), "numbers above 1"),
         (("--ratios", "1"), "numbers above 1"),
     ],
@@ -139,3 +147,28 @@ def test_the_interval_of_an_accuracy():
     assert (low, high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
     assert wilson(0, 5)[0] == 0
     assert wilson(5, 5)[1] == 1
+
+
+def test_policies_take_settings():
+    found = parse_policies("none,kvzip:power=2:group=mean,knorm:shares=global")
+    assert list(found) == ["none", "kvzip:power=2:group=mean", "knorm:shares=global"]
+    assert found["none"] is None
+    assert found["kvzip:power=2:group=mean"] == KVzip(budget=Ratio(ratio=2), power=2, group=jnp.mean)
+    assert found["knorm:shares=global"] == KNorm(budget=Ratio(ratio=2), shares=Global())
+
+
+def test_a_suite_follows_from_its_seeds():
+    """A tokenizer of one token a character is enough to see texts."""
+    made = [generate("quick", Characters(), seed) for seed in (0, 0, 5)]
+    assert made[0] == made[1] != made[2]
+    texts = {key: "".join(map(chr, ids)) for key, ids in made[0].contexts.items()}
+    for task in made[0].tasks:
+        for item in task.items:
+            answer = "".join(map(chr, item.answer))
+            if task.name != "continuation":
+                assert answer in texts[item.context_id]
+
+
+class Characters:
+    def encode(self, text, *, add_special=True):
+        return [ord(c) for c in text]
