@@ -60,3 +60,15 @@ def test_every_step_updates_the_pool_in_place(name):
         memory = jax.jit(function, donate_argnums=0).lower(*arguments).compile().memory_analysis()
         assert memory.alias_size_in_bytes >= pool, step
         assert memory.temp_size_in_bytes < pool / 10, (step, memory.temp_size_in_bytes / pool)
+
+
+def test_compression_takes_one_sequence_at_a_time():
+    """What is sorted together is one sequence's, so temporaries are bounded by that, whatever the batch."""
+    policy = KVCompress(budget=Ratio(ratio=8))
+
+    def temporaries(batch):
+        cache = tiny.empty_cache(batch=batch, num_blocks=4000, max_context=512)
+        program = jax.jit(lambda c: compress(c, policy), donate_argnums=0).lower(cache).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(16) < 1.2 * temporaries(2)
