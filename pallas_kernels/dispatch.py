@@ -67,6 +67,11 @@ def default_block_size() -> int:
     return 64 if choose(None).implementation == "mosaic_tpu" else 16
 
 
+def block_tile() -> int:
+    """Rows that those of a quantised block should be a multiple of: ``BlockLayout.tile``."""
+    return 8 if choose(None).implementation == "mosaic_tpu" else 1
+
+
 def check_row(pool: Array, head_dim: int) -> None:
     """Raises ValueError for pool rows that can't hold K beside V."""
     width = pool.shape[-1]
@@ -118,6 +123,16 @@ def or_xla(choice: Choice, check: Callable[[], None]) -> Choice:
         say_once(f"an operation runs as plain XLA on this GPU: {refusal}")
         return Choice("xla")
     return choice
+
+
+def without_gpu(choice: Choice) -> Choice:
+    """The choice of an operation that has no GPU kernel: see ``or_xla``."""
+
+    def refuse() -> None:
+        if choice.implementation == "mosaic_gpu":
+            raise ValueError("quantised blocks have no GPU kernel; use implementation='xla'")
+
+    return or_xla(choice, refuse)
 
 
 @cache

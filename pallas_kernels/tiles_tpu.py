@@ -139,9 +139,9 @@ def rows_at_once(entries_a_row: int, smem_entries: int) -> int:
     return smem_entries // entries_a_row
 
 
-def held_blocks(lengths: Any, tiling: Tiling) -> Callable[[Array], tuple[Array, Array]]:
+def held_blocks(lengths: Any, tiling: Tiling, repeats: int = 1) -> Callable[[Array], tuple[Array, Array]]:
     """The span of a ``TileStream`` that reads all that a row holds."""
-    return lambda row: (jnp.int32(0), ceil_div(lengths[row], tiling.block_size))
+    return lambda item: (jnp.int32(0), ceil_div(lengths[floor_div(item, repeats)], tiling.block_size))
 
 
 # What a table names is a block of the pool, so copies are started without a check, which takes two thirds of the
@@ -171,7 +171,7 @@ class TileStream:
           tiling: how heads are cut.
           pool: ``[blocks, block_size, width]`` in HBM.
           table: ``i32[rows * max_blocks]`` in SMEM.
-          span: the table entries ``[first, end)`` that are to be read of a row.
+          span: the table entries ``[first, end)`` of its row that an item is to read.
           scratch: what ``scratch_shapes`` asked for.
           items: first and end of what the grid visits; item ``i`` is row ``i // repeats``.
           repeats: how many times in turn a row is visited.
@@ -191,7 +191,7 @@ class TileStream:
 
     def tiles(self, item: Array) -> tuple[Array, Array]:
         """First and end of an item's tiles."""
-        first, end = self.span(floor_div(item, self.repeats))
+        first, end = self.span(item)
         return floor_div(first, self.tiling.blocks), jnp.where(end > first, ceil_div(end, self.tiling.blocks), 0)
 
     def start(self) -> None:
@@ -227,21 +227,30 @@ class TileStream:
         """Points to the first tile of the first item from this one on that has any."""
 
         def is_empty(item: Array) -> Array:
-            first, end = self._span_within(item)
+            first, end = self.span(self._within(item))
             return (item < self.items[1]) & (end <= first)
 
         item = lax.while_loop(is_empty, lambda i: i + 1, item)
         self.state[0] = item
-        self.state[1] = floor_div(self._span_within(item)[0], self.tiling.blocks)
+        self.state[1] = self.tiles(self._within(item))[0]
 
-    def _span_within(self, item: Array) -> tuple[Array, Array]:
-        """The last item's span for those past the end, where there is nothing to read."""
-        return self.span(floor_div(jnp.minimum(item, self.items[1] - 1), self.repeats))
+    def _within(self, item: Array) -> Array:
+        """The last item for those past the end, where there is nothing to read."""
+        return jnp.minimum(item, self.items[1] - 1)
 
     def _entries(self, item: Array, tile: Array) -> tuple[Array, Array]:
         """The table entries of a tile that are in the item's span."""
-        first, end = self.span(floor_div(item, self.repeats))
+        first, end = self.span(item)
         return jnp.maximum(first, tile * self.tiling.blocks), jnp.minimum(end, (tile + 1) * self.tiling.blocks)
+
+    def _origin(self, item: Array, tile: Array) -> Array:
+        """The table entry whose block comes first in a tile's buffer."""
+        return tile * self.tiling.blocks
+
+    def _block(self, slot: Array, index: Array) -> Any:
+        """Where in a buffer a block goes."""
+        size = self.tiling.block_size
+        return self.buffer.at[slot, pl.ds(pl.multiple_of(index * size, size), size)]
 
     def _copy_next(self) -> None:
         @pl.when(self.state[0] < self.items[1])
@@ -249,14 +258,15 @@ class TileStream:
             item, tile = self.state[0], self.state[1]
             slot = lax.rem(self.state[2], jnp.int32(self.tiling.buffers))
             row = floor_div(item, self.repeats) * self.tiling.max_blocks
-            size = self.tiling.block_size
+            first, end = self._entries(item, tile)
+            origin = self._origin(item, tile)
 
             def copy(entry: Array, _: None) -> None:
-                at = pl.multiple_of((entry - tile * self.tiling.blocks) * size, size)
                 block = self.pool.at[self.table[row + entry]]
-                pltpu.make_async_copy(block, self.buffer.at[slot, pl.ds(at, size)], self.arrived.at[slot]).start()
+                target = self._block(slot, entry - origin)
+                pltpu.make_async_copy(block, target, self.arrived.at[slot]).start()
 
-            lax.fori_loop(*self._entries(item, tile), copy, None)
+            lax.fori_loop(first, end, copy, None)
             self.state[2] += 1
             self.state[1] = tile + 1
 
@@ -267,7 +277,7 @@ class TileStream:
     def _wait(self, item: Array, tile: Array, slot: Array) -> None:
         """One wait for the bytes of a whole tile; a part-filled one waits for each block."""
         first, end = self._entries(item, tile)
-        whole, block = self.buffer.at[slot], self.buffer.at[slot, pl.ds(0, self.tiling.block_size)]
+        whole, block = self.buffer.at[slot], self._block(slot, jnp.int32(0))
 
         def wait_for(part: Any) -> None:
             pltpu.make_async_copy(part, part, self.arrived.at[slot]).wait()

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -29,11 +30,18 @@ from pallas_kernels.block_moves import Moves, move_kvs
 from pallas_kernels.block_writes import write_blocks
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.prefill_attention import Observed, prefill_attention
+from pallas_kernels.tiered_attention import Significance, tiered_attention
+from pallas_kernels.tiered_writes import lower_kvs, write_kvs
+from pallas_kernels.tiers import BlockLayout, Format
 
 BATCH, CONTEXT, BLOCK_SIZE, CHUNK, WINDOW = 32, 16_384, 64, 512, 32
 KERNEL_POOL = 2 * GIB
 WHOLE = "llama-3.1-8b"
 """The model whose whole steps are compiled too."""
+TIERED = (WHOLE, "smollm2-135m")
+"""Models whose tiers' kernels are compiled too: one of each head dimension."""
+BLOCK_TOKENS = {64: 256, 128: 128}
+"""Of the high tier, by head dimension: both tiers then fill tiles of 8 rows."""
 POLICY = KVCompress(budget=Ratio(ratio=8))
 
 
@@ -102,6 +110,33 @@ def kernels(model: LlamaConfig) -> Iterator[Program]:
     yield Program("block_moves", move_kvs, arguments, pool, (0, 1, 2))
 
 
+def tiered_kernels(model: LlamaConfig) -> Iterator[Program]:
+    """Each kernel over a pool of 2 GiB of quantised blocks, decoding at batch 32."""
+    i32, heads, kv_heads, head_dim = jnp.int32, model.num_heads, model.num_kv_heads, model.head_dim
+    tokens = BLOCK_TOKENS[head_dim]
+    high, low = Format.named("K8V4"), Format.named("K4V2")
+    layout = BlockLayout(head_dim=head_dim, high=high, low=low, tokens=tokens, tile=8)
+    pool = shape((KERNEL_POOL // layout.block_bytes, layout.rows, 128), jnp.uint32)
+    table = shape((BATCH, kv_heads, min(CONTEXT, model.max_context) // tokens + 2), i32)
+    lengths, query = shape((2, BATCH, kv_heads), i32), shape((BATCH, heads, head_dim), jnp.bfloat16)
+    significance = Significance(
+        observe=lambda p: p.max(-2),
+        value=lambda scores, positions, following: scores / (following - positions).astype(jnp.float32),
+    )
+
+    def decode(pool: Any, query: Any, table: Any, lengths: Any, following: Any) -> Any:
+        options = {"significance": significance, "next_position": following}
+        return tiered_attention(query, pool, table, lengths, layout, **options)
+
+    arguments = (pool, query, table, lengths, shape((BATCH,), i32))
+    yield Program("tiered_attention", decode, arguments, pool, (0,))
+    rows = BATCH * kv_heads
+    index, new = shape((rows,), i32), shape((rows, head_dim), jnp.bfloat16)
+    write, lower = partial(write_kvs, layout=layout), partial(lower_kvs, layout=layout)
+    yield Program("tiered_writes, new", write, (pool, new, new, index, index, index), pool, (0,))
+    yield Program("tiered_writes, lowered", lower, (pool, index, index, index, index), pool, (0,))
+
+
 def half_of(model: LlamaConfig) -> LlamaConfig:
     """What one of two chips holds of a model whose heads, feed-forward and vocabulary are split between them."""
     return replace(
@@ -140,7 +175,7 @@ def whole_steps(model: LlamaConfig, chip: str) -> Iterator[Program]:
 def programs(chip: str, name: str) -> Iterator[tuple[str, Program]]:
     """What is compiled for a chip of a model: the model's name as printed, and the program."""
     model, memory = SHAPES[name], DEVICES[chip].memory
-    for program in kernels(model):
+    for program in (*kernels(model), *(tiered_kernels(model) if name in TIERED else ())):
         yield name, program
     if name == WHOLE:
         half = memory < 20 * GIB  # 16 GB of weights don't fit

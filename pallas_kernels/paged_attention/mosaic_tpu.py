@@ -50,23 +50,46 @@ def paged_attention(
     Raises:
       ValueError: a pool whose rows or blocks don't fill registers, or a table row too long for SMEM.
     """
+    batch, kv_heads, max_blocks = block_table.shape
+    tiles = tiles or tiling(pool, max_blocks)
+    run = partial(_run, pool, observe=observe, tiles=tiles, interpret=interpret)
+    out, *masses = _in_calls(run, query, pool, block_table, lengths, smem_entries)
+    kvs = max_blocks * tiles.block_size
+    return out, tuple(m.reshape(batch, kv_heads, -1)[..., :kvs] for m in masses)
+
+
+def partial_attention(
+    query: Array, pool: Array, block_table: Array, lengths: Array, *, interpret: Any = False
+) -> tuple[Array, Array]:
+    """Attention to some of a head's KVs, to be joined with that to others.
+
+    Returns:
+      Output as of ``paged_attention``, float32; and ``f32[rows, group, 128]``, of which the first two lanes are the
+      maximum of the logits and the sum of their exponentials.
+    """
+    tiles = tiling(pool, block_table.shape[-1])
+    run = partial(_run, pool, observe=(), tiles=tiles, sums=True, interpret=interpret)
+    out, sums = _in_calls(run, query.astype(jnp.float32), pool, block_table, lengths, SMEM_ENTRIES)
+    return out, sums
+
+
+def _in_calls(
+    run: Callable[..., list[Array]], query: Array, pool: Array, block_table: Array, lengths: Array, smem_entries: int
+) -> list[Array]:
+    """As many rows a call as SMEM takes: output ``[batch, heads, head_dim]``, and the rest by row."""
     batch, heads, head_dim = query.shape
     kv_heads, max_blocks = block_table.shape[1:]
     check_pool(pool, head_dim)
     at_once = rows_at_once(max_blocks, smem_entries)
-    tiles = tiles or tiling(pool, max_blocks)
     rows, group = batch * kv_heads, heads // kv_heads
     lanes = lanes_of(pool)
 
     query = query.reshape(rows, group, head_dim)
     padded = jnp.pad(query, ((0, 0), (0, 0), (0, lanes.width - head_dim)))
     arguments = (padded, block_table.reshape(rows, max_blocks), lengths.reshape(rows))
-    run = partial(_run, pool, scale=head_dim**-0.5, observe=observe, tiles=tiles, interpret=interpret)
-    parts = [run(*(x[at : at + at_once] for x in arguments)) for at in range(0, rows, at_once)]
-    out, *masses = [jnp.concatenate(xs) for xs in zip(*parts, strict=True)]
-    out = out[..., lanes.value_at : lanes.value_at + head_dim].reshape(batch, heads, head_dim)
-    kvs = max_blocks * tiles.block_size
-    return out, tuple(m.reshape(batch, kv_heads, -1)[..., :kvs] for m in masses)
+    parts = [run(*(x[at : at + at_once] for x in arguments), scale=head_dim**-0.5) for at in range(0, rows, at_once)]
+    out, *rest = [jnp.concatenate(xs) for xs in zip(*parts, strict=True)]
+    return [out[..., lanes.value_at : lanes.value_at + head_dim].reshape(batch, heads, head_dim), *rest]
 
 
 def _run(
@@ -78,9 +101,13 @@ def _run(
     scale: float,
     observe: tuple[Callable[[Array], Array], ...],
     tiles: Tiling,
+    sums: bool = False,
     interpret: Any,
 ) -> list[Array]:
-    """One call: query ``[rows, group, width]`` -> output like it, and masses ``f32[rows, tiles, kvs]``."""
+    """One call: query ``[rows, group, width]`` -> output like it, and masses ``f32[rows, tiles, kvs]``.
+
+    With ``sums`` also ``f32[rows, group, 128]``, maximum and sum in the first lanes.
+    """
     rows, group, width = query.shape
     steps = -(-rows // CORES)
     pad = CORES * steps - rows
@@ -88,18 +115,20 @@ def _run(
     mass = jax.ShapeDtypeStruct((CORES * steps, tiles.tiles, tiles.kvs), jnp.float32)
     of_query = pl.BlockSpec((1, group, width), lambda core, step, *_: (core * steps + step, 0, 0))
     of_mass = pl.BlockSpec((1, tiles.tiles, tiles.kvs), lambda core, step, *_: (core * steps + step, 0, 0))
+    of_sums = pl.BlockSpec((1, group, LANES), lambda core, step, *_: (core * steps + step, 0, 0))
+    sum_shape = jax.ShapeDtypeStruct((CORES * steps, group, LANES), jnp.float32)
     logits = [pltpu.VMEM((tiles.tiles, group, tiles.kvs), jnp.float32)] if observe else []
-    kernel = partial(_kernel, scale=scale, observe=observe, tiles=tiles, steps=steps)
+    kernel = partial(_kernel, scale=scale, observe=observe, tiles=tiles, steps=steps, sums=sums)
     results = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(CORES, steps),
             in_specs=[of_query, pl.BlockSpec(memory_space=pltpu.HBM)],
-            out_specs=[of_query] + [of_mass for _ in observe],
+            out_specs=[of_query] + [of_mass for _ in observe] + [of_sums] * sums,
             scratch_shapes=[*TileStream.scratch_shapes(tiles, pool), *logits],
         ),
-        out_shape=[jax.ShapeDtypeStruct(query.shape, query.dtype)] + [mass for _ in observe],
+        out_shape=[jax.ShapeDtypeStruct(query.shape, query.dtype)] + [mass for _ in observe] + [sum_shape] * sums,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
             vmem_limit_bytes=_vmem_limit(tiles, pool, group, observe),
@@ -128,8 +157,10 @@ def _kernel(
     observe: tuple[Callable[[Array], Array], ...],
     tiles: Tiling,
     steps: int,
+    sums: bool,
 ) -> None:
-    mass_refs, (buffer, arrived, state, *logits_ref) = rest[: len(observe)], rest[len(observe) :]
+    mass_refs, rest = rest[: len(observe)], rest[len(observe) :]
+    sum_refs, (buffer, arrived, state, *logits_ref) = rest[:sums], rest[sums:]
     core, step = pl.program_id(0), pl.program_id(1)
     row = core * steps + step
     length = lengths[row]
@@ -172,6 +203,9 @@ def _kernel(
     maximum, total, output = lax.fori_loop(0, end, attend, start)
     share = 1.0 / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
     out_ref[0] = (output * share).astype(out_ref.dtype)
+    for sum_ref in sum_refs:
+        lane = lax.broadcasted_iota(jnp.int32, sum_ref.shape[1:], 1)
+        sum_ref[0] = jnp.where(lane == 0, maximum, total)
 
     if observe:
 

@@ -160,7 +160,7 @@ def _kernel(
 
     items = core * steps * blocks, jnp.minimum((core + 1) * steps, rows) * blocks
     stream = TileStream(
-        tiles, pool, table, held_blocks(lengths, tiles), (buffer, arrived, state), items, repeats=blocks
+        tiles, pool, table, held_blocks(lengths, tiles, blocks), (buffer, arrived, state), items, repeats=blocks
     )
     pl.when((step == 0) & (block == 0))(stream.start)
 

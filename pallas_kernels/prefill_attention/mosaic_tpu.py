@@ -205,7 +205,13 @@ def _kernel(
     end = jnp.minimum((core + 1) * steps, rows)
     items = core * steps * query_blocks, end * query_blocks
     stream = TileStream(
-        tiles, pool, table, held_blocks(lengths, tiles), (buffer, arrived, state), items, repeats=query_blocks
+        tiles,
+        pool,
+        table,
+        held_blocks(lengths, tiles, query_blocks),
+        (buffer, arrived, state),
+        items,
+        repeats=query_blocks,
     )
     pl.when((step == 0) & (query_block == 0))(stream.start)
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 from jax import Array
 
+from pallas_kernels.dispatch import Implementation, choose, without_gpu
 from pallas_kernels.tiered_attention import reference
 from pallas_kernels.tiers import BlockLayout
 
@@ -66,6 +67,7 @@ def tiered_attention(
     raw: RawKVs | None = None,
     significance: Significance | None = None,
     next_position: Array | None = None,
+    implementation: Implementation | None = None,
 ) -> Tiered:
     """One query a sequence against the KVs that each of its KV heads holds.
 
@@ -79,9 +81,10 @@ def tiered_attention(
       raw: unquantised KVs to attend to in the same softmax.
       significance: how scores grow and what a KV is worth; None leaves scores as they are.
       next_position: ``i32[batch]`` that of the token after the query; with ``significance``.
+      implementation: see ``dispatch.Implementation``; None: the platform's own.
 
     Raises:
-      ValueError: shapes that don't belong together.
+      ValueError: shapes that don't belong together, or that this implementation can't take.
     """
     batch, heads, head_dim = query.shape
     kv_heads = block_table.shape[1]
@@ -93,6 +96,11 @@ def tiered_attention(
         raise ValueError(f"batch and KV heads disagree: {query.shape=}, {block_table.shape=}, {lengths.shape=}")
     if (significance is None) != (next_position is None):
         raise ValueError("significance and next_position go together")
-    return reference.tiered_attention(
-        query, pool, block_table, lengths, layout, raw=raw, significance=significance, next_position=next_position
-    )
+    arguments = query, pool, block_table, lengths, layout
+    options = {"raw": raw, "significance": significance, "next_position": next_position}
+    choice = without_gpu(choose(implementation))
+    if choice.implementation == "mosaic_tpu":
+        from pallas_kernels.tiered_attention import mosaic_tpu
+
+        return mosaic_tpu.tiered_attention(*arguments, **options, interpret=choice.interpret)
+    return reference.tiered_attention(*arguments, **options)

@@ -2,12 +2,21 @@
 
 from jax import Array
 
+from pallas_kernels.dispatch import Implementation, choose, without_gpu
 from pallas_kernels.tiered_writes import reference
 from pallas_kernels.tiers import BlockLayout
 
 
 def write_kvs(
-    pool: Array, key: Array, value: Array, positions: Array, blocks: Array, offsets: Array, layout: BlockLayout
+    pool: Array,
+    key: Array,
+    value: Array,
+    positions: Array,
+    blocks: Array,
+    offsets: Array,
+    layout: BlockLayout,
+    *,
+    implementation: Implementation | None = None,
 ) -> Array:
     """Quantises KVs into slots of high blocks, with score 0; every other KV keeps its bits.
 
@@ -17,14 +26,21 @@ def write_kvs(
       positions: ``i32[n]`` in the text.
       blocks, offsets: ``i32[n]`` where to; the null block for none. No two KVs go to one block but that.
       layout: formats of the tiers; static.
+      implementation: see ``dispatch.Implementation``; None: the platform's own.
 
     Raises:
-      ValueError: shapes that don't belong together.
+      ValueError: shapes that don't belong together, or that this implementation can't take.
     """
     _check(pool, blocks, layout)
     if value.shape != key.shape or key.shape != (blocks.shape[0], layout.head_dim):
         raise ValueError(f"K and V must be one vector a slot: {key.shape=}, {value.shape=}, {blocks.shape=}")
-    return reference.write_kvs(pool, key, value, positions, blocks, offsets, layout)
+    arguments = pool, key, value, positions, blocks, offsets, layout
+    choice = without_gpu(choose(implementation))
+    if choice.implementation == "mosaic_tpu":
+        from pallas_kernels.tiered_writes import mosaic_tpu
+
+        return mosaic_tpu.write_kvs(*arguments, interpret=choice.interpret)
+    return reference.write_kvs(*arguments)
 
 
 def lower_kvs(
@@ -34,6 +50,8 @@ def lower_kvs(
     to_blocks: Array,
     to_offsets: Array,
     layout: BlockLayout,
+    *,
+    implementation: Implementation | None = None,
 ) -> Array:
     """Requantises KVs from high slots into low slots, from their codes alone; score and position go with them.
 
@@ -42,12 +60,19 @@ def lower_kvs(
       from_blocks, from_offsets: ``i32[n]`` slots of high blocks.
       to_blocks, to_offsets: ``i32[n]`` slots of low blocks; the null block for none. No two go to one block but that.
       layout: formats of the tiers; static.
+      implementation: see ``dispatch.Implementation``; None: the platform's own.
 
     Raises:
-      ValueError: shapes that don't belong together.
+      ValueError: shapes that don't belong together, or that this implementation can't take.
     """
     _check(pool, to_blocks, layout)
-    return reference.lower_kvs(pool, from_blocks, from_offsets, to_blocks, to_offsets, layout)
+    arguments = pool, from_blocks, from_offsets, to_blocks, to_offsets, layout
+    choice = without_gpu(choose(implementation))
+    if choice.implementation == "mosaic_tpu":
+        from pallas_kernels.tiered_writes import mosaic_tpu
+
+        return mosaic_tpu.lower_kvs(*arguments, interpret=choice.interpret)
+    return reference.lower_kvs(*arguments)
 
 
 def _check(pool: Array, blocks: Array, layout: BlockLayout) -> None:

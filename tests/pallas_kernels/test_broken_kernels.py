@@ -1,10 +1,15 @@
 """Tests of the tests: each way in which a kernel is broken here must be caught by the checks of the whole ones."""
 
+import numpy as np
+import test_tiered_attention
+import test_tiered_writes
 import test_tpu_kernels
 from interpreted import MODES, Interpreter
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
+from tiered import LAYOUTS
 
+from pallas_kernels.tiered_attention.softmax_tpu import BlockStream
 from pallas_kernels.tiles_tpu import TileStream
 
 
@@ -25,8 +30,12 @@ CHECKS = {
     "prefill": lambda interpreter: test_tpu_kernels.check_prefill(interpreter, length=18),
     "writes": lambda interpreter: test_tpu_kernels.check_writes(interpreter, length=3),
     "moves": lambda interpreter: test_tpu_kernels.check_moves(interpreter, counts=[31, 20]),
+    "tiers": lambda interpreter: test_tiered_attention.check_tpu(
+        interpreter, LAYOUTS["plain"], lengths=np.array([[[150]], [[130]]])
+    ),
+    "single KVs in tiers": lambda interpreter: test_tiered_writes.check_writes(interpreter, LAYOUTS["plain"]),
 }
-STREAMED = ("decode", "prefill", "moves")
+STREAMED = ("decode", "prefill", "moves", "tiers")
 
 
 def test_the_whole_kernels_pass():
@@ -49,12 +58,14 @@ def test_a_missing_wait_is_caught(monkeypatch):
 
 
 def test_a_wait_for_half_of_a_tile_is_caught(monkeypatch):
-    whole = TileStream._entries
     waiting = []
 
-    def half(self, item, tile):
-        first, end = whole(self, item, tile)
-        return (first, (first + end) // 2) if waiting else (first, end)
+    def half_of(whole):
+        def half(self, item, tile):
+            first, end = whole(self, item, tile)
+            return (first, (first + end) // 2) if waiting else (first, end)
+
+        return half
 
     wait = TileStream._wait
 
@@ -63,7 +74,8 @@ def test_a_wait_for_half_of_a_tile_is_caught(monkeypatch):
         wait(self, *where)
         waiting.pop()
 
-    monkeypatch.setattr(TileStream, "_entries", half)
+    for stream in (TileStream, BlockStream):
+        monkeypatch.setattr(stream, "_entries", half_of(stream._entries))
     monkeypatch.setattr(TileStream, "_wait", hasty)
     for name in STREAMED:
         assert is_caught(CHECKS[name]), name

@@ -1,0 +1,276 @@
+"""Attention over both tiers as a TPU kernel: one grid step a row (a KV head of a sequence), its blocks streamed.
+
+A row is two items of one stream: its high blocks, from the left of its table, then its low ones, from the right. Each
+tier has a softmax of its own; these, and that of the unquantised KVs, are joined at the end. Codes go to the matrix
+unit as they are. Vectors that share a row of words meet one query each: the other's half of it is zero.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.paged_attention import mosaic_tpu as paged_tpu
+from pallas_kernels.tiered_attention.significance_tpu import Kept
+from pallas_kernels.tiered_attention.softmax_tpu import SUBLANES, BlockStream, KVs, Softmax, attend, join
+from pallas_kernels.tiers import BlockLayout
+from pallas_kernels.tiers.layout import LANES
+from pallas_kernels.tiles_tpu import (
+    BUFFERS,
+    CORES,
+    SMEM_ENTRIES,
+    TILE_BYTES,
+    UNCHECKED,
+    Tiling,
+    ceil_div,
+    rows_at_once,
+)
+
+if TYPE_CHECKING:
+    from pallas_kernels.tiered_attention.api import RawKVs, Significance, Tiered
+
+
+class Rows(NamedTuple):
+    """What the kernel takes of each row."""
+
+    table: Array
+    """``i32[rows, max_blocks]``."""
+    lengths: Array
+    """``i32[rows, 2]``."""
+    query: Array
+    """``f32[rows, padded group, 128]``."""
+    following: list[Array]
+    """The next position, ``i32[rows]``, if significance is wanted."""
+    raw: list[Array]
+    """What ``_attend_raw`` gives, if there are unquantised KVs."""
+
+
+def tiered_attention(
+    query: Array,
+    pool: Array,
+    block_table: Array,
+    lengths: Array,
+    layout: BlockLayout,
+    *,
+    raw: RawKVs | None = None,
+    significance: Significance | None = None,
+    next_position: Array | None = None,
+    tiles: Tiling | None = None,
+    smem_entries: int = SMEM_ENTRIES,
+    interpret: Any = False,
+) -> Tiered:
+    """See ``api.tiered_attention``.
+
+    ``tiles`` and ``smem_entries`` are for tests: how heads are cut, and how large a table one call may take.
+
+    Raises:
+      ValueError: a layout that the kernel can't read, or a table row too long for SMEM.
+    """
+    from pallas_kernels.tiered_attention.api import Tiered, Weakest
+
+    batch, heads, head_dim = query.shape
+    kv_heads, max_blocks = block_table.shape[1:]
+    check(layout)
+    at_once = rows_at_once(max_blocks + 3, smem_entries)
+    tiles = tiles or tiling(layout, max_blocks)
+    rows, group = batch * kv_heads, heads // kv_heads
+
+    padded = -(-group // SUBLANES) * SUBLANES
+    spread = query.reshape(rows, group, head_dim).astype(jnp.float32)
+    spread = jnp.pad(spread, ((0, 0), (0, padded - group), (0, LANES - head_dim)))
+    whole = Rows(
+        table=block_table.reshape(rows, max_blocks),
+        lengths=lengths.reshape(2, rows).T,
+        query=spread,
+        following=[] if next_position is None else [jnp.repeat(next_position.astype(jnp.int32), kv_heads)],
+        raw=[] if raw is None else _attend_raw(query, raw, padded, interpret),
+    )
+    run = partial(
+        _run,
+        layout=layout,
+        dtype=jnp.bfloat16 if query.dtype == jnp.bfloat16 else jnp.float32,
+        group=group,
+        significance=significance,
+        tiles=tiles,
+        interpret=interpret,
+    )
+    parts = []
+    for at in range(0, rows, at_once):
+        pool, part = run(pool, jax.tree.map(lambda x, at=at: x[at : at + at_once], whole))
+        parts.append(part)
+    out, *weakest = [jnp.concatenate(xs) for xs in zip(*parts, strict=True)]
+    out = out[:, :group, :head_dim].reshape(batch, heads, head_dim).astype(query.dtype)
+    if significance is None:
+        return Tiered(out, pool, None)
+    value, index = (x[:, 0, :2].T.reshape(2, batch, kv_heads) for x in weakest)
+    return Tiered(out, pool, Weakest(value=value, index=index))
+
+
+def check(layout: BlockLayout) -> None:
+    """Raises ValueError for blocks that the kernels can't read."""
+    if layout.head_dim not in (64, 128):
+        raise ValueError(
+            f"on a TPU quantised heads have 64 or 128 values, not {layout.head_dim}: pad K and V to the next of them"
+        )
+    if layout.rows % SUBLANES:
+        raise ValueError(
+            f"a TPU keeps arrays in tiles of {SUBLANES} rows, not {layout.rows}: give the layout tile={SUBLANES}"
+        )
+
+
+def tiling(layout: BlockLayout, max_blocks: int) -> Tiling:
+    """Tiles of about ``TILE_BYTES``."""
+    blocks = max(1, min(TILE_BYTES // layout.block_bytes, max_blocks))
+    return Tiling(block_size=layout.rows, blocks=blocks, max_blocks=max_blocks, buffers=BUFFERS)
+
+
+def _attend_raw(query: Array, raw: RawKVs, padded: int, interpret: Any) -> list[Array]:
+    """Output ``f32[rows, padded, 128]``; and maximum and sum, the first two lanes of another of that shape."""
+    batch, kv_heads = raw.lengths.shape
+    rows, head_dim = batch * kv_heads, query.shape[-1]
+    output, sums = paged_tpu.partial_attention(query, raw.pool, raw.block_table, raw.lengths, interpret=interpret)
+    output = output.reshape(rows, -1, head_dim) * sums[..., 1:2]
+    return [jnp.pad(x, ((0, 0), (0, padded - x.shape[1]), (0, LANES - x.shape[2]))) for x in (output, sums)]
+
+
+def _run(
+    pool: Array,
+    whole: Rows,
+    *,
+    layout: BlockLayout,
+    dtype: Any,
+    group: int,
+    significance: Significance | None,
+    tiles: Tiling,
+    interpret: Any,
+) -> tuple[Array, list[Array]]:
+    """One call over some rows: the pool; output ``f32[rows, padded group, 128]``, and of the weakest, value and index:
+    ``[rows, 1, 128]``, the tiers in the first lanes."""
+    rows, padded, _ = whole.query.shape
+    steps = -(-rows // CORES)
+    whole = jax.tree.map(lambda x: jnp.pad(x, ((0, CORES * steps - rows), *[(0, 0)] * (x.ndim - 1))), whole)
+    of_row = whole.query, *whole.raw
+    of_group = pl.BlockSpec((1, padded, LANES), lambda core, step, *_: (core * steps + step, 0, 0))
+    of_weakest = pl.BlockSpec((1, 1, LANES), lambda core, step, *_: (core * steps + step, 0, 0))
+    anywhere = pl.BlockSpec(memory_space=pltpu.HBM)
+    observed = significance is not None
+    out_specs, out_shape = [of_group], [jax.ShapeDtypeStruct(of_row[0].shape, jnp.float32)]
+    scratch: list[Any] = [*BlockStream.scratch_shapes(tiles, pool)]
+    if observed:
+        weakest = [jax.ShapeDtypeStruct((CORES * steps, 1, LANES), dtype) for dtype in (jnp.float32, jnp.int32)]
+        out_specs = [anywhere, *out_specs, of_weakest, of_weakest]
+        out_shape = [jax.ShapeDtypeStruct(pool.shape, pool.dtype), *out_shape, *weakest]
+        scratch += Kept.scratch_shapes(tiles, layout, padded)
+    room = sum(4 * math.prod(x.shape) for x in scratch if x.memory_space == pltpu.VMEM)
+    results = pl.pallas_call(
+        partial(
+            _kernel,
+            layout=layout,
+            dtype=dtype,
+            group=group,
+            significance=significance,
+            tiles=tiles,
+            steps=steps,
+            has_raw=bool(whole.raw),
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2 + observed,
+            grid=(CORES, steps),
+            in_specs=[of_group] * len(of_row) + [anywhere],
+            out_specs=out_specs,
+            scratch_shapes=scratch,
+        ),
+        out_shape=out_shape,
+        input_output_aliases={3 + len(of_row): 0} if observed else {},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=24 * 2**20 + room, **UNCHECKED
+        ),
+        name="tiered_attention",
+        interpret=interpret,
+    )(
+        whole.lengths.reshape(-1),
+        whole.table.reshape(-1),
+        *whole.following,
+        *of_row,
+        pool,
+    )
+    if observed:
+        pool, *results = results
+    return pool, [x[:rows] for x in results]
+
+
+def _kernel(
+    lengths: Any,
+    table: Any,
+    *refs: Any,
+    layout: BlockLayout,
+    dtype: Any,
+    group: int,
+    significance: Significance | None,
+    tiles: Tiling,
+    steps: int,
+    has_raw: bool,
+) -> None:
+    """``pool`` and ``written`` are the same memory."""
+    rest = iter(refs)
+    following = next(rest) if significance else None
+    query_ref = next(rest)
+    raw_refs = [next(rest) for _ in range(2 * has_raw)]
+    pool = next(rest)
+    written = next(rest) if significance else None
+    out_ref = next(rest)
+    weakest_refs = [next(rest) for _ in range(2 * bool(significance))]
+    buffer, arrived, state, *observed = rest
+    core, step = pl.program_id(0), pl.program_id(1)
+    row = core * steps + step
+
+    def count(item: Array) -> Array:
+        high, low = (ceil_div(lengths[item], tier.tokens) for tier in layout.tiers)
+        return jnp.where(lax.rem(item, jnp.int32(2)) == 1, low, high)
+
+    def span(item: Array) -> tuple[Array, Array]:
+        blocks = count(item)
+        first = jnp.where(lax.rem(item, jnp.int32(2)) == 1, tiles.max_blocks - blocks, 0)
+        return first, first + blocks
+
+    items = 2 * core * steps, 2 * (core + 1) * steps
+    stream = BlockStream(tiles, pool, table, span, (buffer, arrived, state), items, repeats=2)
+    pl.when(step == 0)(stream.start)
+    tiers = [
+        KVs(tier, 2 * row + index, index == 1, lengths[2 * row + index], count(2 * row + index))
+        for index, tier in enumerate(layout.tiers)
+    ]
+    before = [jnp.int32(0), stream.tiles(tiers[0].item)[1]]
+    kept = Kept(stream, written, observed, row, step) if significance else None
+    if kept:
+        pl.when(step == 0)(kept.start)
+        kept.finish(layout.tiers, kept.turn)
+
+    parts = []
+    for kvs, tiles_before in zip(tiers, before, strict=True):
+        keep = partial(kept.keep, kvs, tiles_before) if kept else None
+        parts.append(attend(stream, kvs, query_ref[0], layout.head_dim, dtype, keep))
+    if raw_refs:
+        output, sums = (ref[0] for ref in raw_refs)
+        parts.append(Softmax(sums[:, :1], sums[:, 1:2], output))
+    whole = join(parts)
+    out_ref[0] = whole.output / jnp.maximum(whole.total, jnp.finfo(jnp.float32).tiny)
+
+    if kept and significance and following is not None:
+        for index, (kvs, tiles_before) in enumerate(zip(tiers, before, strict=True)):
+            weakest = kept.observe(kvs, tiles_before, whole, significance, following[row], group)
+            for ref, part in zip(weakest_refs, weakest, strict=True):
+                here = lax.broadcasted_iota(jnp.int32, ref.shape, 2) == index
+                ref[...] = jnp.where(here, part, ref[...])
+
+        @pl.when(step == steps - 1)
+        def _():
+            for turn in range(2):
+                kept.finish(layout.tiers, jnp.int32(turn))
