@@ -1,4 +1,4 @@
-"""The four operations on whatever device JAX finds, against the bandwidth of its own memory.
+"""The operations on whatever device JAX finds, against the bandwidth of its own memory.
 
 First a plain copy, which is what the memory can do; then each operation with the bytes that it must move, its time and
 the share of the copy's bandwidth. Beside them, in the same run: the XLA reference, on a GPU jax's own paged attention
@@ -11,7 +11,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -24,8 +24,11 @@ import numpy as np
 
 from pallas_kernels.block_moves import Moves, move_kvs
 from pallas_kernels.block_writes import write_blocks
+from pallas_kernels.dispatch import block_tile
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.prefill_attention import prefill_attention
+from pallas_kernels.tiered_attention import tiered_attention
+from pallas_kernels.tiers import BlockLayout, Format, blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +77,7 @@ Operations = dict[str, dict[str, Callable[..., Any]]]
 def operations(platform: str) -> Operations:
     """By operation and implementation. The kernels of a platform are tried on no other."""
     api = {"decode": paged_attention, "writes": write_blocks, "moves": move_kvs, "prefill": prefill_attention}
+    api["tiers"] = tiered_attention
     found: Operations = {what: {"xla": partial(call, implementation="xla")} for what, call in api.items()}
     if platform == "tpu":
         for what, call in api.items():
@@ -170,6 +174,49 @@ def measure_decode(sizes: Sizes, found: Operations, repeats: int, ratio: int) ->
     for by, run in (("jax's paged_attention", jax_decode), ("torch's SDPA, dense KVs", torch_decode)):
         size = int(uniform.sum()) * sizes.kv_bytes
         yield attempt("decode, uniform lengths", by, size, partial(run, sizes, repeats))
+
+
+def measure_tiers(sizes: Sizes, found: Operations, repeats: int) -> Iterator[Row]:
+    """Decode attention over as many quantised KVs as ``measure_decode`` has in bfloat16 or float32."""
+    query = random_array((sizes.batch, sizes.heads, sizes.head_dim), sizes.dtype)
+    for name, high, low, share in (("K8V4", "K8V4", "K8V4", 1.0), ("half K8V4, half K4V2", "K8V4", "K4V2", 0.5)):
+        layout = BlockLayout(
+            head_dim=sizes.head_dim,
+            high=Format.named(high),
+            low=Format.named(low),
+            tokens=128,
+            tile=block_tile(),
+        )
+        in_high = int(share * sizes.context)
+        pool, table, lengths = tiered_pool(sizes, layout, (in_high, sizes.context - in_high))
+        size = (pool.shape[0] - 1) * layout.block_bytes
+        kvs = sizes.batch * sizes.kv_heads * sizes.context
+        for by, call in found["tiers"].items():
+
+            def attend(*arguments: jax.Array, call: Any = call, layout: BlockLayout = layout) -> jax.Array:
+                return call(*arguments, layout).output
+
+            timed = partial(seconds, jax.jit(attend), query, pool, table, lengths, repeats=repeats)
+            row = attempt(f"decode, {name}", by, size, timed)
+            note = row.note or f"{size / (kvs * 4 * sizes.head_dim):.3f} of bfloat16's bytes"
+            yield replace(row, note=note)
+
+
+def tiered_pool(sizes: Sizes, layout: BlockLayout, held: tuple[int, int]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Blocks in random order, all of a tier alike; each head holds so many KVs in the high and in the low tier."""
+    rng, heads = np.random.default_rng(0), (sizes.batch, sizes.kv_heads)
+    counts = [-(-n // tier.tokens) for n, tier in zip(held, layout.tiers, strict=True)]
+    table, first = np.zeros((*heads, sum(counts)), np.int32), 1
+    pool = [jnp.zeros((1, layout.words), jnp.uint32)]
+    for count, tier, columns in zip(counts, layout.tiers, (table, table[..., ::-1]), strict=True):
+        total = sizes.batch * sizes.kv_heads * count
+        columns[..., :count] = (first + rng.permutation(total)).reshape(*heads, count)
+        first += total
+        key, value = (random_array((tier.tokens, sizes.head_dim), "float32", seed) for seed in range(2))
+        tokens = blocks.Tokens(key, value, jnp.zeros(tier.tokens), jnp.zeros(tier.tokens, jnp.int32))
+        pool.append(jnp.broadcast_to(blocks.encode(tokens, tier, layout.words), (total, layout.words)))
+    lengths = jnp.broadcast_to(jnp.array(held, jnp.int32)[:, None, None], (2, *heads))
+    return jnp.concatenate(pool).reshape(-1, layout.rows, 128), jnp.asarray(table), lengths
 
 
 def jax_decode(sizes: Sizes, repeats: int) -> float:
@@ -310,6 +357,7 @@ def main() -> None:
     found, rows = operations(platform), []
     for measured in (
         measure_decode(sizes, found, options.repeats, options.skew),
+        measure_tiers(sizes, found, options.repeats),
         measure_writes(sizes, found, options.repeats),
         measure_moves(sizes, found, options.repeats),
         measure_prefill(sizes, found, options.repeats),

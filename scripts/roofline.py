@@ -21,6 +21,7 @@ from jaxkv.cache import CacheConfig, init_cache
 from jaxkv.generation import decode_step
 from models import Llama, LlamaConfig
 from models.shapes import SHAPES
+from pallas_kernels.tiers import BlockLayout, Format
 
 BLOCK_SIZE = 64
 USABLE = 0.92
@@ -95,6 +96,27 @@ def compress_work(model: LlamaConfig, context: int, ratio: float) -> Work:
         * max(model.head_dim, 64),  # each KV against a tile of holes
         copies=heads * (all_blocks + kept),
     )
+
+
+def tier_table(models: list[str], context: int) -> str:
+    """Decode attention over whole blocks of quantised KVs, beside that over as many in bfloat16."""
+    lines = ["| model | KVs | block, KiB | tokens | bytes a KV | of bfloat16's | copies, of bfloat16's |"]
+    lines.append("|" + " --- |" * 7)
+    for name in models:
+        model = SHAPES[name]
+        tokens = 256 if model.head_dim == 64 else 128
+        layout = BlockLayout(
+            head_dim=model.head_dim, high=Format.named("K8V4"), low=Format.named("K4V2"), tokens=tokens, tile=8
+        )
+        whole = -(-context // BLOCK_SIZE)
+        for kvs, held in (("K8V4", (context, 0)), ("half K8V4, half K4V2", (context - context // 2, context // 2))):
+            blocks = sum(-(-n // tier.tokens) for n, tier in zip(held, layout.tiers, strict=True))
+            size = blocks * layout.block_bytes
+            of = size / (whole * BLOCK_SIZE * 2 * model.head_dim * ITEM)
+            sizes = " and ".join(str(tier.tokens) for tier, n in zip(layout.tiers, held, strict=True) if n)
+            cells = name, kvs, layout.block_bytes // 1024, sizes, f"{size / context:.1f}", f"{of:.3f}"
+            lines.append("| " + " | ".join(map(str, (*cells, f"{blocks / whole:.3f}"))) + " |")
+    return "\n".join(lines)
 
 
 def prefill_work(model: LlamaConfig, context: int) -> Work:
@@ -220,7 +242,7 @@ def main() -> None:
     if options.context < BLOCK_SIZE or min(options.ratios) < 1:
         sys.exit(f"expected --context of at least {BLOCK_SIZE} and ratios of at least 1, got {options}")
     found = rows(options.models, options.devices, options.context, options.ratios)
-    print(table(found))
+    print(table(found) + "\n\n" + tier_table(options.models, options.context))
     for name in options.models:
         for chip in [d for d in options.devices if DEVICES[d].topology and why_not(d) is None]:
             model, batch = SHAPES[name], 32

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from pallas_kernels.tiers.layout import Segments
@@ -78,20 +79,29 @@ def read_positions(words: Array, tier: Segments) -> Array:
 def read_tokens(pool: Array, blocks: Array, offsets: Array, tier: Segments, head_dim: int) -> Tokens:
     """KVs at ``offsets`` of ``blocks``, ``i32[n]`` each, of a pool ``u32[blocks, words]``, dequantised."""
 
-    def codes(start: int, bits: int) -> Array:
-        row, shift = locate(offsets, tier, bits)
-        return _read(pool, blocks, start + row * head_dim, head_dim) >> shift[:, None] & jnp.uint32(2**bits - 1)
-
-    def meta(start: int, groups: int) -> Array:
-        each = [_read(pool, blocks, start + group * tier.tokens + offsets, 1) for group in range(groups)]
-        return jnp.concatenate(each, axis=-1)
-
     fmt = tier.format
+    (key_row, key_shift), (value_row, value_shift) = (locate(offsets, tier, n) for n in (fmt.key_bits, fmt.value_bits))
+    lines = jnp.arange(fmt.key_groups + fmt.value_groups + 2) * tier.tokens  # a value a token each
+    at = [
+        (key_row * head_dim)[:, None] + jnp.arange(head_dim),
+        (tier.value + value_row * head_dim)[:, None] + jnp.arange(head_dim),
+        (tier.key_meta + offsets)[:, None] + lines,
+    ]
+    # One gather: what is written afterwards then follows all that is read, and the pool need not be copied.
+    words = lax.optimization_barrier(
+        pool.at[blocks[:, None], jnp.concatenate(at, axis=1)].get(mode="promise_in_bounds")
+    )
+    ends = np.cumsum([head_dim, head_dim, fmt.key_groups, fmt.value_groups, 1])
+    key, value, key_meta, value_meta, scores, positions = jnp.split(words, ends, axis=1)
+
+    def codes(words: Array, shift: Array, bits: int) -> Array:
+        return words >> shift[:, None] & jnp.uint32(2**bits - 1)
+
     return Tokens(
-        key=dequantize(Codes(codes(0, fmt.key_bits), meta(tier.key_meta, fmt.key_groups))),
-        value=dequantize(Codes(codes(tier.value, fmt.value_bits), meta(tier.value_meta, fmt.value_groups))),
-        scores=lax.bitcast_convert_type(_read(pool, blocks, tier.scores + offsets, 1)[:, 0], jnp.float32),
-        positions=lax.bitcast_convert_type(_read(pool, blocks, tier.positions + offsets, 1)[:, 0], jnp.int32),
+        key=dequantize(Codes(codes(key, key_shift, fmt.key_bits), key_meta)),
+        value=dequantize(Codes(codes(value, value_shift, fmt.value_bits), value_meta)),
+        scores=lax.bitcast_convert_type(scores[:, 0], jnp.float32),
+        positions=lax.bitcast_convert_type(positions[:, 0], jnp.int32),
     )
 
 
@@ -106,7 +116,8 @@ def write_tokens(pool: Array, blocks: Array, offsets: Array, tokens: Tokens, tie
         quantized = quantize(vectors, bits, groups)
         row, shift = locate(offsets, tier, bits)
         at, shift = start + row * head_dim, shift[:, None]
-        kept = _read(pool, blocks, at, head_dim) & ~(jnp.uint32(2**bits - 1) << shift)
+        # Apart from the write: fused with it, the read would cost a copy of the pool.
+        kept = lax.optimization_barrier(_read(pool, blocks, at, head_dim)) & ~(jnp.uint32(2**bits - 1) << shift)
         pool = _write(pool, blocks, at, kept | quantized.codes << shift)
         for group in range(groups):
             pool = _write(pool, blocks, meta + group * tier.tokens + offsets, quantized.meta[:, group : group + 1])

@@ -4,6 +4,7 @@ Compiling shows what an interpreter can't: operands that the copy engine or the 
 memory, and a pool that is copied where it should be updated in place.
 """
 
+import compile_tpu
 import jax
 import jax.numpy as jnp
 import pytest
@@ -129,6 +130,12 @@ def test_prefill_with_every_block_size(size):
 
 def test_prefill_unobserved():
     compile_prefill(SHAPES["llama-3.1-8b"], 16, observed=0)
+
+
+@pytest.mark.parametrize("program", compile_tpu.tiered_kernels(SHAPES["smollm2-135m"]), ids=lambda p: p.name)
+def test_quantised_tiers_in_plain_xla(program):
+    compiled = compile_for_h200(program.function, *program.arguments, donate=program.donate)
+    assert_no_copy(compiled, program.pool, written=True)
 
 
 def layers_of(model, attend):

@@ -115,6 +115,17 @@ def test_lowered_kvs_against_numpy(name, seed):
     np.testing.assert_array_equal(np.asarray(got)[1:], pool[1:])
 
 
+@pytest.mark.parametrize("operation", ["write", "lower"])
+def test_the_reference_copies_no_pool(operation):
+    rng, layout = np.random.default_rng(), LAYOUTS["plain"]
+    arguments = new_kvs(rng, layout) if operation == "write" else lowered(rng, layout)[1:]
+    call = partial({"write": write_kvs, "lower": lower_kvs}[operation], layout=layout, implementation="xla")
+    pool = jax.ShapeDtypeStruct((2**14, layout.rows, 128), jnp.uint32)
+    memory = jax.jit(call, donate_argnums=0).lower(pool, *arguments).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == 4 * pool.size
+    assert memory.temp_size_in_bytes < pool.size
+
+
 def check_writes(interpreter, layout, **options):
     """Both operations, to the bit."""
     rng = np.random.default_rng()
