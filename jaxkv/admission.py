@@ -13,8 +13,9 @@ from functools import lru_cache
 import jax.numpy as jnp
 
 from jaxkv.cache import CacheConfig, init_cache
-from jaxkv.policies import Policy
+from jaxkv.policies import Policy, TierPolicy
 from jaxkv.requests import Request
+from pallas_kernels.tiers import BlockLayout
 
 LEAST_PART = 64
 """Tokens: smaller parts would compress more often than they read."""
@@ -56,7 +57,7 @@ def least_part(config: CacheConfig, policy: Policy) -> int:
 @lru_cache(maxsize=64)
 def blocks_between_parts(config: CacheConfig, policy: Policy, tokens: int) -> int:
     """Blocks that a prompt of so many tokens may hold after each part: its budget, and a half-filled block a head."""
-    one = replace(config, batch=1, num_blocks=2, max_context=config.block_size)
+    one = replace(config, batch=1, num_blocks=2, max_context=config.block_size, tiers=None)
     lengths = jnp.full((config.num_layers, 1, config.num_kv_heads), tokens)
     whole = replace(init_cache(one), lengths=lengths, num_tokens=jnp.array([tokens]))
     evicted = int(policy.budget.evict_blocks(whole, policy.protected_window)[0])
@@ -66,6 +67,12 @@ def blocks_between_parts(config: CacheConfig, policy: Policy, tokens: int) -> in
 def refusal(request: Request, config: CacheConfig) -> str | None:
     """Why a request can never be served; None where it may be. What is left once it is compressed is checked then."""
     prompt, policy, blocks = len(request.prompt), request.policy, config.num_blocks - 1
+    layout = policy.layout(config.head_dim) if isinstance(policy, TierPolicy) else None
+    if layout != (config.tiers.layout if config.tiers is not None else None):
+        return (
+            f"this cache holds {_blocks_of(config.tiers.layout if config.tiers is not None else None)}, and the "
+            f"request's policy needs {_blocks_of(layout)}; give it a policy of the same kind, or run it by itself"
+        )
     if policy is not None:
         try:
             policy.budget.check(config, policy.protected_window)
@@ -86,6 +93,14 @@ def refusal(request: Request, config: CacheConfig) -> str | None:
     return f"the prompt has {prompt} tokens and {what}, but the pool has {blocks}; {more}, or shorten it"
 
 
-def more_memory(config: CacheConfig, blocks: int) -> str:
+def more_memory(config: CacheConfig, blocks: int, *, quantised: bool = False) -> str:
     """What to do about a pool that is too small for so many blocks."""
+    if quantised and config.tiers is not None:
+        config, blocks = replace(config, tiers=replace(config.tiers, num_blocks=blocks + 1)), config.num_blocks - 1
     return f"give cache_memory of at least {config.bytes_with(blocks + 1)} bytes"
+
+
+def _blocks_of(layout: BlockLayout | None) -> str:
+    return (
+        "unquantised blocks" if layout is None else f"blocks of {layout.tokens} tokens {layout.high} and {layout.low}"
+    )

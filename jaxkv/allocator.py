@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax.numpy as jnp
 from jax import Array
 
+from jaxkv import tiers
 from jaxkv.cache import PagedCache, num_blocks
 
 
@@ -68,11 +69,17 @@ def release(cache: PagedCache, lengths: Array) -> PagedCache:
     return replace(give_back(cache, cache.block_table, freed), lengths=lengths)
 
 
+def release_unquantised(cache: PagedCache) -> PagedCache:
+    """Takes back all blocks of the pool; what is quantised stays."""
+    return replace(release(cache, jnp.zeros_like(cache.lengths)), shared=jnp.zeros_like(cache.shared))
+
+
 def release_sequences(cache: PagedCache, finished: Array) -> PagedCache:
     """Empties the rows of the batch where ``finished``, ``bool[batch]``, and takes their blocks back."""
     cache = release(cache, jnp.where(finished[:, None], 0, cache.lengths))
     return replace(
         cache,
+        tiers=None if cache.tiers is None else tiers.release(cache.tiers, finished[:, None]),
         num_tokens=jnp.where(finished, 0, cache.num_tokens),
         shared=jnp.where(finished, 0, cache.shared),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from jaxkv.cache import CacheStats
+from jaxkv.cache_stats import CacheStats
 from jaxkv.requests import Completion, Event, Finished, Request, TextMade, Timings
 from models import Tokenizer
 

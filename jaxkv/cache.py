@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import jax
@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxkv.tiers import TierConfig, Tiers, init_tiers
 from pallas_kernels import padded_head_dim, slot_values
+from pallas_kernels.tiers import BlockLayout
 
 if TYPE_CHECKING:
     from models import LlamaConfig
@@ -37,6 +39,8 @@ class CacheConfig:
     padded_head_dim: int | None = None
     """Values of K, and of V, in a pool row, as the kernels need it (``pallas_kernels.padded_head_dim``); None:
     ``head_dim``."""
+    tiers: TierConfig | None = None
+    """The quantised part, if there is one; ``num_blocks`` are then of prompts and of what stays unquantised."""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_kv_heads", "head_dim", "batch", "max_context", "block_size"):
@@ -61,8 +65,14 @@ class CacheConfig:
         memory: int | None = None,
         block_size: int = 16,
         dtype: jnp.dtype = jnp.float32,  # pyright: ignore[reportArgumentType]
+        layout: BlockLayout | None = None,
+        prompts: int | None = None,
     ) -> CacheConfig:
         """Sizes for a model: of ``num_blocks``, or as large as ``memory`` bytes hold, or for ``batch`` full contexts.
+
+        Args:
+          layout: that of quantised blocks, where the policy has tiers. Of ``memory`` they take what unquantised blocks
+            for ``prompts`` full contexts (None: ``batch``) leave.
 
         Raises:
           ValueError: both sizes given, or ``memory`` too small for a single block.
@@ -80,6 +90,8 @@ class CacheConfig:
             dtype=dtype,
             padded_head_dim=padded_head_dim(model.head_dim),
         )
+        if layout is not None:
+            return config._with_tiers(layout, prompts or batch, num_blocks, memory)
         if memory is not None:
             num_blocks = (memory - config.table_bytes) // (config.block_bytes + 4)
             while num_blocks >= 2 and config.bytes_with(num_blocks) > memory:
@@ -90,6 +102,21 @@ class CacheConfig:
         elif num_blocks is None:
             num_blocks = 1 + batch * config.heads * config.max_blocks
         return replace(config, num_blocks=num_blocks)
+
+    def _with_tiers(self, layout: BlockLayout, prompts: int, num_blocks: int | None, memory: int | None) -> CacheConfig:
+        num_blocks = 1 + prompts * self.heads * self.max_blocks if num_blocks is None else num_blocks
+        most = 1 + self.batch * self.heads * -(-self.max_context // layout.tokens)
+        if memory is not None:
+            bare = replace(self, num_blocks=num_blocks, tiers=TierConfig(layout=layout, num_blocks=0))
+            room = memory - bare.bytes_with(num_blocks)
+            most = min(most, room // (layout.block_bytes + 4))
+            if most < 2:
+                least = bare.bytes_with(num_blocks) + 2 * (layout.block_bytes + 4)
+                raise ValueError(
+                    f"cache memory of {memory} bytes leaves none for quantised blocks beside a prompt of "
+                    f"{self.max_context} tokens that is being read; it must be at least {least} bytes"
+                )
+        return replace(self, num_blocks=num_blocks, tiers=TierConfig(layout=layout, num_blocks=most))
 
     @property
     def row_width(self) -> int:
@@ -116,15 +143,19 @@ class CacheConfig:
 
     @property
     def table_bytes(self) -> int:
-        """Bytes of what doesn't grow with the pool: block table, lengths, token and block counts."""
-        return 4 * self.batch * (self.heads * (self.max_blocks + 1) + 2)
+        """Bytes of what doesn't grow with the pool: block tables, lengths, token and block counts."""
+        row = self.max_blocks + 1
+        if self.tiers is not None:
+            row += self.tiers.max_blocks(self.max_context) + 6  # two lengths, values and indices of the weakest
+        return 4 * self.batch * (self.heads * row + 2)
 
     def bytes_with(self, num_blocks: int) -> int:
         """Bytes of the whole cache with so many blocks: scores and positions come in whole rows."""
         slots = num_blocks * self.block_size
         rows = -(-slots // LANES)
         pool = slots * self.row_width * np.dtype(self.dtype).itemsize
-        return pool + rows * LANES * 8 + self.table_bytes + 4 * num_blocks + 4
+        quantised = self.tiers.num_blocks * (self.tiers.layout.block_bytes + 4) + 4 if self.tiers is not None else 0
+        return pool + rows * LANES * 8 + self.table_bytes + 4 * num_blocks + 4 + quantised
 
 
 @jax.tree_util.register_dataclass
@@ -155,6 +186,8 @@ class PagedCache:
     """``i32[blocks]``: a stack, of which the first ``num_free`` are free."""
     num_free: Array
     """``i32[]``."""
+    tiers: Tiers | None = None
+    """The quantised part. Its KVs come before the unquantised ones wherever all of a head's are counted."""
 
     @property
     def block_size(self) -> int:
@@ -165,8 +198,19 @@ class PagedCache:
         """KVs that a head's table row can address."""
         return self.block_table.shape[-1] * self.block_size
 
+    @property
+    def quantised(self) -> Tiers:
+        """The quantised part.
+
+        Raises:
+          ValueError: there is none.
+        """
+        if self.tiers is None:
+            raise ValueError("this cache has no quantised tiers; give its CacheConfig the layout of the policy's")
+        return self.tiers
+
     def blocks_held(self) -> Array:
-        """``i32[layers, batch, kv_heads]``."""
+        """``i32[layers, batch, kv_heads]`` unquantised."""
         return num_blocks(self.lengths, self.block_size)
 
 
@@ -185,6 +229,15 @@ def init_cache(config: CacheConfig) -> PagedCache:
         # Popped from the end: the lowest blocks go first. The last entry is spare, since the null block is never free.
         free_blocks=(config.num_blocks - 1 - jnp.arange(config.num_blocks)).astype(jnp.int32),
         num_free=jnp.int32(config.num_blocks - 1),
+        tiers=None
+        if config.tiers is None
+        else init_tiers(
+            config.tiers,
+            layers=config.num_layers,
+            batch=config.batch,
+            kv_heads=config.num_kv_heads,
+            max_context=config.max_context,
+        ),
     )
 
 
@@ -249,6 +302,7 @@ def take_sequences(cache: PagedCache, sequences: Array) -> PagedCache:
         lengths=cache.lengths[:, sequences],
         num_tokens=cache.num_tokens[sequences],
         shared=cache.shared[sequences],
+        tiers=None if cache.tiers is None else cache.tiers.take(sequences),
     )
 
 
@@ -260,51 +314,5 @@ def put_sequences(cache: PagedCache, part: PagedCache, sequences: Array) -> Page
         lengths=cache.lengths.at[:, sequences].set(part.lengths),
         num_tokens=cache.num_tokens.at[sequences].set(part.num_tokens),
         shared=cache.shared.at[sequences].set(part.shared),
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheStats:
-    """What a cache holds. All bytes are of memory that is really held; what a prefix lends counts for each borrower."""
-
-    bytes_allocated: int
-    """All arrays of the cache: pool, scores, positions, tables, lengths, free list."""
-    bytes_held: int
-    """Blocks held, with their scores and positions, and the tables."""
-    bytes_full: int
-    """The same if nothing had been evicted."""
-    kvs_held: int
-    kvs_full: int
-    blocks_held: int
-    blocks_full: int
-    blocks_free: int
-    block_size: int
-    blocks_per_head: np.ndarray
-    """``i32[layers, kv_heads]``, summed over the batch."""
-    fragmentation: float
-    """Share of the held slots that no KV fills."""
-
-
-def stats(cache: PagedCache) -> CacheStats:
-    """Reads the cache's sizes back to the host."""
-    lengths, tokens, free = jax.device_get((cache.lengths, cache.num_tokens, cache.num_free))
-    layers, _, kv_heads = lengths.shape
-    size = cache.block_size
-    blocks = -(-lengths // size)
-    blocks_full = int((-(-tokens // size)).sum()) * layers * kv_heads
-    block_bytes = cache.pool[:1].nbytes + 8 * size
-    table_bytes = sum(a.nbytes for a in (cache.block_table, cache.lengths, cache.num_tokens, cache.shared))
-    held = int(blocks.sum())
-    return CacheStats(
-        bytes_allocated=sum(getattr(cache, field.name).nbytes for field in fields(cache)),
-        bytes_held=held * block_bytes + table_bytes,
-        bytes_full=blocks_full * block_bytes + table_bytes,
-        kvs_held=int(lengths.sum()),
-        kvs_full=int(tokens.sum()) * layers * kv_heads,
-        blocks_held=held,
-        blocks_full=blocks_full,
-        blocks_free=int(free),
-        block_size=size,
-        blocks_per_head=blocks.sum(1),
-        fragmentation=1 - int(lengths.sum()) / (held * size) if held else 0.0,
+        tiers=None if cache.tiers is None or part.tiers is None else cache.tiers.put(part.tiers, sequences),
     )

@@ -22,10 +22,12 @@ import numpy as np
 
 from jaxkv.admission import more_memory, plan_reading, refusal
 from jaxkv.answers import Answer
-from jaxkv.cache import CacheConfig, PagedCache, stats, take_sequences
-from jaxkv.policies import Policy
+from jaxkv.cache import CacheConfig, PagedCache, take_sequences
+from jaxkv.cache_stats import stats
+from jaxkv.policies import Policy, TierPolicy
 from jaxkv.prompt import CHUNK, PromptState
 from jaxkv.requests import Event, PromptRead, Refused, sampler_for
+from jaxkv.room import QUANTISED, RAW, Room
 from jaxkv.sampling import Forced, Sampler
 from jaxkv.sharing import AHEAD, Kept, choose
 from jaxkv.steps import CompiledSteps
@@ -55,6 +57,8 @@ class Prompt:
     """Blocks of a prefix that it began with."""
     lend: int
     """Tokens that become a prefix once they are read; 0: none do."""
+    compressed: np.ndarray
+    """Blocks that it takes when it is compressed, as ``jaxkv.room`` counts."""
 
 
 class Engine:
@@ -85,8 +89,7 @@ class Engine:
         """Without compiling."""
         self.locked = False
         """After a preemption nobody joins until somebody leaves: else the two would take turns for ever."""
-        self.lengths = np.zeros(cache.lengths.shape, np.int32)
-        self.free = config.num_blocks - 1
+        self.room = Room(config, cache)
 
     def run(self, answers: Iterable[Answer | Refused]) -> Iterator[Event]:
         """Events of all requests; no more are drawn from the iterable than there are free rows, and ``AHEAD``."""
@@ -121,25 +124,20 @@ class Engine:
         reading = self.prompt.row if self.prompt is not None else None
         return [row for row, answer in enumerate(self.rows) if answer is not None and row != reading]
 
-    def _growth(self, rows: list[int], tokens: int) -> int:
-        """Blocks that these rows allocate for at most so many more tokens each."""
-        size, total = self.config.block_size, 0
+    def _growth(self, rows: list[int], tokens: int) -> np.ndarray:
+        """Blocks that these rows allocate for at most so many more tokens each; a pair, as all of ``jaxkv.room``."""
+        total = np.zeros(2, np.int64)
         for row in rows:
             answer = self._answer(row)
-            lengths = self.lengths[:, row]
-            more = min(tokens, answer.tokens_left)
-            total += int((-(-(lengths + more) // size) + (-lengths // size)).sum())
+            total += self.room.growth(row, answer.request.policy, min(tokens, answer.tokens_left))
         return total
 
-    def _held(self, row: int) -> int:
-        """Blocks."""
-        return int((-(-self.lengths[:, row] // self.config.block_size)).sum())
-
-    def _unread(self) -> int:
-        """Blocks that the rest of the prompt being read may still take."""
+    def _unread(self) -> np.ndarray:
+        """Blocks that the rest of the prompt being read, and its compression, may still take."""
         if self.prompt is None:
-            return 0
-        return self.prompt.peak + self.prompt.borrowed - self._held(self.prompt.row)
+            return np.zeros(2, np.int64)
+        prompt = self.prompt
+        return np.array([prompt.peak + prompt.borrowed, 0]) + prompt.compressed - self.room.held(prompt.row)
 
     def _admit(self) -> Iterator[Event]:
         """Begins to read the first in the queue, where there is a row and room for its prompt."""
@@ -165,10 +163,11 @@ class Engine:
             peak += config.heads * lend  # compressed is a copy
         else:
             lend = 0
-        grows += self._growth(running, HORIZON)
-        if peak + grows > self.free:
+        compressed = self.room.compressed(request.policy, len(request.prompt))
+        need = np.array([peak + grows, 0]) + compressed + self._growth(running, HORIZON)
+        if np.any(need > self.room.free):
             self._cut_prefixes(but=kept)
-        if peak + grows > self.free:
+        if np.any(need > self.room.free):
             if not running:  # nothing but prefixes is in its way; then it reads by itself
                 self._cut_prefixes()
             return
@@ -193,12 +192,15 @@ class Engine:
             read=read,
             borrowed=config.heads * borrowed,
             lend=lend,
+            compressed=compressed,
         )
         yield PromptRead(request=answer.index, tokens=read, total=len(request.prompt))
 
     def _begin_part(self, row: int, part: int, read: int) -> PromptState:
         request = self._answer(row).request
-        state = self.steps.start(self.cache, row, min(part, len(request.prompt) - read), request.policy)
+        state = self.steps.start(
+            self.cache, row, min(part, len(request.prompt) - read), request.policy, fresh=read < part
+        )
         self.cache = state.cache
         return state
 
@@ -256,7 +258,7 @@ class Engine:
         assert policy is not None
         self.cache = self.steps.score(prompt.state, prompt.row, policy)
         self._compress(prompt.row, tokens=total)
-        held = self._held(prompt.row)
+        held = int(self.room.held(prompt.row)[RAW])
         need = held + self.config.full_blocks(min(prompt.part, total - prompt.read))
         if need > prompt.peak:
             error = (
@@ -281,17 +283,28 @@ class Engine:
             self._compress(row)
         self._look()
         answer.cache = stats(take_sequences(self.cache, jnp.array([row])))
-        more = self._growth([row], answer.request.limit)
-        held = answer.cache.blocks_held
-        if held + more > self.config.num_blocks - 1:
-            error = (
-                f"the prompt holds {held} blocks once it is read, but {answer.request.limit} more tokens "
-                f"may need {more}; {more_memory(self.config, held + more)}, or ask for fewer tokens"
-            )
+        if error := self._too_large(row, answer):
             self._leave(row)
             yield Refused(request=answer.index, error=error)
             return
         yield from self._accept(row, [first], [logprob])
+
+    def _too_large(self, row: int, answer: Answer) -> str | None:
+        """Why an answer can't be given to a prompt that is read and compressed; None where it can."""
+        held, more = self.room.held(row), self._growth([row], answer.request.limit)
+        if isinstance(answer.request.policy, TierPolicy) and held[RAW]:
+            return (
+                f"the prompt doesn't fit its {self.room.total[QUANTISED]} quantised blocks; give more cache_memory, "
+                "a smaller budget, or shorten it"
+            )
+        for pool in np.flatnonzero(held + more > self.room.total):
+            need = held[pool] + more[pool]
+            return (
+                f"the prompt holds {held[pool]} blocks once it is read, but {answer.request.limit} more tokens may "
+                f"need {more[pool]}; {more_memory(self.config, int(need), quantised=pool == QUANTISED)}, or ask for "
+                "fewer tokens"
+            )
+        return None
 
     def _compress(self, row: int, tokens: int = 0) -> None:
         """To the budget of the tokens that it has seen, or of so many where those are more."""
@@ -306,7 +319,7 @@ class Engine:
         """As many steps for all running rows as the pool surely serves; makes room first where that is none."""
         running = self._running()
         steps = STEPS
-        while steps and self._growth(running, steps) > self.free - self._unread():
+        while steps and np.any(self._growth(running, steps) > self.room.free - self._unread()):
             steps //= 2
         if steps == 0:
             self._make_room(running)
@@ -367,15 +380,15 @@ class Engine:
 
     def _make_room(self, running: list[int]) -> None:
         """Drops unused prefixes; else compresses what has outgrown its budget; else puts the youngest back."""
-        before = self.free
+        before = self.room.free
         self._cut_prefixes()
-        if self.free > before:
+        if np.any(self.room.free > before):
             return
         for row in running:
             policy = self._answer(row).request.policy
             if policy is not None and policy.compress_every is not None:
                 self._compress(row)
-        if self.free > before:
+        if np.any(self.room.free > before):
             return
         taken = (row for row, answer in enumerate(self.rows) if answer is not None)
         row = max(taken, key=lambda row: self._answer(row).order)
@@ -407,13 +420,14 @@ class Engine:
 
     def _look(self) -> None:
         """Reads back what the heads hold and what is free."""
-        lengths, free = jax.device_get((self.cache.lengths, self.cache.num_free))
-        self.lengths, self.free = lengths, int(free)
+        self.room.look(self.cache)
 
 
 def _deciding(policy: Policy | None) -> Policy | None:
-    """What a policy is for decoding: None where it neither observes it nor compresses again."""
-    return policy if policy is not None and (policy.observes_decoding or policy.compress_every is not None) else None
+    """What a policy is for decoding: None where it neither observes it, nor compresses again, nor quantises."""
+    if policy is None or policy.observes_decoding or policy.compress_every is not None:
+        return policy
+    return policy if isinstance(policy, TierPolicy) else None
 
 
 def _chunk(ids: np.ndarray, size: int) -> tuple[jax.Array, int]:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxkv import allocator, eviction
+from jaxkv import allocator, eviction, tier_steps
 from jaxkv.cache import PagedCache, in_table_order, put_sequences, stamp_slots, take_sequences, to_slots
-from jaxkv.policies import Policy
+from jaxkv.policies import Policy, TierPolicy
 from jaxkv.prompt import prefill
 from jaxkv.sampling import Greedy, Sampler, logprobs_of
 from pallas_kernels.block_writes import write_blocks
@@ -44,6 +44,11 @@ def compress(
         whole prompt's, so that each part leaves what the end will.
       evict_blocks: ``i32[batch]`` blocks to give up, whatever the budget says; None: as it says.
     """
+    if isinstance(policy, TierPolicy):
+        every = jnp.ones(cache.num_tokens.shape, bool)
+        return _retier(
+            cache, policy, every if select is None else select, cache.num_tokens if tokens is None else tokens
+        )
     if evict_blocks is None:
         budgeted = cache if tokens is None else replace(cache, num_tokens=tokens)
         evict_blocks = policy.budget.evict_blocks(budgeted, policy.protected_window)
@@ -62,6 +67,17 @@ def compress(
 
     # One sequence at a time: what is ranked together is one sequence's, and temporaries stay those of one.
     return lax.fori_loop(0, blocks.shape[0], compress_one, cache)
+
+
+def _retier(cache: PagedCache, policy: TierPolicy, select: Array, tokens: Array) -> PagedCache:
+    def compress_one(row: Array, cache: PagedCache) -> PagedCache:
+        def run(cache: PagedCache) -> PagedCache:
+            part = tier_steps.compress(take_sequences(cache, row[None]), policy, tokens[row])
+            return put_sequences(cache, part, row[None])
+
+        return lax.cond(select[row] & (cache.num_tokens[row] > 0), run, lambda cache: cache, cache)
+
+    return lax.fori_loop(0, select.shape[0], compress_one, cache)
 
 
 def _evict(cache: PagedCache, policy: Policy, evict_blocks: Array) -> PagedCache:
@@ -90,8 +106,12 @@ def decode_step(
 
     Returns:
       The cache and ``f32[batch, vocab]``. Where the pool can't serve all active rows, the cache stays as it was and
-      the logits are NaN: compare ``blocks_to_step`` with ``cache.num_free`` first.
+      the logits are NaN: ask ``room_to_step`` first.
     """
+    if cache.tiers is not None:
+        if not isinstance(policy, TierPolicy):
+            raise ValueError(f"a cache with quantised tiers needs the policy that decides over them, got {policy}")
+        return tier_steps.decode_step(model, cache, tokens, active, policy)
     starts, positions = cache.lengths, cache.num_tokens[:, None]
     cache, granted = allocator.grow(cache, starts + active[None, :, None], most=1)
     counts = (active & granted).astype(jnp.int32)
@@ -120,9 +140,11 @@ def decode_step(
     return cache, jnp.where(granted, model.logits(hidden[:, 0]), jnp.nan)
 
 
-def blocks_to_step(cache: PagedCache, active: Array) -> Array:
-    """``i32[]``: blocks that the next decode step of the active rows, ``bool[batch]``, allocates."""
-    return allocator.blocks_needed(cache, cache.lengths + active[None, :, None])
+def room_to_step(cache: PagedCache, active: Array, policy: Policy | None = None) -> Array:
+    """``bool[]``: whether enough blocks are free for the next decode step of the active rows, ``bool[batch]``."""
+    if cache.tiers is not None and isinstance(policy, TierPolicy):
+        return tier_steps.room_to_step(cache, active, policy)
+    return allocator.blocks_needed(cache, cache.lengths + active[None, :, None]) <= cache.num_free
 
 
 class Decoded(NamedTuple):
@@ -168,7 +190,7 @@ def decode(
 
     def going(state: tuple[Array, Array, Decoded]) -> Array:
         step, _, made = state
-        return (step < steps) & jnp.any(made.active) & (blocks_to_step(made.cache, made.active) <= made.cache.num_free)
+        return (step < steps) & jnp.any(made.active) & room_to_step(made.cache, made.active, policy)
 
     def once(state: tuple[Array, Array, Decoded]) -> tuple[Array, Array, Decoded]:
         step, last, made = state

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jaxkv.admission import refusal
 from jaxkv.answers import Answer
 from jaxkv.cache import CacheConfig, PagedCache, init_cache
 from jaxkv.engine import Engine
-from jaxkv.policies import Policy
+from jaxkv.policies import Policy, TierPolicy
 from jaxkv.requests import Completion, Event, Finished, Refused, Request, SamplingParams, TextMade
 from jaxkv.steps import CompiledSteps
 from models import Llama, Tokenizer, load_model, load_tokenizer, resolve, stack_layers
@@ -222,10 +223,19 @@ class LLM:
                 memory=self.cache_memory,
                 block_size=self.block_size,
                 dtype=self.dtype,
+                **self._tiers(),
             )
         if self.compression is not None:
             self.compression.budget.check(config, self.compression.protected_window)
         return config
+
+    def _tiers(self) -> dict[str, Any]:
+        """What a policy of quantised tiers needs of the cache; prompts are read one at a time."""
+        policy = self.compression
+        if not isinstance(policy, TierPolicy):
+            return {}
+        layout = policy.layout(self.model.config.head_dim)
+        return {"layout": layout, "prompts": 1 if policy.quantises_decoding else 2}
 
     def _ends(self) -> tuple[int, ...]:
         """Tokens that end an answer."""

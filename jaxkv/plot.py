@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jaxkv.cache import CacheStats
+from jaxkv.cache_stats import CacheStats
 
 
 def head_map(cache: CacheStats, path: Path) -> None:

@@ -6,14 +6,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxkv import allocator
+from jaxkv import allocator, tiering
 from jaxkv.cache import NULL_BLOCK, PagedCache, in_table_order, stamp_slots, to_slots
 from jaxkv.policies import Policy
 from jaxkv.policies.base import ALL_QUERIES
@@ -85,10 +85,14 @@ class PromptState:
     """``[batch, hidden]`` of the last token read."""
     granted: Array
     """``bool[]``: all chunks so far found room."""
+    fresh: bool = field(default=False, metadata={"static": True})
+    """The sequences held nothing before, so there is nothing quantised to read."""
 
 
-def start_prompt(model: Llama, cache: PagedCache, lengths: Array, policy: Policy | None) -> PromptState:
-    """Before the first chunk of prompts of ``i32[batch]`` lengths."""
+def start_prompt(
+    model: Llama, cache: PagedCache, lengths: Array, policy: Policy | None, *, fresh: bool = False
+) -> PromptState:
+    """Before the first chunk of prompts of ``i32[batch]`` lengths; ``fresh`` where the sequences hold nothing."""
     layers, batch, _ = cache.lengths.shape
     width = cache.capacity if observes_prompt(policy) else 0
     return PromptState(
@@ -97,6 +101,7 @@ def start_prompt(model: Llama, cache: PagedCache, lengths: Array, policy: Policy
         end=cache.num_tokens + lengths,
         hidden=jnp.zeros((batch, model.config.hidden_size)),
         granted=jnp.bool_(True),
+        fresh=fresh,
     )
 
 
@@ -114,19 +119,22 @@ def prefill_chunk(model: Llama, state: PromptState, tokens: Array, counts: Array
     counts = jnp.where(granted, counts, 0)
     cache = stamp_slots(cache, starts, positions, counts)
 
+    before = replace(cache, lengths=starts)
+    held = _held(before, fresh=state.fresh)
+
     def attend(
         state: tuple[Array, Array], layer: int | Array, query: Array, key: Array, value: Array
     ) -> tuple[tuple[Array, Array], Array]:
         pool, mass = state
-        table, start = cache.block_table[layer], starts[layer]
-        cached_positions = in_table_order(cache.positions, table, start, cache.block_size)
-        observed = _observed(policy, positions, cached_positions, counts, end)
         # Written before it is read, and read to the end before the next layer writes: else XLA copies the pool.
-        pool = write_blocks(pool, key, value, table, start, counts)
-        out, masses = prefill_attention(query, key, value, pool, table, start, observed=observed)
+        pool = write_blocks(pool, key, value, cache.block_table[layer], starts[layer], counts)
+        cached, cached_positions = _layer(replace(before, pool=pool), held, layer)
+        observed = _observed(policy, positions, cached_positions, counts, end)
+        out, masses = prefill_attention(query, key, value, *cached, observed=observed)
         if masses is not None:
-            mass = mass.at[layer].add(_join(*masses, start, counts))
-            out = out + _zero_from(masses[0]).astype(out.dtype)
+            on_cached, on_own = masses
+            mass = mass.at[layer].add(_join(on_cached, on_own, cached[2], counts))
+            out = out + _zero_from(on_cached).astype(out.dtype)
         return (pool, mass), out
 
     (pool, mass), hidden = model(tokens, positions, attend, (cache.pool, state.mass))
@@ -137,6 +145,7 @@ def prefill_chunk(model: Llama, state: PromptState, tokens: Array, counts: Array
         end=end,
         hidden=jnp.where((counts > 0)[:, None], last, state.hidden),
         granted=state.granted & granted,
+        fresh=state.fresh,
     )
 
 
@@ -145,7 +154,7 @@ def reread_chunk(model: Llama, state: PromptState, tokens: Array, counts: Array,
     length = tokens.shape[1]
     real = jnp.arange(length) < counts[:, None]
     rows = jnp.where(real & state.granted, jnp.arange(length), -1)
-    mass, _ = _look(model, state.cache, tokens, state.mass, rows, policy)
+    mass, _ = _look(model, state.cache, tokens, state.mass, rows, policy, fresh=state.fresh)
     return replace(state, mass=mass)
 
 
@@ -158,26 +167,49 @@ def look_ahead(model: Llama, cache: PagedCache, tokens: Array) -> Array:
 
 
 def _look(
-    model: Llama, cache: PagedCache, tokens: Array, mass: Array, rows: Array | None, policy: Policy | None
+    model: Llama,
+    cache: PagedCache,
+    tokens: Array,
+    mass: Array,
+    rows: Array | None,
+    policy: Policy | None,
+    *,
+    fresh: bool = False,
 ) -> tuple[Array, Array]:
     """The masses with those of the observed rows added, and the hidden states of tokens that aren't cached."""
     positions = cache.num_tokens[:, None] + jnp.arange(tokens.shape[1])
+    held = _held(cache, fresh=fresh)
 
     def attend(state: Array, layer: int | Array, query: Array, key: Array, value: Array) -> tuple[Array, Array]:
-        table, length = cache.block_table[layer], cache.lengths[layer]
+        cached, cached_positions = _layer(cache, held, layer)
         observed = None
         if policy is not None and rows is not None:
             observed = Observed(
                 rows=rows,
                 positions=positions,
-                cached_positions=in_table_order(cache.positions, table, length, cache.block_size),
+                cached_positions=cached_positions,
                 function=policy.of_probability,
                 buffer=policy.observed_buffer,
             )
-        out, masses = prefill_attention(query, key, value, cache.pool, table, length, observed=observed)
+        out, masses = prefill_attention(query, key, value, *cached, observed=observed)
         return state if masses is None else state.at[layer].add(masses[0]), out
 
     return model(tokens, positions, attend, mass)
+
+
+def _held(cache: PagedCache, *, fresh: bool) -> tiering.Held | None:
+    """Where the KVs of a cache with quantised tiers are; None where all are in the pool."""
+    return tiering.held(cache) if cache.tiers is not None and not fresh else None
+
+
+def _layer(
+    cache: PagedCache, held: tiering.Held | None, layer: int | Array
+) -> tuple[tuple[Array, Array, Array], Array]:
+    """A layer's pool, block table and lengths as ``prefill_attention`` takes them, and the positions of its KVs."""
+    if held is not None:
+        return tiering.unquantised_layer(cache, held, layer), held.positions[layer]
+    table, lengths = cache.block_table[layer], cache.lengths[layer]
+    return (cache.pool, table, lengths), in_table_order(cache.positions, table, lengths, cache.block_size)
 
 
 def finish_prompt(model: Llama, state: PromptState, policy: Policy | None) -> tuple[PagedCache, Array]:
@@ -196,32 +228,36 @@ def score_prompt(state: PromptState, policy: Policy | None) -> PagedCache:
     if policy is None or not (observes_prompt(policy) or policy.reads_kvs):
         return cache
     layers, batch, kv_heads = cache.lengths.shape
-    held = jnp.arange(cache.capacity) < cache.lengths[..., None]
+    held = jnp.arange(cache.capacity) < tiering.total(cache)[..., None]
     scores = jnp.zeros(held.shape)
     if observes_prompt(policy):
         scores = policy.of_prompt(state.mass.reshape(layers, batch, kv_heads, -1, cache.capacity), held)
+    where = _held(cache, fresh=state.fresh)
     if policy.reads_kvs:
-        scores = _of_kvs(cache, policy, scores, held)
+        scores = _of_kvs(cache, policy, scores, held, where)
     scores = jnp.where(held, scores, 0.0)
+    adds = policy.observed_queries is ALL_QUERIES or policy.rereads
+    if where is not None:
+        since = where.positions if adds else policy.since(where.positions, cache.num_tokens)
+        return tiering.put_scores(cache, scores + where.scores if adds else scores, since)
     table = cache.block_table, cache.lengths
-    if policy.observed_queries is ALL_QUERIES or policy.rereads:
+    if adds:
         scores += in_table_order(cache.scores, *table, cache.block_size)
     return replace(cache, scores=to_slots(cache.scores, *table, scores))
 
 
-def _of_kvs(cache: PagedCache, policy: Policy, scores: Array, held: Array) -> Array:
+def _of_kvs(cache: PagedCache, policy: Policy, scores: Array, held: Array, where: tiering.Held | None) -> Array:
     """A layer at a time: what is copied out of the pool is one layer's."""
 
-    def of_layer(layer: tuple[Array, Array, Array, Array]) -> Array:
-        table, lengths, scores, held = layer
-        blocks = jnp.where(held[..., :: cache.block_size], table, NULL_BLOCK)
-        rows = cache.pool[blocks].reshape(*held.shape, -1)
-        rows = jnp.where(held[..., None], rows.astype(jnp.float32), 0.0)
+    def of_layer(layer: Array) -> Array:
+        (pool, table, _), positions = _layer(cache, where, layer)
+        blocks = jnp.where(held[layer][..., :: cache.block_size], table, NULL_BLOCK)
+        rows = pool[blocks].reshape(*held.shape[1:], -1)
+        rows = jnp.where(held[layer][..., None], rows.astype(jnp.float32), 0.0)
         key, value = jnp.split(rows, 2, axis=-1)
-        positions = in_table_order(cache.positions, table, lengths, cache.block_size)
-        return policy.of_kvs(scores, key, value, positions, held)
+        return policy.of_kvs(scores[layer], key, value, positions, held[layer])
 
-    return lax.map(of_layer, (cache.block_table, cache.lengths, scores, held))
+    return lax.map(of_layer, jnp.arange(held.shape[0]))
 
 
 def _observed(

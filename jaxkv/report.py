@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from jaxkv.cache import CacheStats
+from jaxkv.cache_stats import CacheStats
 from jaxkv.requests import Completion
 
 
@@ -36,7 +36,7 @@ def cache_dict(cache: CacheStats) -> dict[str, Any]:
 
 
 def summary(completion: Completion) -> str:
-    """Two or three lines: speed, and cache bytes before and after."""
+    """A few lines: speed, cache bytes before and after, and what of it is quantised."""
     timings, cache = completion.timings, completion.cache
     prefill = rate(completion.prompt_tokens, timings.prefill)
     decode = rate(len(completion.token_ids) - 1, timings.decode)
@@ -48,6 +48,12 @@ def summary(completion: Completion) -> str:
         f"({cache.bytes_full / cache.bytes_held:.2f}x): {cache.blocks_held} of {cache.blocks_full} blocks of "
         f"{cache.block_size}, {cache.blocks_per_head.min()} to {cache.blocks_per_head.max()} a head",
     ]
+    if cache.kvs_high or cache.kvs_low:
+        shares = [100 * kvs / cache.kvs_full for kvs in (cache.kvs_high, cache.kvs_low)]
+        lines.append(
+            f"tiers   {shares[0]:.1f} % of the KVs high, {shares[1]:.1f} % low; of the full cache at 16 bits "
+            f"{100 * cache.nominal_share:.1f} % nominally, {100 * cache.bytes_held / cache.bytes_full_16bit:.1f} % held"
+        )
     return "\n".join(lines)
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.cache import CacheStats
+from jaxkv.cache_stats import CacheStats
 from jaxkv.policies import Policy
 from jaxkv.sampling import Greedy, Random, Sampler
 

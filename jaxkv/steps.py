@@ -40,9 +40,9 @@ class CompiledSteps:
             return nnx.merge(graph, jax.tree.unflatten(treedef, leaves))
 
         def start(
-            leaves: list[Array], cache: PagedCache, row: Array, length: Array, policy: Policy | None
+            leaves: list[Array], cache: PagedCache, row: Array, length: Array, policy: Policy | None, fresh: bool
         ) -> PromptState:
-            part = start_prompt(merge(leaves), take_sequences(cache, row), length, policy)
+            part = start_prompt(merge(leaves), take_sequences(cache, row), length, policy, fresh=fresh)
             return replace(part, cache=put_sequences(cache, part.cache, row))
 
         def chunk(
@@ -101,7 +101,7 @@ class CompiledSteps:
                 stop_tokens=stop_tokens,
             )
 
-        self._start = jax.jit(start, donate_argnums=1, static_argnums=4)
+        self._start = jax.jit(start, donate_argnums=1, static_argnums=(4, 5))
         self._chunk = jax.jit(chunk, donate_argnums=1, static_argnums=5)
         self._reread = jax.jit(reread, donate_argnums=1, static_argnums=5)
         self._finish = jax.jit(finish, donate_argnums=1, static_argnums=5)
@@ -123,9 +123,11 @@ class CompiledSteps:
             self.compile_seconds += time.perf_counter() - began
         return self._programs[key](*args)
 
-    def start(self, cache: PagedCache, row: int, length: int, policy: Policy | None) -> PromptState:
-        """Begins a prompt, or a part of one, of ``length`` tokens in a row of the batch."""
-        return self._call(self._start, self.leaves, cache, _one(row), _one(length), static=(policy,))
+    def start(
+        self, cache: PagedCache, row: int, length: int, policy: Policy | None, *, fresh: bool = False
+    ) -> PromptState:
+        """Begins a prompt, or a part of one, of ``length`` tokens; ``fresh``: in a row that holds nothing quantised."""
+        return self._call(self._start, self.leaves, cache, _one(row), _one(length), static=(policy, fresh))
 
     def chunk(self, state: PromptState, row: int, tokens: Array, count: int, policy: Policy | None) -> PromptState:
         """Reads a chunk, ``i32[1, chunk]``."""

@@ -58,7 +58,7 @@ def measure(llm: LLM, texts: list[list[int]], new: int, context: int) -> Row:
         assert llm.engine is not None
         if isinstance(event, TextMade):
             made += len(event.token_ids)
-            peak = max(peak, llm.engine.config.num_blocks - 1 - llm.engine.free)
+            peak = max(peak, int((llm.engine.room.total - llm.engine.room.free)[0]))
         elif isinstance(event, Finished):
             print(f"\r{event.request + 1} answered", end="", file=sys.stderr)
     assert llm.engine is not None

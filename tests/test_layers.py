@@ -13,7 +13,19 @@ ALLOWED = {
     "jaxkv": {"jaxkv", "models", "pallas_kernels"},
     "scripts": {"jaxkv", "models", "pallas_kernels"},
 }
-HOST = {"steps", "admission", "sharing", "engine", "answers", "llm", "batch", "jobfile", "recordfile", "progress"}
+HOST = {
+    "steps",
+    "admission",
+    "sharing",
+    "engine",
+    "room",
+    "answers",
+    "llm",
+    "batch",
+    "jobfile",
+    "recordfile",
+    "progress",
+}
 HOST |= {"cli", "requests", "report", "plot"}
 
 

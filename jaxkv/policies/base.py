@@ -94,6 +94,10 @@ class Policy:
         """
         return scores
 
+    def since(self, positions: Array, num_tokens: Array) -> Array:
+        """What a quantised KV's position becomes once a prompt's last queries have given it a new score."""
+        return positions
+
     def of_decoding(self, probability: Array) -> Array:
         """What a decoded token adds to the scores: probabilities ``[..., group, kvs]`` -> ``[..., kvs]``."""
         return self.of_probability(probability).sum(-2)

@@ -22,6 +22,13 @@ class Budget(ABC):
     def evict_blocks(self, cache: PagedCache, protected_window: int) -> Array:
         """``i32[batch]``, never negative."""
 
+    def most_bytes(self, tokens: Array, bytes_a_token: int) -> Array:
+        """Bytes that a sequence of so many tokens may hold where a policy quantises, ``f32`` like tokens.
+
+        ``bytes_a_token`` is what a token takes in the full cache at 16 bits a value, all heads together.
+        """
+        raise NotImplementedError(f"{type(self).__name__} doesn't bound bytes, which a policy that quantises needs")
+
     def check(self, config: CacheConfig, protected_window: int) -> None:  # noqa: B027  # most can hold anything
         """Raises ValueError where the budget can't hold what is protected, or a block a head."""
 
@@ -42,6 +49,17 @@ def _impossible(what: str, tokens: float, config: CacheConfig, window: int, inst
 
 
 @dataclass(frozen=True, kw_only=True)
+class Unlimited(Budget):
+    """Nothing is evicted for want of room: a policy with thresholds decides alone."""
+
+    def evict_blocks(self, cache: PagedCache, protected_window: int) -> Array:
+        return jnp.zeros_like(cache.num_tokens)
+
+    def most_bytes(self, tokens: Array, bytes_a_token: int) -> Array:
+        return jnp.full(tokens.shape, jnp.inf)
+
+
+@dataclass(frozen=True, kw_only=True)
 class MaxTokens(Budget):
     """At most ``tokens`` KVs a head on average, in whole blocks (KV-Compress's ``max_cache_tokens``)."""
 
@@ -50,6 +68,9 @@ class MaxTokens(Budget):
     def evict_blocks(self, cache: PagedCache, protected_window: int) -> Array:
         keep = -(-self.tokens // cache.block_size) * _heads(cache)
         return jnp.maximum(_held(cache) - keep, 0)
+
+    def most_bytes(self, tokens: Array, bytes_a_token: int) -> Array:
+        return jnp.full(tokens.shape, float(self.tokens * bytes_a_token))
 
     def check(self, config: CacheConfig, protected_window: int) -> None:
         if self.tokens < max(config.block_size, protected_window):
@@ -78,6 +99,9 @@ class Ratio(Budget):
         least = max(1, -(-protected_window // cache.block_size)) * _heads(cache)
         return jnp.maximum(_held(cache) - jnp.maximum(keep, least), 0)
 
+    def most_bytes(self, tokens: Array, bytes_a_token: int) -> Array:
+        return tokens * (bytes_a_token / self.ratio)
+
 
 @dataclass(frozen=True, kw_only=True)
 class KeepFraction(Budget):
@@ -97,6 +121,9 @@ class KeepFraction(Budget):
         excess = jnp.maximum(cache.lengths.sum((0, 2)) - target, 0)
         return jnp.where(old > 0, -(-excess // size), 0)
 
+    def most_bytes(self, tokens: Array, bytes_a_token: int) -> Array:
+        return tokens * (bytes_a_token * self.fraction)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MaxBytes(Budget):
@@ -107,6 +134,9 @@ class MaxBytes(Budget):
     def evict_blocks(self, cache: PagedCache, protected_window: int) -> Array:
         block = cache.pool.nbytes // cache.pool.shape[0] + 8 * cache.block_size
         return jnp.maximum(_held(cache) - self.size // block, 0)
+
+    def most_bytes(self, tokens: Array, bytes_a_token: int) -> Array:
+        return jnp.full(tokens.shape, float(self.size))
 
     def check(self, config: CacheConfig, protected_window: int) -> None:
         tokens = self.size // config.block_bytes * config.block_size / config.heads

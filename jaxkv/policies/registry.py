@@ -13,6 +13,8 @@ from jaxkv.policies.keydiff import KeyDiff
 from jaxkv.policies.knorm import KNorm
 from jaxkv.policies.kv_compress import KVCompress
 from jaxkv.policies.kvzip import KVzip
+from jaxkv.policies.lean_kv import UNLIMITED, LeanKV
+from jaxkv.policies.mixed import Mixed
 from jaxkv.policies.snapkv import AdaKV, PyramidKV, SnapKV
 from jaxkv.policies.streaming_llm import StreamingLLM
 from jaxkv.policies.tova import TOVA
@@ -32,14 +34,28 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "auto": partial(
         KVzip, group=jnp.mean, protected_window=2, sinks=4
     ),  # what kept most, of all that docs/evaluation.md has
+    "leankv": LeanKV.named,
+    "mixed": Mixed.named,
 }
 """Each takes ``budget`` and its own settings by keyword."""
+UNBOUNDED = ("leankv",)
+"""Those that need no budget."""
 BUDGETS: dict[str, Callable[[Any], Budget]] = {
     "ratio": lambda value: Ratio(ratio=value),
     "max_cache_tokens": lambda value: MaxTokens(tokens=value),
     "max_cache_bytes": lambda value: MaxBytes(size=value),
 }
-SETTINGS = ("protected_window", "sinks", "window", "compress_every")
+SETTINGS = (
+    "protected_window",
+    "sinks",
+    "window",
+    "compress_every",
+    "high_threshold",
+    "low_threshold",
+    "high",
+    "low",
+    "high_share",
+)
 
 
 def policy_from(options: Mapping[str, Any]) -> Policy | None:
@@ -74,6 +90,8 @@ def make_policy(name: str, budget: Budget | None, **settings) -> Policy | None:
         return None
     if name not in POLICIES:
         raise ValueError(f"no policy is named {name!r}; there are none, {', '.join(POLICIES)}")
+    if budget is None and name in UNBOUNDED:
+        budget = UNLIMITED
     if budget is None:
         raise ValueError(f"policy {name} needs a budget: a ratio, tokens or bytes")
     try:

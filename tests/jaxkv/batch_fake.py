@@ -11,14 +11,17 @@ from pathlib import Path
 import numpy as np
 
 from jaxkv.batch import BatchJob
-from jaxkv.cache import CacheStats
+from jaxkv.cache_stats import CacheStats
 from jaxkv.requests import Completion, Finished, PromptRead, Refused, SamplingParams, TextMade, Timings
 
 STATS = CacheStats(
     bytes_allocated=4000,
     bytes_held=1000,
     bytes_full=4000,
+    bytes_full_16bit=3000,
     kvs_held=8,
+    kvs_high=0,
+    kvs_low=0,
     kvs_full=32,
     blocks_held=2,
     blocks_full=8,
@@ -26,6 +29,7 @@ STATS = CacheStats(
     block_size=4,
     blocks_per_head=np.ones((1, 2), np.int32),
     fragmentation=0.0,
+    nominal_share=0.25,
 )
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxkv.cache import CacheConfig, init_cache, put_sequences, stats, take_sequences
+from jaxkv.cache import CacheConfig, init_cache, put_sequences, take_sequences
+from jaxkv.cache_stats import stats
 
 
 def allocated(cache):

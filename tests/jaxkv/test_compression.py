@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxkv.cache import stats
+from jaxkv.cache_stats import stats
 from jaxkv.generation import compress, decode, decode_step, generate
 from jaxkv.policies import KeepFraction, KVCompress, MaxBytes, MaxTokens, Ratio
 from jaxkv.prompt import prefill

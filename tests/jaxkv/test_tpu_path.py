@@ -9,7 +9,8 @@ import pytest
 import tiny
 from flax import nnx
 
-from jaxkv.cache import CacheConfig, init_cache, stats
+from jaxkv.cache import CacheConfig, init_cache
+from jaxkv.cache_stats import stats
 from jaxkv.generation import generate
 from jaxkv.policies import KVCompress, MaxTokens
 from models import stack_layers

@@ -1,0 +1,95 @@
+"""Any policy's ranking, with LeanKV's tiers: what ranks highest is kept at high precision, what comes next at low."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax import Array
+
+from jaxkv.eviction import KEPT, sort_keys, take_cheapest
+from jaxkv.policies.base import Policy
+from jaxkv.policies.budget import Budget
+from jaxkv.policies.kv_compress import KVCompress
+from jaxkv.policies.tiered import Goal, TierPolicy, most_blocks, with_formats
+from jaxkv.tiering import GONE, Held
+from jaxkv.tiers import HIGH, LOW, Tiers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixed(TierPolicy):
+    """All heads of all layers compete for whole blocks of a byte budget, first for high ones and then for low ones.
+
+    A block's price is the highest rank among the KVs that it would hold, as in KV-Compress (section 4), so what is
+    allocated is also filled. Tokens decoded later are kept unquantised until they are compressed (``compress_every``).
+    """
+
+    scoring: Policy
+    """What ranks and protects KVs; its own budget and shares mean nothing here."""
+    high_share: float = 0.5
+    """Part of the budget's blocks that are of the high tier; at least those of what is protected."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.high_share <= 1:
+            raise ValueError(f"high_share is a part of the budget, from 0 to 1, got {self.high_share}")
+
+    @classmethod
+    def named(cls, *, budget: Budget, window: int | None = 32, protected_window: int = 32, **settings) -> Mixed:
+        """With KV-Compress's ranking, and formats by their names: ``high="K8V4"``."""
+        scoring = KVCompress(budget=budget, window=window, protected_window=protected_window)
+        return cls(budget=budget, scoring=scoring, protected_window=protected_window, **with_formats(settings))
+
+    @property
+    def observed_queries(self) -> int | None:
+        return self.scoring.observed_queries
+
+    @property
+    def observed_buffer(self) -> int:
+        return self.scoring.observed_buffer
+
+    @property
+    def rereads(self) -> bool:
+        return self.scoring.rereads
+
+    @property
+    def reads_kvs(self) -> bool:
+        return self.scoring.reads_kvs
+
+    def of_kvs(self, scores: Array, keys: Array, values: Array, positions: Array, held: Array) -> Array:
+        return self.scoring.of_kvs(scores, keys, values, positions, held)
+
+    def of_probability(self, probability: Array) -> Array:
+        return self.scoring.of_probability(probability)
+
+    def of_prompt(self, mass: Array, held: Array) -> Array:
+        return self.scoring.of_prompt(mass, held)
+
+    def assign(self, held: Held, tiers: Tiers) -> Goal:
+        exists = held.home != GONE
+        protected = exists & self.scoring.protects(held.positions, held.num_tokens)
+        rank = sort_keys(-self.scoring.rank(held.scores, held.positions))  # the highest first
+        keys = jnp.where(exists, jnp.where(protected, jnp.iinfo(jnp.int32).min, rank), KEPT)
+        order = jnp.argsort(keys, axis=-1)
+        ascending = jnp.take_along_axis(keys, order, axis=-1)
+        place = jnp.argsort(order, axis=-1)
+
+        high_tokens, low_tokens = (int(n) for n in tiers.tokens)
+        most = most_blocks(self.budget, held, tiers)
+        needed = jnp.sum(-(-protected.sum(-1) // high_tokens))
+        high_blocks = jnp.clip(jnp.round(most * self.high_share).astype(jnp.int32), needed, jnp.maximum(most, needed))
+        high = high_tokens * _blocks(ascending, jnp.zeros_like(exists.sum(-1)), high_tokens, high_blocks)
+        left = jnp.maximum(most - jnp.sum(-(-jnp.minimum(high, exists.sum(-1)) // high_tokens)), 0)
+        low = low_tokens * _blocks(ascending, high, low_tokens, left)
+        goal = jnp.where(place < high[..., None], HIGH, jnp.where(place < (high + low)[..., None], LOW, GONE))
+        goal = jnp.where(held.home == LOW, jnp.maximum(goal, LOW), goal)
+        return Goal(jnp.where(exists, goal, GONE), held.positions, jnp.full(held.scores.shape, jnp.inf))
+
+
+def _blocks(ascending: Array, start: Array, tokens: int, count: Array) -> Array:
+    """Blocks that each head gets of ``count``, for its KVs from ``start`` on: the cheapest by their first key."""
+    kvs = ascending.shape[-1]
+    index = start[..., None] + jnp.arange(-(-kvs // tokens)) * tokens
+    price = jnp.where(index < kvs, jnp.take_along_axis(ascending, jnp.minimum(index, kvs - 1), axis=-1), KEPT)
+    taken = take_cheapest(price.reshape(1, -1), count[None])
+    return taken.reshape(price.shape).sum(-1, dtype=jnp.int32)

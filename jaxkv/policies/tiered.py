@@ -1,0 +1,86 @@
+"""What a policy of quantised tiers has to say beside what an evicting one does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from jaxkv.policies.base import Policy
+from jaxkv.policies.budget import Budget
+from jaxkv.tiering import Held
+from jaxkv.tiers import Tiers
+from pallas_kernels.tiered_attention import Significance
+from pallas_kernels.tiers import BlockLayout, Format
+
+K8V4 = Format(key_bits=8, value_bits=4)
+K4V2 = Format(key_bits=4, value_bits=2)
+
+
+class Goal(NamedTuple):
+    """Where KVs shall live; see ``tiering.move``."""
+
+    home: Array
+    positions: Array
+    """What to store as a KV's position."""
+    worth: Array
+
+
+class Step(NamedTuple):
+    """What a decode step does to each head's tiers, ``[layers, batch, kv_heads]``."""
+
+    lengths: Array
+    """``i32[..., 2]`` afterwards."""
+    new: Array
+    """``i32`` index in the high tier where the new token goes."""
+    lowered: Array
+    """``i32`` index in the high tier of the KV that is requantised."""
+    to: Array
+    """``i32`` index in the low tier where that one goes; -1: none is."""
+
+
+def with_formats(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a policy with the formats that they name."""
+    return settings | {name: Format.named(settings[name]) for name in ("high", "low") if name in settings}
+
+
+def most_blocks(budget: Budget, held: Held, tiers: Tiers) -> Array:
+    """``i32[]``: blocks that the sequence may hold, its table row paid for; at least one a head."""
+    layers, _, kv_heads, width = tiers.block_table.shape
+    full = layers * kv_heads * 4 * tiers.layout.head_dim
+    room = budget.most_bytes(held.whole, full)[0] - tiers.row_bytes
+    blocks = jnp.floor(room / tiers.layout.block_bytes)
+    return jnp.clip(blocks, layers * kv_heads, layers * kv_heads * width).astype(jnp.int32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TierPolicy(Policy):
+    """Base of policies that keep KVs at two precisions."""
+
+    high: Format = K8V4
+    low: Format = K4V2
+    block_tokens: int = 64
+    """KVs in a high block."""
+
+    def layout(self, head_dim: int) -> BlockLayout:
+        return BlockLayout(head_dim=head_dim, high=self.high, low=self.low, tokens=self.block_tokens)
+
+    @property
+    def quantises_decoding(self) -> bool:
+        """Whether a decoded token is quantised at once (``step``) or cached unquantised."""
+        return False
+
+    def assign(self, held: Held, tiers: Tiers) -> Goal:
+        """Where each KV of one sequence shall live."""
+        raise NotImplementedError
+
+    def step(self, tiers: Tiers, position: Array) -> Step | None:
+        """What to do with the token at ``i32[batch]`` position; None: it is cached unquantised."""
+        return None
+
+    @property
+    def significance(self) -> Significance | None:
+        """How decoding changes scores; None: not at all."""
+        return None

@@ -1,0 +1,145 @@
+"""Compression and decoding of a cache that has quantised tiers, by a policy that decides over them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxkv import allocator, tiering, tiers
+from jaxkv.cache import PagedCache, stamp_slots
+from jaxkv.policies.tiered import TierPolicy
+from jaxkv.tiers import HIGH, LOW
+from pallas_kernels.block_writes import write_blocks
+from pallas_kernels.tiered_attention import RawKVs, Weakest, tiered_attention
+from pallas_kernels.tiered_writes import lower_kvs, write_kvs
+
+if TYPE_CHECKING:
+    from models import Llama
+
+
+def compress(cache: PagedCache, policy: TierPolicy, tokens: Array) -> PagedCache:
+    """Decides anew where the KVs of a cache of one sequence live, by the budget of so many tokens, ``i32[]``.
+
+    Where the blocks for it aren't free nothing changes: what was unquantised stays so.
+    """
+    now = replace(tiering.held(cache), whole=tokens[None])
+    goal = policy.assign(now, cache.quantised)
+    now = replace(now, positions=goal.positions)
+    fits = tiering.fits(cache, goal.home)
+    return lax.cond(fits, lambda c: tiering.move(c, now, goal.home, goal.worth), lambda c: c, cache)
+
+
+def room_to_step(cache: PagedCache, active: Array, policy: TierPolicy) -> Array:
+    """As ``generation.room_to_step``."""
+    step = policy.step(cache.quantised, cache.num_tokens)
+    if step is None:
+        return allocator.blocks_needed(cache, cache.lengths + active[None, :, None]) <= cache.num_free
+    lengths = jnp.where(active[None, :, None, None], step.lengths, cache.quantised.lengths)
+    need = tiers.num_blocks(lengths, cache.quantised.tokens) - cache.quantised.blocks_held()
+    return jnp.sum(need) <= cache.quantised.free.count
+
+
+def decode_step(
+    model: Llama, cache: PagedCache, tokens: Array, active: Array, policy: TierPolicy
+) -> tuple[PagedCache, Array]:
+    """As ``generation.decode_step``. The policy's step comes first, then the new token is written, at the high tier's
+    precision, and then it attends, to itself as it is stored, and scores are added to."""
+    positions = cache.num_tokens
+    step = policy.step(cache.quantised, positions)
+    if step is None:
+        return _unquantised_step(model, cache, tokens, active)
+    select = active[None, :, None]
+    lengths = jnp.where(select[..., None], step.lengths, cache.quantised.lengths)
+    quantised, granted = tiers.grow(cache.quantised, lengths, most=1)
+    acts = select & granted
+    from_block, from_offset = tiers.slots_of(quantised, HIGH, step.lowered)
+    to_block, to_offset = tiers.slots_of(quantised, LOW, jnp.maximum(step.to, 0))
+    lowers = acts & (step.to >= 0)
+    from_block, to_block = jnp.where(lowers, from_block, 0), jnp.where(lowers, to_block, 0)
+    new_block, new_offset = tiers.slots_of(quantised, HIGH, step.new)
+    new_block = jnp.where(acts, new_block, 0)
+    layout = quantised.layout
+    pool = lower_kvs(
+        quantised.pool,
+        from_block.reshape(-1),
+        from_offset.reshape(-1),
+        to_block.reshape(-1),
+        to_offset.reshape(-1),
+        layout,
+    )
+    seen = jnp.where(acts[..., None], quantised.lengths, 0)
+    kv_heads = seen.shape[2]
+    each_position = jnp.repeat(positions, kv_heads)
+
+    def attend(
+        state: tuple[Array, Weakest], layer: int | Array, query: Array, key: Array, value: Array
+    ) -> tuple[tuple[Array, Weakest], Array]:
+        pool, weakest = state
+        pool = write_kvs(
+            pool,
+            key.reshape(-1, layout.head_dim),
+            value.reshape(-1, layout.head_dim),
+            each_position,
+            new_block[layer].reshape(-1),
+            new_offset[layer].reshape(-1),
+            layout,
+        )
+        done = tiered_attention(
+            query[:, 0],
+            pool,
+            quantised.block_table[layer],
+            jnp.moveaxis(seen[layer], -1, 0),
+            layout,
+            significance=policy.significance,
+            next_position=positions + 1,
+        )
+        found = done.weakest
+        assert found is not None  # since there is a significance
+        select = acts[0, ..., None]
+        weakest = Weakest(
+            value=weakest.value.at[layer].set(
+                jnp.where(select, jnp.moveaxis(found.value, 0, -1), weakest.value[layer])
+            ),
+            index=weakest.index.at[layer].set(
+                jnp.where(select, jnp.moveaxis(found.index, 0, -1), weakest.index[layer])
+            ),
+        )
+        return (done.pool, weakest), done.output[:, None]
+
+    (pool, weakest), hidden = model(tokens[:, None], positions[:, None], attend, (pool, quantised.weakest))
+    cache = replace(
+        cache,
+        tiers=replace(quantised, pool=pool, weakest=weakest),
+        num_tokens=positions + (active & granted),
+    )
+    return cache, jnp.where(granted, model.logits(hidden[:, 0]), jnp.nan)
+
+
+def _unquantised_step(model: Llama, cache: PagedCache, tokens: Array, active: Array) -> tuple[PagedCache, Array]:
+    """The new token is cached unquantised; scores stay as they are."""
+    starts, positions = cache.lengths, cache.num_tokens[:, None]
+    cache, granted = allocator.grow(cache, starts + active[None, :, None], most=1)
+    counts = (active & granted).astype(jnp.int32)
+    cache = stamp_slots(cache, starts, positions, counts)
+    lengths = jnp.where(counts[None, :, None] > 0, cache.lengths, 0)
+    quantised = cache.quantised
+    seen = jnp.where(counts[None, :, None, None] > 0, quantised.lengths, 0)
+
+    def attend(state: Array, layer: int | Array, query: Array, key: Array, value: Array) -> tuple[Array, Array]:
+        pool = write_blocks(state, key, value, cache.block_table[layer], starts[layer], counts)
+        done = tiered_attention(
+            query[:, 0],
+            quantised.pool,
+            quantised.block_table[layer],
+            jnp.moveaxis(seen[layer], -1, 0),
+            quantised.layout,
+            raw=RawKVs(pool, cache.block_table[layer], lengths[layer]),
+        )
+        return pool, done.output[:, None]
+
+    pool, hidden = model(tokens[:, None], positions, attend, cache.pool)
+    cache = replace(cache, pool=pool, num_tokens=cache.num_tokens + counts)
+    return cache, jnp.where(granted, model.logits(hidden[:, 0]), jnp.nan)

@@ -1,0 +1,258 @@
+"""Deciding anew where a sequence's KVs live, unquantised, high tier, low tier or nowhere, and moving them there.
+
+One sequence at a time, layer by layer: a layer's KVs are read out, its quantised blocks go back to the free list, and
+the KVs are written into blocks allocated anew. Reading a quantised KV and quantising it again at the same width gives
+the same codes, so what stays in its tier is unchanged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxkv import allocator, tiers
+from jaxkv.cache import PagedCache, in_table_order, to_slots
+from jaxkv.tiers import HIGH, LOW, Tiers
+from pallas_kernels.tiered_attention import Weakest
+from pallas_kernels.tiers import blocks
+from pallas_kernels.tiers.walk import walk
+
+RAW, GONE = 2, 3
+"""Where a KV lives, beside ``HIGH`` and ``LOW``."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """All KVs of a sequence's heads, ``[layers, 1, kv_heads, kvs]``: first the high tier's, then the low one's, then
+    the unquantised ones."""
+
+    home: Array
+    """``i32``: ``HIGH``, ``LOW``, ``RAW``, or ``GONE`` past a head's end."""
+    index: Array
+    """``i32`` within its home."""
+    scores: Array
+    positions: Array
+    num_tokens: Array
+    """``i32[1]``: tokens of the text so far."""
+    whole: Array
+    """``i32[1]``: tokens whose budget applies; more than those so far where a prompt is read in parts."""
+
+    @property
+    def lengths(self) -> Array:
+        """``i32[layers, 1, kv_heads]``: KVs of each head."""
+        return jnp.sum(self.home != GONE, axis=-1, dtype=jnp.int32)
+
+
+def total(cache: PagedCache) -> Array:
+    """``i32[layers, batch, kv_heads]``: KVs that a head holds, quantised or not."""
+    return cache.lengths if cache.tiers is None else cache.lengths + cache.tiers.lengths.sum(-1)
+
+
+def held(cache: PagedCache) -> Held:
+    """Reads scores and positions of a cache of one sequence."""
+    quantised = cache.quantised
+    place = jnp.arange(cache.capacity)
+    high, low = quantised.lengths[..., HIGH, None], quantised.lengths[..., LOW, None]
+    end = high + low + cache.lengths[..., None]
+    home = jnp.where(place < high, HIGH, jnp.where(place < high + low, LOW, jnp.where(place < end, RAW, GONE)))
+    index = place - jnp.where(home == HIGH, 0, jnp.where(home == LOW, high, high + low))
+    raw = jnp.clip(place - high - low, 0, cache.capacity - 1)
+    table = cache.block_table, cache.lengths
+    scores, positions = (
+        jnp.take_along_axis(in_table_order(values, *table, cache.block_size), raw, axis=-1)
+        for values in (cache.scores, cache.positions)
+    )
+
+    def read_tiers(values: tuple[Array, Array]) -> tuple[Array, Array]:
+        words = quantised.pool.reshape(quantised.pool.shape[0], -1)
+        scores, positions = values
+        for tier, segments in enumerate(quantised.layout.tiers):
+            block, offset = _slots(quantised.block_table, tier, index, segments.tokens)
+            score = words[block, segments.scores + offset]
+            position = words[block, segments.positions + offset]
+            scores = jnp.where(home == tier, lax.bitcast_convert_type(score, jnp.float32), scores)
+            positions = jnp.where(home == tier, lax.bitcast_convert_type(position, jnp.int32), positions)
+        return scores, positions
+
+    scores, positions = lax.cond(jnp.any(quantised.lengths > 0), read_tiers, lambda values: values, (scores, positions))
+    return Held(
+        home=home, index=index, scores=scores, positions=positions, num_tokens=cache.num_tokens, whole=cache.num_tokens
+    )
+
+
+def move(cache: PagedCache, now: Held, goal: Array, worth: Array) -> PagedCache:
+    """Moves each KV of a cache of one sequence to where ``goal`` says.
+
+    Args:
+      cache: donated; enough blocks must be free (``fits``).
+      now: what it holds.
+      goal: ``i32`` like ``now.home``: ``HIGH``, ``LOW`` or ``GONE``; only downwards.
+      worth: ``f32`` of the same shape: what each KV is worth to the next decode step, infinite where it must stay.
+    """
+    layers = goal.shape[0]
+    count = jnp.stack([jnp.sum(goal == home, axis=-1, dtype=jnp.int32) for home in (HIGH, LOW)], axis=-1)
+    first = jnp.cumsum(count, axis=-1) - count
+    order = _order(goal, first)
+
+    def one_layer(layer: Array, quantised: Tiers) -> Tiers:
+        key, value = (part[0] for part in read_layer(replace(cache, tiers=quantised), now, layer))
+        kvs_of = blocks.Tokens(key, value, now.scores[layer, 0], now.positions[layer, 0])
+        this = (jnp.arange(layers) == layer)[:, None, None]
+        quantised = tiers.release(quantised, this)
+        most = quantised.block_table.shape[-1]
+        lengths = jnp.where(this[..., None], count, quantised.lengths)
+        quantised, _ = tiers.grow(quantised, lengths, most=most)
+        words = quantised.pool.reshape(quantised.pool.shape[0], -1)
+        table = quantised.block_table[layer, 0]
+        for tier, columns in ((HIGH, table), (LOW, table[:, ::-1])):
+            start = first[layer, 0, :, tier]
+            words = _fill(words, quantised, tier, columns, count[layer, 0, :, tier], kvs_of, order[layer, 0], start)
+        return replace(quantised, pool=words.reshape(quantised.pool.shape))
+
+    quantised = lax.fori_loop(0, layers, one_layer, cache.quantised)
+    cache = allocator.release_unquantised(cache)
+    quantised = replace(quantised, weakest=_weakest(goal, worth))
+    return replace(cache, tiers=quantised)
+
+
+def read_layer(cache: PagedCache, now: Held, layer: int | Array) -> tuple[Array, Array]:
+    """K and V of a layer, ``f32[batch, kv_heads, kvs, head_dim]``, in the order of ``now``."""
+    quantised = cache.quantised
+    head_dim, half = quantised.layout.head_dim, cache.pool.shape[2] // 2
+    home, index = now.home[layer], now.index[layer]
+    unquantised = jnp.where(home == RAW, index, 0)
+    block = jnp.take_along_axis(cache.block_table[layer], unquantised // cache.block_size, axis=-1)
+    rows = cache.pool[jnp.where(home == RAW, block, 0), unquantised % cache.block_size].astype(jnp.float32)
+
+    def read_tiers(kv: tuple[Array, Array]) -> tuple[Array, Array]:
+        words = quantised.pool.reshape(quantised.pool.shape[0], -1)
+        key, value = kv
+        for tier, segments in enumerate(quantised.layout.tiers):
+            here = home == tier
+            block, offset = _slots(quantised.block_table[layer], tier, jnp.where(here, index, 0), segments.tokens)
+            block = jnp.where(here, block, 0).reshape(-1)
+            read = blocks.read_tokens(words, block, offset.reshape(-1), segments, head_dim)
+            key = jnp.where(here[..., None], read.key.reshape(key.shape), key)
+            value = jnp.where(here[..., None], read.value.reshape(value.shape), value)
+        return key, value
+
+    kv = rows[..., :head_dim], rows[..., half : half + head_dim]
+    return lax.cond(jnp.any(quantised.lengths > 0), read_tiers, lambda kv: kv, kv)
+
+
+def unquantised_layer(cache: PagedCache, now: Held, layer: int | Array) -> tuple[Array, Array, Array]:
+    """A layer's KVs dequantised, as pool, block table and lengths of their own, which attention kernels can read."""
+    kv = read_layer(cache, now, layer)
+    batch, kv_heads, _, head_dim = kv[0].shape
+    half = cache.pool.shape[2] // 2
+    pad = ((0, 0),) * 3 + ((0, half - head_dim),)
+    rows = jnp.concatenate([jnp.pad(part, pad) for part in kv], axis=-1).astype(cache.pool.dtype)
+    pool = rows.reshape(-1, cache.block_size, 2 * half)
+    table = jnp.arange(pool.shape[0], dtype=jnp.int32).reshape(batch, kv_heads, -1)
+    return pool, table, now.lengths[layer]
+
+
+def put_scores(cache: PagedCache, scores: Array, positions: Array) -> PagedCache:
+    """New scores for every KV, and new positions for the quantised ones.
+
+    Args:
+      cache: donated.
+      scores: ``f32[layers, batch, kv_heads, kvs]`` in the order of ``held``.
+      positions: ``i32`` of the same shape.
+    """
+    quantised = cache.quantised
+    before = quantised.lengths.sum(-1, keepdims=True)
+    raw = jnp.minimum(jnp.arange(cache.capacity) + before, cache.capacity - 1)
+    unquantised = jnp.take_along_axis(scores, raw, axis=-1)
+    cache = replace(cache, scores=to_slots(cache.scores, cache.block_table, cache.lengths, unquantised))
+
+    def put(words: Array) -> Array:
+        values = [lax.bitcast_convert_type(part, jnp.uint32) for part in (scores, positions)]
+        for tier, segments in enumerate(quantised.layout.tiers):
+            width = quantised.block_table.shape[-1]
+            index = jnp.arange(width * segments.tokens) + quantised.lengths[..., HIGH, None] * tier
+            index = jnp.minimum(index, cache.capacity - 1)
+            table = quantised.block_table if tier == HIGH else quantised.block_table[..., ::-1]
+            real = jnp.arange(width) < quantised.blocks_held()[..., tier, None]
+            at = jnp.where(real, table, words.shape[0])
+            for value, start in zip(values, (segments.scores, segments.positions), strict=True):
+                new = jnp.take_along_axis(value, index, axis=-1).reshape(*table.shape, segments.tokens)
+                words = words.at[at, start : start + segments.tokens].set(new, mode="drop")
+        return words
+
+    words = quantised.pool.reshape(quantised.pool.shape[0], -1)
+    words = lax.cond(jnp.any(quantised.lengths > 0), put, lambda words: words, words)
+    return replace(cache, tiers=replace(quantised, pool=words.reshape(quantised.pool.shape)))
+
+
+def fits(cache: PagedCache, goal: Array) -> Array:
+    """``bool[]``: whether enough blocks are free for ``move``, which gives a layer's back before it takes its new."""
+    quantised = cache.quantised
+    count = jnp.stack([jnp.sum(goal == home, axis=-1, dtype=jnp.int32) for home in (HIGH, LOW)], axis=-1)
+    more = tiers.num_blocks(count, quantised.tokens) - quantised.blocks_held()
+    return jnp.max(jnp.cumsum(more.sum((1, 2, 3)))) <= quantised.free.count
+
+
+def _slots(block_table: Array, tier: int, index: Array, tokens: int) -> tuple[Array, Array]:
+    """Block and offset of a tier's KVs, ``i32[..., kvs]``."""
+    width = block_table.shape[-1]
+    column = jnp.clip(tiers.columns(tier, index // tokens, width), 0, width - 1)
+    return jnp.take_along_axis(block_table, column, axis=-1), index % tokens
+
+
+def _order(goal: Array, first: Array) -> Array:
+    """``i32`` like goal: the KVs of each head that stay, in the order of their new homes."""
+    kvs = goal.shape[-1]
+    at = jnp.full(goal.shape, kvs)
+    for home in (HIGH, LOW):
+        here = goal == home
+        at = jnp.where(here, first[..., home, None] + jnp.cumsum(here, axis=-1) - 1, at)
+    flat = at.reshape(-1, kvs)
+    row = jnp.arange(flat.shape[0])[:, None]
+    source = jnp.broadcast_to(jnp.arange(kvs), flat.shape)
+    return jnp.zeros(flat.shape, jnp.int32).at[row, flat].set(source, mode="drop").reshape(goal.shape)
+
+
+def _fill(
+    words: Array,
+    quantised: Tiers,
+    tier: int,
+    table: Array,
+    lengths: Array,
+    source: blocks.Tokens,
+    order: Array,
+    start: Array,
+) -> Array:
+    """Writes a layer's KVs of a tier into its blocks, ``i32[kv_heads, max_blocks]`` from the left, some at a time."""
+    segments = quantised.layout.tiers[tier]
+    blocks_of = walk(table, lengths, segments.tokens)
+
+    def step(i: Array, words: Array) -> Array:
+        part = blocks_of.part(i)
+        place = jnp.minimum(start[part.row][:, None] + part.places, order.shape[-1] - 1)
+        kv = order[part.row[:, None], place]
+
+        def take(values: Array) -> Array:
+            taken = values[part.row[:, None], kv]
+            return jnp.where(part.held.reshape(part.held.shape + (1,) * (taken.ndim - 2)), taken, 0)
+
+        new = blocks.encode(blocks.Tokens(*(take(values) for values in source)), segments, words.shape[1])
+        return words.at[part.blocks].set(new, mode="promise_in_bounds")
+
+    return lax.fori_loop(0, blocks_of.steps, step, words)
+
+
+def _weakest(goal: Array, worth: Array) -> Weakest:
+    values, indices = [], []
+    for tier in (HIGH, LOW):
+        here = goal == tier
+        value = jnp.where(here, worth, jnp.inf)
+        rank = jnp.cumsum(here, axis=-1) - 1
+        least = jnp.argmin(value, axis=-1)[..., None]
+        values.append(jnp.take_along_axis(value, least, axis=-1)[..., 0])
+        indices.append(jnp.take_along_axis(rank, least, axis=-1)[..., 0])
+    return Weakest(value=jnp.stack(values, -1), index=jnp.maximum(jnp.stack(indices, -1), 0))

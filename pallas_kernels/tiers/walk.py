@@ -1,0 +1,54 @@
+"""A tier's resident blocks as one flat list, taken some at a time by a loop whose bound is data."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.paged_attention.reference import plan_walk
+
+KVS_A_STEP = 1024
+IN_BOUNDS = "promise_in_bounds"
+
+
+class Part(NamedTuple):
+    """The blocks of one step, and the rows that they are of."""
+
+    blocks: Array
+    """``i32[step]``; the null block where there is none."""
+    row: Array
+    places: Array
+    """``i32[step, tokens]`` of each KV within its row's tier."""
+    held: Array
+    """``bool[step, tokens]``."""
+
+
+class Walk(NamedTuple):
+    """A tier's resident blocks as one flat list."""
+
+    steps: Array
+    step: int
+    row_blocks: int
+    part: Callable[[Array], Part]
+
+
+def walk(table: Array, lengths: Array, tokens: int) -> Walk:
+    """Over a tier's blocks: ``i32[rows, max_blocks]`` from the left, ``i32[rows]`` KVs, ``tokens`` a block."""
+    rows, max_blocks = table.shape
+    plan = plan_walk(lengths, tokens, 1)
+    step = min(max(1, KVS_A_STEP // tokens), rows * max_blocks)
+
+    def part(i: Array) -> Part:
+        block = i * step + jnp.arange(step)
+        row = jnp.minimum(jnp.sum(block[:, None] >= plan.end[None, :], axis=1), rows - 1)
+        place, real = block - plan.first[row], block < plan.segments
+        index = place[:, None] * tokens + jnp.arange(tokens)
+        return Part(
+            blocks=jnp.where(real, table.at[row, jnp.minimum(place, max_blocks - 1)].get(mode=IN_BOUNDS), 0),
+            row=row,
+            places=index,
+            held=real[:, None] & (index < lengths[row][:, None]),
+        )
+
+    return Walk(-(-plan.segments // step), step, max_blocks, part)
