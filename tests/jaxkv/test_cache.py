@@ -12,7 +12,7 @@ from jaxkv.cache_stats import stats
 
 
 def allocated(cache):
-    return sum(getattr(cache, f.name).nbytes for f in fields(cache))
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
 
 
 @pytest.mark.parametrize("memory", [60_000, 1_000_000, 3_333_333])
