@@ -2,6 +2,7 @@
 
 from dataclasses import fields, replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
