@@ -12,6 +12,7 @@ from jaxkv.policies.base import Policy
 from jaxkv.policies.budget import Budget
 from jaxkv.tiering import Held
 from jaxkv.tiers import Tiers
+from pallas_kernels.dispatch import block_tile
 from pallas_kernels.tiered_attention import Significance
 from pallas_kernels.tiers import BlockLayout, Format
 
@@ -65,7 +66,7 @@ class TierPolicy(Policy):
     """KVs in a high block."""
 
     def layout(self, head_dim: int) -> BlockLayout:
-        return BlockLayout(head_dim=head_dim, high=self.high, low=self.low, tokens=self.block_tokens)
+        return BlockLayout(head_dim=head_dim, high=self.high, low=self.low, tokens=self.block_tokens, tile=block_tile())
 
     @property
     def quantises_decoding(self) -> bool:

@@ -26,6 +26,13 @@ class Interpreter:
         return results
 
 
+@pytest.fixture
+def eager():
+    """One order of copying, which is enough for what changes the arithmetic alone."""
+    yield Interpreter("eager")
+    pltpu.reset_tpu_interpret_mode_state()
+
+
 class RaceError(AssertionError):
     """Two accesses of one memory, at least one a write, that nothing orders."""
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreted import Interpreter
+from interpreted import eager as eager
 from interpreted import interpreter as interpreter
-from jax.experimental.pallas import tpu as pltpu
 from oracles.tiers import attend
 from tiered import LAYOUTS, SIGNIFICANCE, WINDOW, block_of, hold, layout_of, slots
 
 from pallas_kernels.tiered_attention import mosaic_tpu, tiered_attention
+from pallas_kernels.tiers import walk as tier_walk
 from pallas_kernels.tiles_tpu import Tiling
 
 GROUP = 3
@@ -108,6 +108,17 @@ def test_the_reference_against_numpy(name, seed):
     check_against_numpy(held, layout, query, got, raw=True)
 
 
+def test_the_reference_in_many_steps(monkeypatch):
+    """Of two blocks each; heads begin and end within them."""
+    monkeypatch.setattr(tier_walk, "FEW_KVS", 64)
+    rng, layout = np.random.default_rng(), LAYOUTS["plain"]
+    held = hold(rng, layout, SKEWED)
+    query = query_of(rng, held, layout)
+    given = options(held, True, True)
+    got = tiered_attention(*arguments(held, query, layout), **given, implementation="xla")
+    check_against_numpy(held, layout, query, got, raw=True)
+
+
 def check_tpu(interpreter, layout, *, lengths=SKEWED, dtype=np.float32, raw=False, significance=True, **more):
     rng = np.random.default_rng()
     held = hold(rng, layout, lengths, dtype=dtype)
@@ -133,13 +144,6 @@ def test_tpu(interpreter):
     check_tpu(interpreter, LAYOUTS["plain"])
 
 
-@pytest.fixture
-def eager():
-    """One order of copying is enough for what changes the arithmetic alone."""
-    yield Interpreter("eager")
-    pltpu.reset_tpu_interpret_mode_state()
-
-
 def test_tpu_with_groups_beside_unquantised_kvs(eager):
     check_tpu(eager, LAYOUTS["groups"], raw=True)
 
@@ -157,8 +161,8 @@ def test_tpu_with_blocks_as_a_tpu_likes_them(eager):
 
 
 def test_tpu_over_a_table_too_large_for_one_call(eager):
-    """Three rows of 4 entries, and 3 numbers each, where SMEM is said to hold 15."""
-    check_tpu(eager, LAYOUTS["plain"], lengths=np.array([[[40, 0, 33]], [[65, 3, 1]]]), smem_entries=15)
+    """Two rows of 5 entries, and 3 numbers each, where SMEM is said to hold 9."""
+    check_tpu(eager, LAYOUTS["plain"], lengths=np.array([[[40, 0]], [[65, 3]]]), smem_entries=9)
 
 
 @pytest.mark.parametrize(
