@@ -22,7 +22,7 @@ NUMBERS = {
     "seed": "a whole number",
 }
 COMPRESSION = {"compression": "a text", "ratio": "a number"}
-COMPRESSION |= dict.fromkeys(("max_cache_tokens", "max_cache_bytes", *SETTINGS), "a whole number")
+COMPRESSION |= {"max_cache_tokens": "a whole number", "max_cache_bytes": "a whole number"} | SETTINGS
 KINDS = {"a text": str, "a number": int | float, "a whole number": int}
 ASKED = {"prompt", "messages", "stop", *NUMBERS, *COMPRESSION}
 ROLES = ("system", "user", "assistant")

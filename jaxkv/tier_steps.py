@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxkv import allocator, tiering, tiers
 from jaxkv.cache import PagedCache, stamp_slots
-from jaxkv.policies.tiered import TierPolicy
-from jaxkv.tiers import HIGH, LOW
+from jaxkv.policies.tiered import Step, TierPolicy
+from jaxkv.tiers import HIGH, LOW, Tiers
 from pallas_kernels.block_writes import write_blocks
 from pallas_kernels.tiered_attention import RawKVs, Weakest, tiered_attention
 from pallas_kernels.tiered_writes import lower_kvs, write_kvs
@@ -42,6 +43,34 @@ def room_to_step(cache: PagedCache, active: Array, policy: TierPolicy) -> Array:
     return jnp.sum(need) <= cache.quantised.free.count
 
 
+class Compacted(NamedTuple):
+    """Tiers that are ready for a decode step's new KVs."""
+
+    tiers: Tiers
+    blocks: Array
+    """``i32[layers, batch, kv_heads]`` where each head's new KV goes; the null block for none."""
+    offsets: Array
+    granted: Array
+    """``bool[]``: enough blocks were free."""
+
+
+def compact(quantised: Tiers, step: Step, active: Array) -> Compacted:
+    """Does what a policy has decided for all heads of all layers at once: plan, prefix sum, execute (section 5).
+
+    What it needs of blocks is counted, handed out by rank, and then KVs are requantised in place. No block is freed.
+    """
+    select = active[None, :, None]
+    quantised, granted = tiers.grow(quantised, jnp.where(select[..., None], step.lengths, quantised.lengths), most=1)
+    acts = select & granted
+    lowers = acts & (step.to >= 0)
+    from_block, from_offset = tiers.slots_of(quantised, HIGH, step.lowered)
+    to_block, to_offset = tiers.slots_of(quantised, LOW, jnp.maximum(step.to, 0))
+    moves = jnp.where(lowers, from_block, 0), from_offset, jnp.where(lowers, to_block, 0), to_offset
+    pool = lower_kvs(quantised.pool, *(part.reshape(-1) for part in moves), layout=quantised.layout)
+    block, offset = tiers.slots_of(quantised, HIGH, step.new)
+    return Compacted(replace(quantised, pool=pool), jnp.where(acts, block, 0), offset, granted)
+
+
 def decode_step(
     model: Llama, cache: PagedCache, tokens: Array, active: Array, policy: TierPolicy
 ) -> tuple[PagedCache, Array]:
@@ -51,42 +80,19 @@ def decode_step(
     step = policy.step(cache.quantised, positions)
     if step is None:
         return _unquantised_step(model, cache, tokens, active)
-    select = active[None, :, None]
-    lengths = jnp.where(select[..., None], step.lengths, cache.quantised.lengths)
-    quantised, granted = tiers.grow(cache.quantised, lengths, most=1)
-    acts = select & granted
-    from_block, from_offset = tiers.slots_of(quantised, HIGH, step.lowered)
-    to_block, to_offset = tiers.slots_of(quantised, LOW, jnp.maximum(step.to, 0))
-    lowers = acts & (step.to >= 0)
-    from_block, to_block = jnp.where(lowers, from_block, 0), jnp.where(lowers, to_block, 0)
-    new_block, new_offset = tiers.slots_of(quantised, HIGH, step.new)
-    new_block = jnp.where(acts, new_block, 0)
-    layout = quantised.layout
-    pool = lower_kvs(
-        quantised.pool,
-        from_block.reshape(-1),
-        from_offset.reshape(-1),
-        to_block.reshape(-1),
-        to_offset.reshape(-1),
-        layout,
-    )
-    seen = jnp.where(acts[..., None], quantised.lengths, 0)
-    kv_heads = seen.shape[2]
+    quantised, new_blocks, new_offsets, granted = compact(cache.quantised, step, active)
+    acts = active & granted
+    seen = jnp.where(acts[None, :, None, None], quantised.lengths, 0)
+    layout, kv_heads = quantised.layout, seen.shape[2]
     each_position = jnp.repeat(positions, kv_heads)
 
     def attend(
         state: tuple[Array, Weakest], layer: int | Array, query: Array, key: Array, value: Array
     ) -> tuple[tuple[Array, Weakest], Array]:
         pool, weakest = state
-        pool = write_kvs(
-            pool,
-            key.reshape(-1, layout.head_dim),
-            value.reshape(-1, layout.head_dim),
-            each_position,
-            new_block[layer].reshape(-1),
-            new_offset[layer].reshape(-1),
-            layout,
-        )
+        key, value = key.reshape(-1, layout.head_dim), value.reshape(-1, layout.head_dim)
+        blocks, offsets = new_blocks[layer].reshape(-1), new_offsets[layer].reshape(-1)
+        pool = write_kvs(pool, key, value, each_position, blocks, offsets, layout)
         done = tiered_attention(
             query[:, 0],
             pool,
@@ -96,25 +102,17 @@ def decode_step(
             significance=policy.significance,
             next_position=positions + 1,
         )
-        found = done.weakest
-        assert found is not None  # since there is a significance
-        select = acts[0, ..., None]
-        weakest = Weakest(
-            value=weakest.value.at[layer].set(
-                jnp.where(select, jnp.moveaxis(found.value, 0, -1), weakest.value[layer])
-            ),
-            index=weakest.index.at[layer].set(
-                jnp.where(select, jnp.moveaxis(found.index, 0, -1), weakest.index[layer])
-            ),
-        )
-        return (done.pool, weakest), done.output[:, None]
+        assert done.weakest is not None  # since there is a significance
 
-    (pool, weakest), hidden = model(tokens[:, None], positions[:, None], attend, (pool, quantised.weakest))
-    cache = replace(
-        cache,
-        tiers=replace(quantised, pool=pool, weakest=weakest),
-        num_tokens=positions + (active & granted),
-    )
+        def put(old: Array, found: Array) -> Array:
+            new = jnp.where(acts[:, None, None], jnp.moveaxis(found, 0, -1), old[layer])
+            return old.at[layer].set(new)
+
+        return (done.pool, jax.tree.map(put, weakest, done.weakest)), done.output[:, None]
+
+    (pool, weakest), hidden = model(tokens[:, None], positions[:, None], attend, (quantised.pool, quantised.weakest))
+    quantised = replace(quantised, pool=pool, weakest=weakest)
+    cache = replace(cache, tiers=quantised, num_tokens=positions + acts)
     return cache, jnp.where(granted, model.logits(hidden[:, 0]), jnp.nan)
 
 

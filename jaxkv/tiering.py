@@ -7,7 +7,7 @@ the same codes, so what stays in its tier is unchanged.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,8 @@ class Held:
     """``i32[1]``: tokens of the text so far."""
     whole: Array
     """``i32[1]``: tokens whose budget applies; more than those so far where a prompt is read in parts."""
+    table_bytes: int = field(default=0, metadata={"static": True})
+    """Of the sequence's unquantised table row."""
 
     @property
     def lengths(self) -> Array:
@@ -80,7 +82,13 @@ def held(cache: PagedCache) -> Held:
 
     scores, positions = lax.cond(jnp.any(quantised.lengths > 0), read_tiers, lambda values: values, (scores, positions))
     return Held(
-        home=home, index=index, scores=scores, positions=positions, num_tokens=cache.num_tokens, whole=cache.num_tokens
+        home=home,
+        index=index,
+        scores=scores,
+        positions=positions,
+        num_tokens=cache.num_tokens,
+        whole=cache.num_tokens,
+        table_bytes=(cache.block_table.nbytes + cache.lengths.nbytes) // cache.num_tokens.shape[0] + 8,
     )
 
 

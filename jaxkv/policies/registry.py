@@ -45,17 +45,18 @@ BUDGETS: dict[str, Callable[[Any], Budget]] = {
     "max_cache_tokens": lambda value: MaxTokens(tokens=value),
     "max_cache_bytes": lambda value: MaxBytes(size=value),
 }
-SETTINGS = (
-    "protected_window",
-    "sinks",
-    "window",
-    "compress_every",
-    "high_threshold",
-    "low_threshold",
-    "high",
-    "low",
-    "high_share",
-)
+SETTINGS = {
+    "protected_window": "a whole number",
+    "sinks": "a whole number",
+    "window": "a whole number",
+    "compress_every": "a whole number",
+    "high_threshold": "a number",
+    "low_threshold": "a number",
+    "high": "a text",
+    "low": "a text",
+    "high_share": "a number",
+}
+"""What command lines and job files may say of a policy beside its budget."""
 
 
 def policy_from(options: Mapping[str, Any]) -> Policy | None:

@@ -48,10 +48,10 @@ def with_formats(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def most_blocks(budget: Budget, held: Held, tiers: Tiers) -> Array:
-    """``i32[]``: blocks that the sequence may hold, its table row paid for; at least one a head."""
+    """``i32[]``: blocks that the sequence may hold, its table rows paid for; at least one a head."""
     layers, _, kv_heads, width = tiers.block_table.shape
     full = layers * kv_heads * 4 * tiers.layout.head_dim
-    room = budget.most_bytes(held.whole, full)[0] - tiers.row_bytes
+    room = budget.most_bytes(held.whole, full)[0] - tiers.row_bytes - held.table_bytes
     blocks = jnp.floor(room / tiers.layout.block_bytes)
     return jnp.clip(blocks, layers * kv_heads, layers * kv_heads * width).astype(jnp.int32)
 

@@ -121,7 +121,7 @@ BROKEN = [
     (
         {"prompt": "x", "max_token": 5, "temprature": 1},
         7,
-        'unknown field "max_token", "temprature"; known are compress_every, compression, id, max',
+        'unknown field "max_token", "temprature"; known are compress_every, compression, high, ',
     ),
     ({"prompt": "x", "max_tokens": "5"}, 7, 'max_tokens must be a whole number, got "5"'),
     ({"prompt": "x", "max_tokens": 0}, 7, "max_tokens must be at least 1, got 0"),

@@ -1,0 +1,205 @@
+"""Quantised tiers: what the policies assign, budgets in bytes, conservation of blocks, reading on, the engine."""
+
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_lean_kv import compressed, empty, read, shrink, tier_tokens
+from tiny import CONFIG, MODEL, dense_run, padded, prompt
+
+from jaxkv import LLM, KVCompress, MaxTokens, Ratio, SamplingParams, stats
+from jaxkv.policies import LeanKV, Mixed
+from jaxkv.prompt import look_ahead, prefill
+from jaxkv.tiering import GONE, RAW, Held
+from jaxkv.tiers import HIGH, LOW, TierConfig, init_tiers
+from pallas_kernels.tiers import Format
+
+LAYERS, HEADS, KVS = 2, 2, 256
+SMALL = {"block_tokens": 8, "protected_window": 8}
+UNIFORM = LeanKV(high_threshold=0.0, low_threshold=0.0, high=Format.named("K8V8"), low=Format.named("K8V8"), **SMALL)
+
+
+def mixed(ratio: float, **settings) -> Mixed:
+    budget = Ratio(ratio=ratio)
+    return Mixed(budget=budget, scoring=KVCompress(budget=budget, protected_window=8), block_tokens=8, **settings)
+
+
+def tiers_of(policy):
+    config = TierConfig(layout=policy.layout(16), num_blocks=400)
+    return init_tiers(config, layers=LAYERS, batch=1, kv_heads=HEADS, max_context=KVS)
+
+
+def a_prompt(seed: int, tokens: int) -> Held:
+    """An uncompressed prompt whose KVs got random attention, some a thousand times more than others."""
+    rng = np.random.default_rng(seed)
+    shape = LAYERS, 1, HEADS, KVS
+    place = np.broadcast_to(np.arange(KVS), shape)
+    scores = np.exp(rng.normal(-3, 2, shape)) * np.minimum(tokens - place, 64).clip(0) / 64
+    count = jnp.array([tokens], jnp.int32)
+    return Held(
+        home=jnp.where(place < tokens, RAW, GONE),
+        index=jnp.asarray(place),
+        scores=jnp.asarray(scores, jnp.float32),
+        positions=jnp.asarray(place),
+        num_tokens=count,
+        whole=count,
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def assign(policy, held):
+    return policy.assign(held, tiers_of(policy))
+
+
+def blocks_of(home, policy) -> int:
+    tokens = [tier.tokens for tier in policy.layout(16).tiers]
+    return sum(int((-(-(home == tier).sum(-1) // tokens[tier])).sum()) for tier in (HIGH, LOW))
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**31), tokens=st.integers(1, KVS))
+def test_a_prompt_is_classified_as_the_paper_says(seed, tokens):
+    policy = LeanKV(high_threshold=1.0, low_threshold=0.1, **SMALL)
+    held = a_prompt(seed, tokens)
+    home = np.asarray(assign(policy, held).home)
+    scores = np.asarray(held.scores, np.float64)
+    for place in range(tokens):
+        mean = scores[..., place] / min(tokens - place, 64) * tokens
+        expected = np.where(mean >= 1.0, HIGH, np.where(mean >= 0.1, LOW, GONE))
+        expected = np.full_like(expected, HIGH) if place >= tokens - 8 else expected
+        clear = (np.abs(mean - 1.0) > 1e-4) & (np.abs(mean - 0.1) > 1e-5)
+        assert (home[..., place] == expected)[clear].all()
+    assert (home[..., tokens:] == GONE).all()
+    np.testing.assert_array_equal(
+        np.asarray(assign(policy, held).positions)[..., :tokens],
+        np.broadcast_to(np.maximum(np.arange(tokens), tokens - 64), (LAYERS, 1, HEADS, tokens)),
+    )
+
+
+def test_higher_thresholds_keep_no_more():
+    held = a_prompt(3, 200)
+    counts = []
+    for high, low in ((0.5, 0.1), (1.0, 0.1), (2.0, 0.1), (2.0, 0.5), (2.0, 2.0)):
+        home = np.asarray(assign(LeanKV(high_threshold=high, low_threshold=low, **SMALL), held).home)
+        counts.append(((home == HIGH).sum(), (home <= LOW).sum()))
+    assert all(a[0] >= b[0] for a, b in pairwise(counts))
+    assert counts[2][1] > counts[3][1] > counts[4][1]
+    assert counts[4][0] == counts[4][1]  # one threshold: no low tier
+    assert counts[0][1] == counts[1][1]  # the high one prunes nothing
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**31), ratio=st.sampled_from([2.0, 4.0, 8.0]), tokens=st.integers(150, KVS))
+@pytest.mark.parametrize("kind", ["thresholds", "never prunes", "mixed"])
+def test_a_budget_in_bytes_is_never_passed(kind, seed, ratio, tokens):
+    low = 0.0 if kind == "never prunes" else 0.1
+    policy = mixed(ratio) if kind == "mixed" else LeanKV(budget=Ratio(ratio=ratio), low_threshold=low, **SMALL)
+    home = np.asarray(assign(policy, a_prompt(seed, tokens)).home)
+    tiers = tiers_of(policy)
+    most = tokens * LAYERS * HEADS * 64 / ratio - tiers.row_bytes
+    most = max(most // tiers.layout.block_bytes, LAYERS * HEADS)
+    assert blocks_of(home, policy) <= most
+    assert (home[..., tokens - 7 : tokens] == HIGH).all()
+    if kind == "mixed":
+        assert blocks_of(home, policy) == most or (home[..., :tokens] != GONE).all()
+
+
+@pytest.mark.parametrize("policy", [mixed(4.0), LeanKV(budget=Ratio(ratio=4), **SMALL)], ids=["mixed", "leankv"])
+def test_tables_count_in_a_budget(policy):
+    cache, _ = compressed(policy, [prompt(240, seed=2)])
+    held = stats(cache)
+    assert held.kvs_held == held.kvs_high + held.kvs_low
+    assert 0.8 * held.bytes_full_16bit / 4 < held.bytes_held <= held.bytes_full_16bit / 4
+
+
+def test_mixed_gives_the_best_to_the_high_tier():
+    held = a_prompt(11, 250)
+    home = np.asarray(assign(mixed(6.0), held).home)
+    scores = np.asarray(held.scores)
+    for layer in range(LAYERS):
+        for head in range(HEADS):
+            of = [scores[layer, 0, head, :242][home[layer, 0, head, :242] == tier] for tier in (HIGH, LOW, GONE)]
+            kept = [part for part in of if len(part)]
+            assert all(better.min() >= worse.max() for better, worse in pairwise(kept))
+
+
+def conserved(cache) -> None:
+    """Every quantised block is free or in one table, but the null block."""
+    tiers = cache.tiers
+    free = np.asarray(tiers.free.blocks)[: int(tiers.free.count)].tolist()
+    table, held = np.asarray(tiers.block_table), np.asarray(tiers.blocks_held())
+    width = table.shape[-1]
+    taken = [
+        block
+        for at in np.ndindex(held.shape[:-1])
+        for block in [*table[at][: held[at][HIGH]], *table[at][width - held[at][LOW] :]]
+    ]
+    assert sorted(free + taken) == list(range(1, tiers.pool.shape[0]))
+
+
+def test_blocks_are_conserved_and_a_second_compression_changes_nothing():
+    policy = LeanKV(high_threshold=1.2, low_threshold=0.3, **SMALL)
+    cache, _ = compressed(policy, [prompt(120, seed=5), prompt(77, seed=6)])
+    conserved(cache)
+    assert not np.asarray(cache.lengths).any()
+    before = [tier_tokens(cache, 1, row, 0, tier) for row in (0, 1) for tier in (HIGH, LOW)]
+    again = shrink(jax.tree.map(jnp.copy, cache), policy)
+    conserved(again)
+    after = [tier_tokens(again, 1, row, 0, tier) for row in (0, 1) for tier in (HIGH, LOW)]
+    for a, b in zip(before, after, strict=True):
+        stay = np.isin(a.positions, b.positions) if len(a.positions) != len(b.positions) else slice(None)
+        np.testing.assert_allclose(a.key[stay][: len(b.key)], b.key, atol=1e-3)
+
+
+def test_where_blocks_are_short_the_prompt_stays_as_it_is():
+    cache = empty(UNIFORM, 1)
+    few = replace(cache.tiers.free, count=jnp.int32(3))
+    cache, _ = read(replace(cache, tiers=replace(cache.tiers, free=few)), *padded([prompt(100)]), UNIFORM)
+    after = shrink(cache, UNIFORM)
+    assert (np.asarray(after.lengths) == 100).all()
+    assert not np.asarray(after.tiers.lengths).any()
+    assert int(after.tiers.free.count) == 3
+
+
+def test_tokens_read_later_see_what_is_quantised():
+    tokens, later = prompt(120, seed=8), prompt(20, seed=9)
+    expected = dense_run(np.concatenate([tokens, later]))[0]
+    cache, _ = compressed(UNIFORM, [tokens])
+    ahead = MODEL.logits(jax.jit(lambda c: look_ahead(MODEL, c, jnp.asarray(later)[None]))(cache))
+    np.testing.assert_allclose(ahead[0], expected[120:], atol=0.15)
+    cache, logits = jax.jit(lambda c: prefill(MODEL, c, *padded([later]), UNIFORM, chunk=16))(cache)
+    np.testing.assert_allclose(logits[0], expected[-1], atol=0.15)
+    assert (np.asarray(cache.lengths) == 20).all()
+    held = stats(shrink(cache, UNIFORM))
+    assert (held.kvs_high, held.kvs_held) == (140 * CONFIG.num_layers * CONFIG.num_kv_heads,) * 2
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        LeanKV(high_threshold=1.2, low_threshold=0.3, **SMALL),
+        LeanKV(budget=MaxTokens(tokens=40), **SMALL),
+        mixed(3.0, compress_every=16),
+    ],
+    ids=["leankv", "leankv with a budget", "mixed"],
+)
+def test_the_engine_answers_as_if_each_were_alone(policy):
+    prompts = [prompt(n, seed=n) for n in (150, 40, 120)]
+    params = SamplingParams(max_tokens=24, ignore_eos=True)
+    together = LLM(MODEL, compression=policy, max_batch=2)
+    answers = together.generate(prompts, params)
+    alone = LLM(MODEL, compression=policy, max_batch=1)
+    assert [a.token_ids for a in answers] == [alone.generate(p, params)[0].token_ids for p in prompts]
+    assert (together.engine.room.free == together.engine.room.total).all()
+    conserved(together.engine.cache)
+
+
+def test_a_memory_that_holds_no_quantised_block_is_refused():
+    with pytest.raises(ValueError, match="it must be at least"):
+        LLM(MODEL, compression=UNIFORM, cache_memory=100_000).generate(prompt(200), SamplingParams(max_tokens=8))
