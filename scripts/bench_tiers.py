@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from jaxkv import LLM, CacheConfig, LeanKV, PagedCache, Ratio, decode_step, init_cache, stats
 from jaxkv.generation import compress
@@ -36,15 +39,20 @@ class Reader:
     """Reads contexts into an unquantised cache, from which caches of any format are made."""
 
     def __init__(self, model: Llama, context: int, batch: int = 1):
-        self.model = model
+        graph, self.weights = nnx.split(model)
         self.config = CacheConfig.for_model(model.config, batch=batch, max_context=context + 128)
         observing = LeanKV()
-        start = partial(start_prompt, policy=observing, fresh=True)
-        self.start = jax.jit(lambda cache, lengths: start(model, cache, lengths), donate_argnums=0)
-        self.chunk = jax.jit(
-            lambda state, tokens, counts: prefill_chunk(model, state, tokens, counts, observing), donate_argnums=0
-        )
-        self.finish = jax.jit(lambda state: finish_prompt(model, state, observing), donate_argnums=0)
+
+        def program_of(step: Callable[..., Any], *, donate: bool = True) -> Callable[..., Any]:
+            def run(weights: nnx.State, state: Any, *args: Any) -> Any:
+                return step(nnx.merge(graph, weights), state, *args)
+
+            return partial(jax.jit(run, donate_argnums=(1,) if donate else ()), self.weights)
+
+        self.program = program_of
+        self.start = program_of(partial(start_prompt, policy=observing, fresh=True))
+        self.chunk = program_of(partial(prefill_chunk, policy=observing))
+        self.finish = program_of(partial(finish_prompt, policy=observing), donate=False)
 
     def read(self, tokens: np.ndarray) -> PagedCache:
         """``i32[batch, tokens]``."""
@@ -73,6 +81,17 @@ class Reader:
 shrink = jax.jit(compress, static_argnums=1, donate_argnums=0)
 
 
+@nnx.jit
+def _nats(model: Llama, cache: PagedCache, tokens: jax.Array) -> jax.Array:
+    logits = jax.nn.log_softmax(model.logits(look_ahead(model, cache, tokens[:, :-1])))
+    return -jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1).mean()
+
+
+def continuation_nats(model: Llama, cache: PagedCache, tokens: jax.Array) -> float:
+    """Nats a token of ``i32[1, tokens]`` after the first, which follow what is cached."""
+    return float(_nats(model, cache, tokens))
+
+
 def uniform(name: str) -> LeanKV:
     """Every token at one format."""
     return LeanKV(high_threshold=0.0, low_threshold=0.0, high=Format.named(name), low=Format.named(name))
@@ -97,19 +116,15 @@ def perplexity(model: Llama, ids: np.ndarray, texts: int) -> None:
     reader = Reader(model, CONTEXT)
     names = ("K8V8", "K8V4", "K4V8", "K4V4", "K4V2", "K2V4")
 
-    @jax.jit
-    def nats(cache: PagedCache, tokens: jax.Array) -> jax.Array:
-        logits = jax.nn.log_softmax(model.logits(look_ahead(model, cache, tokens[:, :-1])))
-        return -jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1).mean()
-
     sums = dict.fromkeys(("unquantised", *names), 0.0)
     for text in range(texts):
         at = text * (len(ids) - CONTEXT - AFTER - 1) // max(texts - 1, 1)
         part = ids[None, at : at + CONTEXT + AFTER + 1]
         cache, after = reader.read(part[:, :CONTEXT]), jnp.asarray(part[:, CONTEXT:])
-        sums["unquantised"] += float(nats(cache, after))
+        sums["unquantised"] += continuation_nats(model, cache, after)
         for name in names:
-            sums[name] += float(nats(reader.compressed(jax.tree.map(jnp.copy, cache), uniform(name)), after))
+            small = reader.compressed(jax.tree.map(jnp.copy, cache), uniform(name))
+            sums[name] += continuation_nats(model, small, after)
     base = sums["unquantised"] / texts
     print(f"\n{texts * AFTER} tokens after contexts of {CONTEXT}    perplexity  of the unquantised")
     for name, total in sums.items():
@@ -123,7 +138,7 @@ def compaction(model: Llama, ids: np.ndarray, batch: int, tokens: int, steps: in
     policy = LeanKV()
     cache = reader.compressed(reader.read(rows), policy)
     active, last = jnp.ones(batch, bool), jnp.asarray(rows[:, -1])
-    step = jax.jit(lambda cache, last: decode_step(model, cache, last, active, policy), donate_argnums=0)
+    step = reader.program(partial(decode_step, active=active, policy=policy))
 
     @partial(jax.jit, donate_argnums=0)
     def alone(tiers, num_tokens):

@@ -12,7 +12,9 @@ def examples(name):
     return re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("name", ["docs/functional.md", "docs/policies.md", "docs/kernels.md", "README.md"])
+@pytest.mark.parametrize(
+    "name", ["docs/functional.md", "docs/policies.md", "docs/kernels.md", "docs/tiers.md", "README.md"]
+)
 def test_examples_run(name):
     found = examples(name)
     assert found
