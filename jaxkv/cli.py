@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from jaxkv.policies import POLICIES, policy_from
 from jaxkv.report import as_dict, summary
 from jaxkv.requests import Completion, Finished, PromptRead, SamplingParams, TextMade
 from models.hub import cache_directory
+
+CRASHED = 70
+"""Exit status of a fault of ours, apart from 1 (some lines of a batch job failed) and 2 (bad input)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"jaxkv: {error}", file=sys.stderr)
         return 2
+    except Exception:
+        traceback.print_exc()
+        return CRASHED
 
 
 def parser() -> argparse.ArgumentParser:

@@ -136,3 +136,12 @@ def test_byte_counts(text, count):
 def test_what_is_no_byte_count_is_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match="no number of bytes"):
         byte_count(text)
+
+
+def test_a_fault_of_ours_is_no_failed_line(monkeypatch, capsys):
+    def broken(options):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr("jaxkv.cli.run_generate", broken)
+    assert main(["generate", "--model", "x", "--prompt", "y"]) == 70
+    assert "RuntimeError: out of luck" in capsys.readouterr().err
