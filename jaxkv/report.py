@@ -45,16 +45,26 @@ def summary(completion: Completion) -> str:
         f"    answer  {len(completion.token_ids)} tokens in {timings.decode:.2f} s ({decode:.1f} tok/s)",
         f"load {timings.load:.1f} s, compile {timings.compile:.1f} s, compress {1000 * timings.compress:.0f} ms",
         f"cache   {megabytes(cache.bytes_full)} before, {megabytes(cache.bytes_held)} after compression "
-        f"({cache.bytes_full / cache.bytes_held:.2f}x): {cache.blocks_held} of {cache.blocks_full} blocks of "
-        f"{cache.block_size}, {cache.blocks_per_head.min()} to {cache.blocks_per_head.max()} a head",
+        f"({cache.bytes_full / cache.bytes_held:.2f}x): {_blocks(cache)}, {cache.blocks_per_head.min()} to "
+        f"{cache.blocks_per_head.max()} a head",
     ]
-    if cache.kvs_high or cache.kvs_low:
+    if _quantised(cache):
         shares = [100 * kvs / cache.kvs_full for kvs in (cache.kvs_high, cache.kvs_low)]
         lines.append(
             f"tiers   {shares[0]:.1f} % of the KVs high, {shares[1]:.1f} % low; of the full cache at 16 bits "
             f"{100 * cache.nominal_share:.1f} % nominally, {100 * cache.bytes_held / cache.bytes_full_16bit:.1f} % held"
         )
     return "\n".join(lines)
+
+
+def _quantised(cache: CacheStats) -> bool:
+    return cache.kvs_high + cache.kvs_low > 0
+
+
+def _blocks(cache: CacheStats) -> str:
+    if _quantised(cache):
+        return f"{cache.blocks_held} blocks of two precisions"
+    return f"{cache.blocks_held} of {cache.blocks_full} blocks of {cache.block_size}"
 
 
 def rate(count: int, seconds: float) -> float:
