@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from jaxkv.cache_stats import CacheStats
+from jaxkv.report import blocks
 
 
 def head_map(cache: CacheStats, path: Path) -> None:
@@ -23,7 +24,6 @@ def head_map(cache: CacheStats, path: Path) -> None:
     axes = figure.subplots()
     image = axes.imshow(kept, aspect="auto", cmap="viridis", vmin=0)
     axes.set(xlabel="layer", ylabel="KV head", xticks=range(0, layers, max(1, layers // 10)), yticks=range(heads))
-    ratio = cache.bytes_full / cache.bytes_held
-    axes.set_title(f"{cache.blocks_held:,} of {cache.blocks_full:,} blocks kept ({ratio:.1f}x)", fontsize=10)
-    figure.colorbar(image, label=f"blocks of {cache.block_size}")
+    axes.set_title(f"{blocks(cache)} ({cache.bytes_full / cache.bytes_held:.1f}x)", fontsize=10)
+    figure.colorbar(image, label="blocks" if cache.kvs_high or cache.kvs_low else f"blocks of {cache.block_size}")
     figure.savefig(path, dpi=150)

@@ -45,7 +45,7 @@ def summary(completion: Completion) -> str:
         f"    answer  {len(completion.token_ids)} tokens in {timings.decode:.2f} s ({decode:.1f} tok/s)",
         f"load {timings.load:.1f} s, compile {timings.compile:.1f} s, compress {1000 * timings.compress:.0f} ms",
         f"cache   {megabytes(cache.bytes_full)} before, {megabytes(cache.bytes_held)} after compression "
-        f"({cache.bytes_full / cache.bytes_held:.2f}x): {_blocks(cache)}, {cache.blocks_per_head.min()} to "
+        f"({cache.bytes_full / cache.bytes_held:.2f}x): {blocks(cache)}, {cache.blocks_per_head.min()} to "
         f"{cache.blocks_per_head.max()} a head",
     ]
     if _quantised(cache):
@@ -61,7 +61,8 @@ def _quantised(cache: CacheStats) -> bool:
     return cache.kvs_high + cache.kvs_low > 0
 
 
-def _blocks(cache: CacheStats) -> str:
+def blocks(cache: CacheStats) -> str:
+    """How many are kept."""
     if _quantised(cache):
         return f"{cache.blocks_held} blocks of two precisions"
     return f"{cache.blocks_held} of {cache.blocks_full} blocks of {cache.block_size}"
