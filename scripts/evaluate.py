@@ -119,12 +119,16 @@ def parse_policies(text: str) -> dict[str, Policy | None]:
     for part in text.split(","):
         name, *settings = part.strip().split(":")
         pairs = [setting.partition("=")[::2] for setting in settings]
-        values = {key: VALUES[value] if value in VALUES else _number(part, value) for key, value in pairs}
+        values = {key: _value(part, key, value) for key, value in pairs}
         found[part.strip()] = make_policy(name, None if name == "none" else Ratio(ratio=2), **values)
     return found
 
 
-def _number(part: str, value: str) -> float:
+def _value(part: str, key: str, value: str) -> object:
+    if key in ("high", "low"):
+        return value  # the name of a format
+    if value in VALUES:
+        return VALUES[value]
     try:
         return float(value) if "." in value else int(value)
     except ValueError:

@@ -41,11 +41,9 @@ def _random_model() -> Llama:
 MODEL = _random_model()
 
 
-def empty_cache(*, batch: int = 1, max_context: int = 256, block_size: int = 16, num_blocks: int | None = None):
-    config = CacheConfig.for_model(
-        CONFIG, batch=batch, max_context=max_context, block_size=block_size, num_blocks=num_blocks
-    )
-    return init_cache(config)
+def empty_cache(*, batch=1, max_context=256, **sizes) -> PagedCache:
+    """Sizes as ``CacheConfig.for_model`` takes them."""
+    return init_cache(CacheConfig.for_model(CONFIG, batch=batch, max_context=max_context, **sizes))
 
 
 def prompt(length: int, seed: int = 0) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -10,10 +11,11 @@ from jax import Array
 from jaxkv.eviction import KEPT, sort_keys, take_cheapest
 from jaxkv.policies.base import Policy
 from jaxkv.policies.budget import Budget
-from jaxkv.policies.kv_compress import KVCompress
 from jaxkv.policies.tiered import Goal, TierPolicy, most_blocks, with_formats
 from jaxkv.tiering import GONE, Held
 from jaxkv.tiers import HIGH, LOW, Tiers
+
+TIER_SETTINGS = ("high", "low", "block_tokens", "high_share")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +37,15 @@ class Mixed(TierPolicy):
             raise ValueError(f"high_share is a part of the budget, from 0 to 1, got {self.high_share}")
 
     @classmethod
-    def named(cls, *, budget: Budget, window: int | None = 32, protected_window: int = 32, **settings) -> Mixed:
-        """With KV-Compress's ranking, and formats by their names: ``high="K8V4"``."""
-        scoring = KVCompress(budget=budget, window=window, protected_window=protected_window)
-        return cls(budget=budget, scoring=scoring, protected_window=protected_window, **with_formats(settings))
+    def over(cls, scoring: Callable[..., Policy], *, budget: Budget, **settings) -> Mixed:
+        """Tiers by the ranking that ``scoring`` makes of all settings that aren't the tiers' own.
+
+        Formats are given by their names: ``high="K8V4"``.
+        """
+        own = with_formats({name: settings.pop(name) for name in TIER_SETTINGS if name in settings})
+        ranking = scoring(budget=budget, **settings)
+        shared = {"protected_window": ranking.protected_window, "compress_every": ranking.compress_every}
+        return cls(budget=budget, scoring=ranking, **shared, **own)
 
     @property
     def observed_queries(self) -> int | None:

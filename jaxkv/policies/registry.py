@@ -31,11 +31,10 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "knorm": KNorm,
     "keydiff": KeyDiff,
     "kvzip": KVzip,
-    "auto": partial(
-        KVzip, group=jnp.mean, protected_window=2, sinks=4
-    ),  # what kept most, of all that docs/evaluation.md has
+    # What kept most, of all that docs/evaluation.md has.
+    "auto": partial(Mixed.over, partial(KVzip, group=jnp.mean, protected_window=2, sinks=4)),
     "leankv": LeanKV.named,
-    "mixed": Mixed.named,
+    "mixed": partial(Mixed.over, KVCompress),
 }
 """Each takes ``budget`` and its own settings by keyword."""
 UNBOUNDED = ("leankv",)

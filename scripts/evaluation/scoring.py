@@ -15,9 +15,10 @@ from flax import nnx
 from jax import Array
 
 from evaluation.tasks import Item
-from jaxkv import CacheConfig, PagedCache, Policy, init_cache, stats
+from jaxkv import CacheConfig, PagedCache, Policy, Ratio, init_cache, stats
 from jaxkv.cache import take_sequences
 from jaxkv.generation import compress
+from jaxkv.policies import TierPolicy
 from jaxkv.prompt import CHUNK, PromptState, finish_prompt, look_ahead, prefill_chunk, reread_chunk, start_prompt
 from models import Llama
 
@@ -62,7 +63,9 @@ class Runner:
     def __init__(self, model: Llama, max_context: int, block_size: int = 16):
         graph, self.weights = nnx.split(model)
         self.compile_seconds = 0.0
-        self.config = CacheConfig.for_model(
+        self._sizes = model.config
+        self._config = partial(
+            CacheConfig.for_model,
             model.config,
             batch=1,
             max_context=-(-max_context // CHUNK) * CHUNK,
@@ -72,7 +75,7 @@ class Runner:
 
         @partial(jax.jit, static_argnames="policy")
         def start(weights: nnx.State, cache: PagedCache, policy: Policy | None) -> PromptState:
-            return start_prompt(nnx.merge(graph, weights), cache, jnp.array([NEVER]), policy)
+            return start_prompt(nnx.merge(graph, weights), cache, jnp.array([NEVER]), policy, fresh=True)
 
         @partial(jax.jit, static_argnames="policy", donate_argnums=1)
         def chunk(weights: nnx.State, state: PromptState, tokens: Array, count: Array, policy: Policy | None):
@@ -87,8 +90,11 @@ class Runner:
             return finish_prompt(nnx.merge(graph, weights), state, policy)[0]
 
         @partial(jax.jit, static_argnames="policy")
-        def shrink(cache: PagedCache, policy: Policy, evict_blocks: Array) -> PagedCache:
-            return compress(cache, policy, evict_blocks=evict_blocks)
+        def shrink(cache: PagedCache, policy: Policy, room: Array) -> PagedCache:
+            """``room``, ``i32[1]``, is in blocks; where the policy has tiers, in tokens of all heads at 16 bits."""
+            if isinstance(policy, TierPolicy):
+                return compress(cache, replace(policy, budget=Ratio(ratio=1)), tokens=room)
+            return compress(cache, policy, evict_blocks=cache.blocks_held().sum((0, 2)) - room)
 
         @jax.jit
         def ask(weights: nnx.State, cache: PagedCache, tokens: Array, places: Array) -> tuple[Array, Array]:
@@ -125,7 +131,7 @@ class Runner:
         """Reads a context, but for its last ``keep_back`` tokens, which may be observed with what follows."""
         began, compiled = time.perf_counter(), self.compile_seconds
         seen = max(len(tokens) - keep_back, 0)
-        state = self._start(self.weights, init_cache(self.config), policy)
+        state = self._start(self.weights, init_cache(self.config(policy)), policy)
         state = self._read(state, tokens[:seen], policy)
         jax.block_until_ready(state)
         seconds = time.perf_counter() - began - (self.compile_seconds - compiled)
@@ -155,22 +161,34 @@ class Runner:
         Raises:
           ValueError: what must stay takes more.
         """
-        room = self.bytes_full(cache) / ratio - self.config.table_bytes
-        keep = max(int(room // self.config.block_bytes), 0)
-        evict = jnp.array([max(int(cache.blocks_held().sum()) - keep, 0)])
+        config = self.config(policy)
+        room = self.bytes_full(cache) / ratio
+        if cache.tiers is None:
+            units = (room - config.table_bytes) // config.block_bytes
+        else:  # of the table, the policy counts the quantised part's
+            units = (room - config.table_bytes + cache.tiers.row_bytes) // self.token_bytes
         began, compiled = time.perf_counter(), self.compile_seconds
-        small = jax.block_until_ready(self._shrink(cache, policy, evict))
+        small = jax.block_until_ready(self._shrink(cache, policy, jnp.array([max(int(units), 0)])))
         seconds = time.perf_counter() - began - (self.compile_seconds - compiled)
-        if int(small.blocks_held().sum()) > keep:
+        if (held := stats(small).bytes_held) > room:
             raise ValueError(
-                f"ratio {ratio:g} leaves room for {keep} blocks, but what is protected and one block a head take "
-                f"{int(small.blocks_held().sum())}; choose a smaller ratio or longer contexts"
+                f"ratio {ratio:g} leaves room for {room:.0f} bytes, but what is protected, one block a head and the "
+                f"tables take {held}; choose a smaller ratio or longer contexts"
             )
         return small, seconds
 
     def bytes_full(self, cache: PagedCache) -> int:
         """K and V of each token, at 16 bits a value."""
-        return int(cache.num_tokens[0]) * self.config.heads * 2 * self.config.head_dim * 2
+        return int(cache.num_tokens[0]) * self.token_bytes
+
+    @property
+    def token_bytes(self) -> int:
+        """K and V of a token at 16 bits a value, all heads together."""
+        return self._sizes.num_layers * self._sizes.num_kv_heads * 2 * self._sizes.head_dim * 2
+
+    def config(self, policy: Policy | None) -> CacheConfig:
+        """Sizes of the cache that a policy needs."""
+        return self._config(layout=policy.layout(self._sizes.head_dim) if isinstance(policy, TierPolicy) else None)
 
     def ask(self, cache: PagedCache, items: Sequence[Item], *, read: float, compress: float) -> list[Outcome]:
         """Each question from the same cache, and its answer's tokens as the model would have them."""

@@ -57,6 +57,13 @@ def test_the_full_cache_is_right_where_the_model_is():
     assert before.nll == pytest.approx(-logprobs[range(3), item.answer].mean(), abs=0.05)  # the cache is bfloat16
 
 
+def test_what_quantised_tiers_hold_fits_in_the_ratio():
+    found = run(None, "leankv,mixed:block_tokens=32:high=K4V4:low=K4V2:high_share=0.0")
+    assert {r.ratio for r in found} == {3, 6}
+    for r in found:
+        assert 0.75 * r.bytes_full / r.ratio < r.bytes_held <= r.bytes_full / r.ratio
+
+
 def test_what_is_held_fits_in_the_ratio_and_a_run_goes_on(tmp_path):
     found = run(tmp_path / "out.json")
     assert [(r.policy, r.ratio, r.task) for r in found] == [
@@ -133,6 +140,7 @@ def test_tasks_of_a_directory(tmp_path):
         (("--policies", "snapvk"), "no policy is named 'snapvk'"),
         (("--policies", "kvzip:power=many"), "'many' is neither a number nor one of l1, "),
         (("--policies", "kvzip:strength=2"), "policy kvzip: "),
+        (("--policies", "mixed:high=K3V4"), "key_bits must be one of"),
         (("--ratios", "4,x"), "numbers above 1"),
         (("--ratios", "1"), "numbers above 1"),
     ],
