@@ -165,8 +165,8 @@ class Runner:
         room = self.bytes_full(cache) / ratio
         if cache.tiers is None:
             units = (room - config.table_bytes) // config.block_bytes
-        else:  # of the table, the policy counts the quantised part's
-            units = (room - config.table_bytes + cache.tiers.row_bytes) // self.token_bytes
+        else:  # the policy counts tables itself
+            units = room // self.token_bytes
         began, compiled = time.perf_counter(), self.compile_seconds
         small = jax.block_until_ready(self._shrink(cache, policy, jnp.array([max(int(units), 0)])))
         seconds = time.perf_counter() - began - (self.compile_seconds - compiled)
