@@ -203,12 +203,14 @@ def _ask_all(
     for told in dict.fromkeys(item.told for _, item in asked):
         full, seconds = runner.scored(read, told, policy)
         for ratio in ratios:
+            some = [(task, item) for task, item in asked if item.told == told and (ratio, task, item) in left]
+            if not some:
+                continue
+            some.sort(key=lambda pair: len(pair[1].question) + len(pair[1].answer))  # those read together are alike
             small, spent = (full, 0.0) if policy is None else runner.compress(full, policy, ratio)
-            for task in dict.fromkeys(task for task, _ in asked):
-                items = [i for t, i in asked if t == task and i.told == told and (ratio, t, i) in left]
-                if items:
-                    outcomes = runner.ask(small, items, read=seconds, compress=spent)
-                    journal.add((name, ratio, task), outcomes)
+            outcomes = runner.ask(small, [item for _, item in some], read=seconds, compress=spent)
+            for (task, _), outcome in zip(some, outcomes, strict=True):
+                journal.add((name, ratio, task), [outcome])
 
 
 if __name__ == "__main__":

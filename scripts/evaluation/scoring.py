@@ -161,12 +161,11 @@ class Runner:
         Raises:
           ValueError: what must stay takes more.
         """
-        config = self.config(policy)
         room = self.bytes_full(cache) / ratio
+        units = room // self.token_bytes  # of a policy that counts tables itself
         if cache.tiers is None:
+            config = self.config(policy)
             units = (room - config.table_bytes) // config.block_bytes
-        else:  # the policy counts tables itself
-            units = room // self.token_bytes
         began, compiled = time.perf_counter(), self.compile_seconds
         small = jax.block_until_ready(self._shrink(cache, policy, jnp.array([max(int(units), 0)])))
         seconds = time.perf_counter() - began - (self.compile_seconds - compiled)

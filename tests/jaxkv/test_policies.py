@@ -24,6 +24,10 @@ def read(cache, tokens, lengths, policy, chunk=512):
 shrink = jax.jit(compress, static_argnames="policy", donate_argnums=0)
 
 
+def empty_cache(policy):
+    return tiny.empty_cache(layout=policy.layout(tiny.CONFIG.head_dim) if isinstance(policy, TierPolicy) else None)
+
+
 def grouped(probabilities):
     """``[layers, heads, ...]`` -> ``[layers, kv_heads, group, ...]``."""
     return probabilities.reshape(len(probabilities), KV_HEADS, GROUP, *probabilities.shape[2:])
@@ -101,8 +105,7 @@ def expected_scores(name, ids):
 def test_scores_are_those_of_the_paper_and_memory_is_freed(name):
     policy = make_policy(name, Ratio(ratio=3))
     ids = tiny.prompt(LENGTH, seed=3)
-    layout = policy.layout(16) if isinstance(policy, TierPolicy) else None
-    cache, _ = read(tiny.empty_cache(layout=layout), *tiny.padded([ids]), policy, CHUNK)
+    cache, _ = read(empty_cache(policy), *tiny.padded([ids]), policy, CHUNK)
     if name not in ("kv-compress", "kv-compress-full", "mixed"):  # test_kv_compress_metrics.py
         expected = expected_scores(name, ids)
         for layer, head in np.ndindex(2, KV_HEADS):
@@ -113,14 +116,14 @@ def test_scores_are_those_of_the_paper_and_memory_is_freed(name):
     before = stats(cache)
     after = shrink(cache, policy=policy)
     held = stats(after)
-    if layout is None:
+    if after.tiers is None:
         assert held.blocks_held == before.blocks_held // 3
         assert held.blocks_held + held.blocks_free == before.blocks_held + before.blocks_free
     else:
-        assert 0 <= held.bytes_full_16bit / 3 - held.bytes_held < layout.block_bytes
+        assert 0 <= held.bytes_full_16bit / 3 - held.bytes_held < after.tiers.layout.block_bytes
         assert held.blocks_free == before.blocks_full + before.blocks_free
     for layer, head in np.ndindex(2, KV_HEADS):
-        if layout is None:
+        if after.tiers is None:
             kept = set(tiny.by_position(after, after.scores, layer, 0, head))
         else:
             now = tiering.held(after)
@@ -141,11 +144,12 @@ def test_names_and_budgets_that_make_no_policy_say_why():
         make_policy("streaming-llm", Ratio(ratio=2), window=3)
 
 
-def test_an_engine_rereads_as_the_functions_do():
-    policy = make_policy("kvzip", Ratio(ratio=3))
+@pytest.mark.parametrize("name", ["kvzip", "auto"])
+def test_an_engine_rereads_as_the_functions_do(name):
+    policy = make_policy(name, Ratio(ratio=3))
     ids = tiny.prompt(LENGTH, seed=5)
     [answer] = LLM(tiny.MODEL, compression=policy).generate([ids.tolist()], SamplingParams(max_tokens=12))
-    cache, logits = read(tiny.empty_cache(), *tiny.padded([ids]), policy)
+    cache, logits = read(empty_cache(policy), *tiny.padded([ids]), policy)
     last = jnp.argmax(logits, -1)
     rest = decode(  # goes on past the end token
         tiny.MODEL, shrink(cache, policy=policy), last, jnp.array([11]), steps=11, policy=policy
