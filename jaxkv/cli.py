@@ -99,9 +99,11 @@ def add_compression(command: argparse.ArgumentParser) -> None:
     group.add_argument("--window", type=int, metavar="N", help="prompt queries observed; 0: all (default: 32)")
     group.add_argument("--high-threshold", type=float, metavar="A", help="leankv: high tier from A / tokens on (1)")
     group.add_argument("--low-threshold", type=float, metavar="A", help="leankv: low tier from A / tokens on (0.02)")
-    group.add_argument("--high", metavar="FORMAT", help="leankv, mixed: format of the high tier (default: K8V4)")
-    group.add_argument("--low", metavar="FORMAT", help="leankv, mixed: format of the low tier (default: K4V2)")
-    group.add_argument("--high-share", type=float, metavar="PART", help="mixed: part of the blocks that is high (0.5)")
+    group.add_argument("--high", metavar="FORMAT", help="leankv, mixed, auto: format of the high tier (default: K8V4)")
+    group.add_argument("--low", metavar="FORMAT", help="leankv, mixed, auto: format of the low tier (default: K4V2)")
+    group.add_argument(
+        "--high-share", type=float, metavar="PART", help="mixed, auto: part of the blocks that is high (0.5)"
+    )
     group.add_argument("--compress-every", type=int, metavar="N", help="compress again every N tokens")
 
 
