@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
@@ -17,6 +18,7 @@ from jaxkv import allocator, tiering
 from jaxkv.cache import NULL_BLOCK, PagedCache, in_table_order, stamp_slots, to_slots
 from jaxkv.policies import Policy
 from jaxkv.policies.base import ALL_QUERIES
+from jaxkv.queries import QueryMoments
 from pallas_kernels.block_writes import write_blocks
 from pallas_kernels.prefill_attention import Observed, prefill_attention
 
@@ -85,6 +87,8 @@ class PromptState:
     """``[batch, hidden]`` of the last token read."""
     granted: Array
     """``bool[]``: all chunks so far found room."""
+    queries: QueryMoments | None = None
+    """Of this prompt's queries so far, where a policy expects others like them."""
     fresh: bool = field(default=False, metadata={"static": True})
     """The sequences held nothing before, so there is nothing quantised to read."""
 
@@ -101,6 +105,7 @@ def start_prompt(
         end=cache.num_tokens + lengths,
         hidden=jnp.zeros((batch, model.config.hidden_size)),
         granted=jnp.bool_(True),
+        queries=QueryMoments.none(model.config, batch) if policy is not None and policy.expected_queries else None,
         fresh=fresh,
     )
 
@@ -121,11 +126,13 @@ def prefill_chunk(model: Llama, state: PromptState, tokens: Array, counts: Array
 
     before = replace(cache, lengths=starts)
     held = _held(before, fresh=state.fresh)
+    sinks = 0 if policy is None else policy.sinks
+    typical = (place < counts[:, None]) & (positions >= sinks)
 
     def attend(
-        state: tuple[Array, Array], layer: int | Array, query: Array, key: Array, value: Array
-    ) -> tuple[tuple[Array, Array], Array]:
-        pool, mass = state
+        state: tuple[Array, Array, QueryMoments | None], layer: int | Array, query: Array, key: Array, value: Array
+    ) -> tuple[tuple[Array, Array, QueryMoments | None], Array]:
+        pool, mass, queries = state
         # Written before it is read, and read to the end before the next layer writes: else XLA copies the pool.
         pool = write_blocks(pool, key, value, cache.block_table[layer], starts[layer], counts)
         cached, cached_positions = _layer(replace(before, pool=pool), held, layer)
@@ -135,9 +142,11 @@ def prefill_chunk(model: Llama, state: PromptState, tokens: Array, counts: Array
             on_cached, on_own = masses
             mass = mass.at[layer].add(_join(on_cached, on_own, cached[2], counts))
             out = out + _zero_from(on_cached).astype(out.dtype)
-        return (pool, mass), out
+        if queries is not None:
+            queries = queries.with_layer(layer, query, positions, typical)
+        return (pool, mass, queries), out
 
-    (pool, mass), hidden = model(tokens, positions, attend, (cache.pool, state.mass))
+    (pool, mass, queries), hidden = model(tokens, positions, attend, (cache.pool, state.mass, state.queries))
     last = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
     return PromptState(
         cache=replace(cache, pool=pool, num_tokens=cache.num_tokens + counts),
@@ -145,6 +154,7 @@ def prefill_chunk(model: Llama, state: PromptState, tokens: Array, counts: Array
         end=end,
         hidden=jnp.where((counts > 0)[:, None], last, state.hidden),
         granted=state.granted & granted,
+        queries=None if queries is None else queries.plus(typical),
         fresh=state.fresh,
     )
 
@@ -221,20 +231,30 @@ def finish_prompt(model: Llama, state: PromptState, policy: Policy | None) -> tu
 def score_prompt(state: PromptState, policy: Policy | None) -> PagedCache:
     """The cache with scores from attention and KVs: of a prompt, or of a part of one that is read in parts.
 
-    A policy that observes the last queries scores by those of the last part alone, one that observes all, or reads
-    twice, by their sum.
+    A policy that observes the last queries, or expects others, scores by those of the last part alone, one that
+    observes all, or reads twice, by their sum.
     """
-    cache = state.cache
-    if policy is None or not (observes_prompt(policy) or policy.reads_kvs):
+    cache, queries = state.cache, state.queries
+    if policy is None or not (observes_prompt(policy) or policy.expected_queries or policy.reads_kvs):
         return cache
     layers, batch, kv_heads = cache.lengths.shape
     held = jnp.arange(cache.capacity) < tiering.total(cache)[..., None]
     scores = jnp.zeros(held.shape)
-    if observes_prompt(policy):
-        scores = policy.of_prompt(state.mass.reshape(layers, batch, kv_heads, -1, cache.capacity), held)
     where = _held(cache, fresh=state.fresh)
+    kvs = partial(_kvs, cache, held, where)
+    each = jnp.arange(layers)  # a layer at a time: what is copied out of the pool is one layer's
+    if queries is not None:
+
+        def expected(layer: Array) -> Array:
+            keys, _, positions = kvs(layer)
+            seen = held[layer] & (positions >= policy.sinks)
+            return queries.attention(layer, keys, seen, cache.num_tokens, policy.expected_queries)
+
+        scores = policy.of_prompt(lax.map(expected, each), held)
+    elif observes_prompt(policy):
+        scores = policy.of_prompt(state.mass.reshape(layers, batch, kv_heads, -1, cache.capacity), held)
     if policy.reads_kvs:
-        scores = _of_kvs(cache, policy, scores, held, where)
+        scores = lax.map(lambda layer: policy.of_kvs(scores[layer], *kvs(layer), held[layer]), each)
     scores = jnp.where(held, scores, 0.0)
     adds = policy.observed_queries is ALL_QUERIES or policy.rereads
     if where is not None:
@@ -246,18 +266,14 @@ def score_prompt(state: PromptState, policy: Policy | None) -> PagedCache:
     return replace(cache, scores=to_slots(cache.scores, *table, scores))
 
 
-def _of_kvs(cache: PagedCache, policy: Policy, scores: Array, held: Array, where: tiering.Held | None) -> Array:
-    """A layer at a time: what is copied out of the pool is one layer's."""
-
-    def of_layer(layer: Array) -> Array:
-        (pool, table, _), positions = _layer(cache, where, layer)
-        blocks = jnp.where(held[layer][..., :: cache.block_size], table, NULL_BLOCK)
-        rows = pool[blocks].reshape(*held.shape[1:], -1)
-        rows = jnp.where(held[layer][..., None], rows.astype(jnp.float32), 0.0)
-        key, value = jnp.split(rows, 2, axis=-1)
-        return policy.of_kvs(scores[layer], key, value, positions, held[layer])
-
-    return lax.map(of_layer, jnp.arange(held.shape[0]))
+def _kvs(cache: PagedCache, held: Array, where: tiering.Held | None, layer: Array) -> tuple[Array, Array, Array]:
+    """A layer's keys, values and positions as ``Policy.of_kvs`` takes them."""
+    (pool, table, _), positions = _layer(cache, where, layer)
+    blocks = jnp.where(held[layer][..., :: cache.block_size], table, NULL_BLOCK)
+    rows = pool[blocks].reshape(*held.shape[1:], -1)
+    rows = jnp.where(held[layer][..., None], rows.astype(jnp.float32), 0.0)
+    keys, values = jnp.split(rows, 2, axis=-1)
+    return keys, values, positions
 
 
 def _observed(

@@ -57,10 +57,13 @@ def choose(
 def readable(request: Request) -> int:
     """Tokens that a request may leave to others to read: all but the last, and but those that its policy observes.
 
-    A policy that observes all queries reads its whole prompt itself.
+    A policy that observes all queries, or expects others like them, reads its whole prompt itself.
     """
-    observed = 0 if request.policy is None else request.policy.observed_queries
-    return 0 if observed is None else max(len(request.prompt) - max(observed, 1), 0)
+    policy = request.policy
+    observed = 0 if policy is None else policy.observed_queries
+    if observed is None or (policy is not None and policy.expected_queries):
+        return 0
+    return max(len(request.prompt) - max(observed, 1), 0)
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:

@@ -7,6 +7,7 @@ from jaxkv.policies.budget import MaxBytes as MaxBytes
 from jaxkv.policies.budget import MaxTokens as MaxTokens
 from jaxkv.policies.budget import Ratio as Ratio
 from jaxkv.policies.budget import Unlimited as Unlimited
+from jaxkv.policies.expected_attention import ExpectedAttention as ExpectedAttention
 from jaxkv.policies.h2o import H2O as H2O
 from jaxkv.policies.keydiff import KeyDiff as KeyDiff
 from jaxkv.policies.knorm import KNorm as KNorm

@@ -54,6 +54,12 @@ class Policy:
         return False
 
     @property
+    def expected_queries(self) -> int:
+        """At how many positions after the prompt to expect queries like its own, and have their attention in place of
+        what is observed; ``sinks`` are left out on either side. 0: none."""
+        return 0
+
+    @property
     def rereads(self) -> bool:
         """Whether the prompt is read once more, as if it came again after itself, and its attention observed then."""
         return False
@@ -71,7 +77,8 @@ class Policy:
         """Scores of a prompt's KVs.
 
         Args:
-          mass: ``f32[layers, batch, kv_heads, group, kvs]``, ``of_probability`` summed over the observed queries.
+          mass: ``f32[layers, batch, kv_heads, group, kvs]``, ``of_probability`` summed over the observed queries;
+            of ``expected_queries`` their mean attention (``jaxkv.queries``).
           held: ``bool[layers, batch, kv_heads, kvs]``: which of them are KVs.
 
         Returns:
@@ -83,7 +90,7 @@ class Policy:
         """Scores of a prompt's KVs, from those of ``of_prompt`` and the KVs themselves, a layer at a time.
 
         Args:
-          scores: ``f32[batch, kv_heads, kvs]``; 0 where no query is observed.
+          scores: ``f32[batch, kv_heads, kvs]``; 0 where no query is observed or expected.
           keys: ``f32[batch, kv_heads, kvs, half]``, after RoPE; 0 past ``head_dim``, and where nothing is held.
           values: like ``keys``.
           positions: ``i32[batch, kv_heads, kvs]``.

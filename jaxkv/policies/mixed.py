@@ -44,7 +44,7 @@ class Mixed(TierPolicy):
         """
         own = with_formats({name: settings.pop(name) for name in TIER_SETTINGS if name in settings})
         ranking = scoring(budget=budget, **settings)
-        shared = {"protected_window": ranking.protected_window, "compress_every": ranking.compress_every}
+        shared = {name: getattr(ranking, name) for name in ("protected_window", "sinks", "compress_every")}
         return cls(budget=budget, scoring=ranking, **shared, **own)
 
     @property
@@ -54,6 +54,10 @@ class Mixed(TierPolicy):
     @property
     def observed_buffer(self) -> int:
         return self.scoring.observed_buffer
+
+    @property
+    def expected_queries(self) -> int:
+        return self.scoring.expected_queries
 
     @property
     def rereads(self) -> bool:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxkv.policies.base import Policy
 from jaxkv.policies.budget import Budget, MaxBytes, MaxTokens, Ratio
+from jaxkv.policies.expected_attention import ExpectedAttention
 from jaxkv.policies.h2o import H2O
 from jaxkv.policies.keydiff import KeyDiff
 from jaxkv.policies.knorm import KNorm
@@ -30,6 +31,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "tova": TOVA,
     "knorm": KNorm,
     "keydiff": KeyDiff,
+    "expected-attention": ExpectedAttention,
     "kvzip": KVzip,
     # What kept most, of all that docs/evaluation.md has.
     "auto": partial(Mixed.over, partial(KVzip, group=jnp.mean, protected_window=2, sinks=4)),

@@ -72,6 +72,42 @@ def keydiff(keys):
     return -(unit * anchor).sum(-1) / np.linalg.norm(anchor, axis=-1)
 
 
+def rotations(positions):
+    """RoPE as one matrix a position, ``[positions, head_dim, head_dim]``."""
+    half = tiny.CONFIG.head_dim // 2
+    angles = np.outer(positions, tiny.CONFIG.rope_theta ** (-np.arange(half) / half))
+    found = np.zeros((len(positions), 2 * half, 2 * half))
+    i = np.arange(half)
+    found[:, i, i] = found[:, i + half, i + half] = np.cos(angles)
+    found[:, i + half, i] = np.sin(angles)
+    found[:, i, i + half] = -np.sin(angles)
+    return found
+
+
+def expected_attention(ids, future=512, sinks=4):
+    """As Expected Attention's authors compute it, from queries that are turned back to position 0."""
+    keys, values = dense_kvs(ids)
+    queries = []
+
+    def attend(state, layer, query, key, value):
+        queries.append(np.asarray(query[0], np.float64))
+        return causal_attention(state, layer, query, key, value)
+
+    tiny.MODEL(jnp.asarray(ids)[None], jnp.arange(len(ids))[None], attend, None)
+    length, d = len(ids), tiny.CONFIG.head_dim
+    back = rotations(np.arange(length)).swapaxes(1, 2)
+    mean_rotation = rotations(np.arange(length, length + future)).mean(0)
+    scores = np.zeros((2, KV_HEADS, length))
+    for layer, head in np.ndindex(2, KV_HEADS * GROUP):
+        own = np.einsum("tij,tj->ti", back, queries[layer][:, head])[sinks:]
+        mean, covariance = mean_rotation @ own.mean(0), mean_rotation @ np.cov(own.T, bias=True) @ mean_rotation.T
+        key, value = (x[layer, head // GROUP, sinks:] for x in (keys, values))
+        logits = key @ mean / np.sqrt(d) + np.einsum("ki,ij,kj->k", key, covariance, key) / (2 * d)
+        attention = np.exp(logits - logits.max())
+        scores[layer, head // GROUP, sinks:] += attention / attention.sum() / GROUP * np.linalg.norm(value, axis=-1)
+    return scores
+
+
 OF_KVS = {"knorm": lambda keys, values: -np.linalg.norm(keys, axis=-1), "keydiff": lambda keys, values: keydiff(keys)}
 
 
@@ -96,6 +132,8 @@ CHUNK = 64
 def expected_scores(name, ids):
     if name in REREAD:
         return REREAD[name](reread(ids, CHUNK))
+    if name == "expected-attention":
+        return expected_attention(ids)
     if name in OF_KVS:
         return OF_KVS[name](*dense_kvs(ids))
     return ORACLES[name](tiny.dense_run(ids)[1])
@@ -144,8 +182,8 @@ def test_names_and_budgets_that_make_no_policy_say_why():
         make_policy("streaming-llm", Ratio(ratio=2), window=3)
 
 
-@pytest.mark.parametrize("name", ["kvzip", "auto"])
-def test_an_engine_rereads_as_the_functions_do(name):
+@pytest.mark.parametrize("name", ["kvzip", "auto", "expected-attention"])
+def test_an_engine_scores_as_the_functions_do(name):
     policy = make_policy(name, Ratio(ratio=3))
     ids = tiny.prompt(LENGTH, seed=5)
     [answer] = LLM(tiny.MODEL, compression=policy).generate([ids.tolist()], SamplingParams(max_tokens=12))
