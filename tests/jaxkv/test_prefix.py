@@ -34,9 +34,14 @@ def served(policy, blocks):
 
 
 @cache
+def roomy(policy):
+    return LLM(tiny.MODEL, compression=POLICIES[policy], max_batch=1, share_prefixes=False)
+
+
+@cache
 def alone(policy, job):
-    llm = LLM(tiny.MODEL, compression=POLICIES[policy], max_batch=1, share_prefixes=False)
-    [answer] = llm.generate(*request(job))
+    events = roomy(policy).run([request(job)], max_context=CONTEXT)
+    [answer] = [event.completion for event in events if isinstance(event, Finished)]
     return answer
 
 
