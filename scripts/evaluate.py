@@ -2,12 +2,14 @@
 
     python scripts/evaluate.py --model smollm2-135m --tasks DIR --policies none,snapkv --ratios 4,8,16 --json out.json
     python scripts/evaluate.py --model smollm2-135m --suite quick
+    python scripts/evaluate.py --model DIR --benchmark DIR --chat --policies none,auto --json out.json
 
 A directory of tasks has ``contexts.json``, a list of ``{id, text}`` or ``{id, context_ids}``, and for each task a
 ``NAME.json``, a list of ``{id, context_id, question, answer}`` or ``{..., question_ids, answer_ids}``. The context is
 compressed alone; then the question is read at its true positions; an item counts where greedy decoding starts with the
-answer. ``docs/evaluation.md`` says more. What ``--json`` names is written anew after each context, and a run that is
-started again goes on: single outcomes lie beside it, in a file named ``.items.jsonl``.
+answer. A benchmark's directory has LongBench's ``TASK.jsonl`` or RULER's ``TASK/validation.jsonl``, whose answers are
+written and scored as their authors do. ``docs/evaluation.md`` says more. What ``--json`` names is written anew after
+each context, and a run that is started again goes on: single outcomes lie beside it, in a file named ``.items.jsonl``.
 """
 
 from __future__ import annotations
@@ -20,10 +22,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
+from evaluation.benchmark import Protocol, read_benchmark
 from evaluation.records import Journal, Key, Record, record, table, write_json
 from evaluation.scoring import Runner
 from evaluation.suite import SUITES, generate
 from evaluation.tasks import Item, TaskSet, read_tasks
+from evaluation.writing import Writer
 from tqdm import tqdm
 
 from jaxkv import Policy, Ratio
@@ -67,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     what = top.add_mutually_exclusive_group(required=True)
     what.add_argument("--tasks", type=Path, metavar="DIR", help="contexts.json and NAME.json files")
     what.add_argument("--suite", choices=SUITES, help="built-in tasks")
+    what.add_argument("--benchmark", type=Path, metavar="DIR", help="LongBench's or RULER's own files")
     top.add_argument(
         "--policies", default=POLICIES, metavar="NAMES", help=f"with settings as in kvzip:power=2; default: {POLICIES}"
     )
@@ -74,25 +79,35 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--first-seed", type=int, default=0, help="of the suite's contexts: others to choose by")
     top.add_argument("--json", type=Path, metavar="FILE", help="records; goes on where it was left")
     top.add_argument("--markdown", type=Path, metavar="FILE", help="the table, which is printed too")
+    put = top.add_argument_group("how a benchmark is put to the model")
+    put.add_argument(
+        "--aware", action="store_true", help="compress the whole prompt, not the context before its question"
+    )
+    put.add_argument("--chat", action="store_true", help="in the model's chat format, where the benchmark does so")
+    put.add_argument("--max-length", type=int, metavar="TOKENS", help="longer LongBench prompts lose their middle")
+    put.add_argument("--limit", type=int, metavar="N", help="the first N samples of each file")
     return top
 
 
 def run(options: argparse.Namespace) -> int:
     ratios = parse_ratios(options.ratios)
     policies = parse_policies(options.policies)
+    protocol = parse_protocol(options)
     path = resolve(options.model)
     tokenizer = load_tokenizer(path)
     model = load_model(path)
-    if options.suite:
+    if options.benchmark:
+        tasks = read_benchmark(options.benchmark, tokenizer, model.config.max_context, protocol)
+    elif options.suite:
         tasks = generate(options.suite, tokenizer, options.first_seed)
     else:
         tasks = read_tasks(options.tasks, tokenizer, model.config.vocab_size)
-    longest = max(map(len, tasks.contexts.values())) + max(len(i.told) for t in tasks.tasks for i in t.items)
-    if longest > model.config.max_context:
-        raise ValueError(f"a context of {longest} tokens is longer than the model's {model.config.max_context}")
+    if tasks.longest > model.config.max_context:
+        raise ValueError(f"a context of {tasks.longest} tokens is longer than the model's {model.config.max_context}")
+    runner = Writer(model, tasks, tokenizer) if options.benchmark else Runner(model, tasks.longest)
     settings = {"model": options.model, "tasks": digest(tasks)}
     journal = Journal(options.json and options.json.with_name(options.json.name + ".items.jsonl"), settings)
-    evaluate(Runner(model, longest), tasks, policies, ratios, journal, options.json)
+    evaluate(runner, tasks, policies, ratios, journal, options.json)
     text = table(records(journal, tasks, policies, ratios))
     print(text)
     if options.markdown:
@@ -108,6 +123,18 @@ def parse_ratios(text: str) -> list[float]:
     if any(not ratio > 1 for ratio in ratios):
         raise ValueError(f"--ratios must be numbers above 1 with commas between, like 4,8,16, got {text!r}")
     return ratios
+
+
+def parse_protocol(options: argparse.Namespace) -> Protocol:
+    """How ``--benchmark`` is read; its options mean nothing to other tasks."""
+    given = {field: getattr(options, field) for field in ("aware", "chat", "max_length", "limit")}
+    for name, value in given.items():
+        said = "--" + name.replace("_", "-")
+        if value and not options.benchmark:
+            raise ValueError(f"{said} is of --benchmark; leave it out, or name a directory of LongBench or RULER")
+        if value is not None and not isinstance(value, bool) and value < 1:
+            raise ValueError(f"{said} must be at least 1, got {value}")
+    return Protocol(**given)
 
 
 def parse_policies(text: str) -> dict[str, Policy | None]:

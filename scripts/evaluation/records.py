@@ -59,13 +59,14 @@ class Record:
     ratio: float
     task: str
     accuracy: float
+    """Of answers that are written, the mean score."""
     n: int
     low: float
-    """Bounds of the accuracy's 95 % confidence interval (Wilson)."""
+    """Bounds of the accuracy's 95 % confidence interval (Wilson); of scores between 0 and 1, wider than it need be."""
     high: float
-    token_accuracy: float
-    nll: float
-    """Mean over items, nats a token."""
+    token_accuracy: float | None
+    nll: float | None
+    """Mean over items, nats a token; like ``token_accuracy`` None of answers that are written."""
     bytes_held: int
     """Mean over items: blocks with scores and positions, and tables, as allocated; K and V are bfloat16."""
     bytes_full: int
@@ -87,6 +88,8 @@ def record(key: Key, outcomes: list[Outcome]) -> Record:
     def mean(field: str) -> float:
         return fmean(getattr(o, field) for o in outcomes)
 
+    told = all(o.nll is not None for o in outcomes)
+
     return Record(
         policy=policy,
         ratio=ratio,
@@ -95,8 +98,8 @@ def record(key: Key, outcomes: list[Outcome]) -> Record:
         n=n,
         low=low,
         high=high,
-        token_accuracy=mean("token_accuracy"),
-        nll=mean("nll"),
+        token_accuracy=mean("token_accuracy") if told else None,
+        nll=mean("nll") if told else None,
         bytes_held=round(mean("bytes_held")),
         bytes_full=round(mean("bytes_full")),
         seconds_read=mean("seconds_read"),
@@ -104,7 +107,7 @@ def record(key: Key, outcomes: list[Outcome]) -> Record:
     )
 
 
-def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(right: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """The interval in which the true rate lies, 95 times of 100, after ``right`` of ``n``."""
     rate = right / n
     middle = (rate + z * z / (2 * n)) / (1 + z * z / n)
@@ -133,10 +136,11 @@ def table(records: list[Record]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for r in sorted(records, key=lambda r: (r.task, r.ratio, r.policy)):
+        tokens, nll = ("" if x is None else f"{x:.3f}" for x in (r.token_accuracy, r.nll))
         kept = f"{r.accuracy / full[r.task]:.2f}" if full.get(r.task) else ""
         lines.append(
             f"| {r.task} | {r.policy} | {r.ratio:g} | {r.accuracy:.3f} | {r.low:.2f} to {r.high:.2f} | {kept} "
-            f"| {r.token_accuracy:.3f} | {r.nll:.3f} | {r.bytes_held / 1e6:.2f} | {r.bytes_full / r.bytes_held:.2f} "
+            f"| {tokens} | {nll} | {r.bytes_held / 1e6:.2f} | {r.bytes_full / r.bytes_held:.2f} "
             f"| {r.seconds:.1f} | {r.n} |"
         )
     return "\n".join(lines)

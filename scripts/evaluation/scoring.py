@@ -31,11 +31,12 @@ class Outcome:
     """How one item went."""
 
     item: str
-    correct: bool
-    """Greedy decoding starts with the answer: each of its tokens is the likeliest after those before it."""
-    token_accuracy: float
-    nll: float
-    """Mean over the answer's tokens, nats."""
+    correct: float
+    """Whether greedy decoding starts with the answer: each of its tokens is the likeliest after those before it. Of an
+    answer that is written, its score, 0 to 1."""
+    token_accuracy: float | None
+    nll: float | None
+    """Mean over the answer's tokens, nats; like ``token_accuracy`` None where the answer is written."""
     bytes_held: int
     """Blocks with scores and positions, and tables, of the cache that answered."""
     bytes_full: int
@@ -43,6 +44,8 @@ class Outcome:
     seconds_read: float
     """Reading and scoring what was compressed, shared by all items, tasks and ratios over it."""
     seconds_compress: float
+    said: str = ""
+    """The answer, where it is written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +120,8 @@ class Runner:
 
         def call(*args: Any) -> Any:
             arrays = [a for a in args if not isinstance(a, Policy | None)]
-            shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arrays))
+            leaves, structure = jax.tree.flatten(arrays)
+            shapes = structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
             key = shapes, tuple(a for a in args if isinstance(a, Policy | None))
             if key not in programs:
                 began = time.perf_counter()

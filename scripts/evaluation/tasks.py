@@ -23,6 +23,32 @@ class Item:
     told: tuple[int, ...] = ()
     """Read with the context, before it is compressed: what makes a task query-aware."""
 
+    @property
+    def room(self) -> int:
+        """Tokens that are cached after the context."""
+        return len(self.told)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written(Item):
+    """A question whose answer the model writes, greedily, and a metric scores (``evaluation.metrics``)."""
+
+    answer: tuple[int, ...] = ()
+    references: tuple[str, ...]
+    metric: str
+    every: bool = False
+    """The score is the mean over the references; else the best."""
+    classes: tuple[str, ...] = ()
+    most_tokens: int
+    first_line: bool = False
+    """Only the answer's first line is scored."""
+    ends_line: bool = False
+    """The answer has at least one token, and ends with the line."""
+
+    @property
+    def room(self) -> int:
+        return len(self.told) + len(self.question) + self.most_tokens
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
@@ -38,6 +64,11 @@ class TaskSet:
 
     contexts: dict[str, tuple[int, ...]]
     tasks: tuple[Task, ...]
+
+    @property
+    def longest(self) -> int:
+        """Tokens that are cached at most."""
+        return max(len(self.contexts[item.context_id]) + item.room for task in self.tasks for item in task.items)
 
 
 def read_tasks(directory: Path, tokenizer: Tokenizer | None, vocab_size: int) -> TaskSet:
