@@ -8,7 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import memref_fold
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, memref
 
 ROWS = 64
 """Rows of the left operand that one instruction of the tensor cores takes."""
@@ -97,3 +100,31 @@ def product(a: Any, b_ref: Any, interpret: bool, *, transpose: str = "", start: 
         return acc[...]
 
     return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((a.shape[0], b_ref.shape[1]), jnp.float32))
+
+
+def gather(ref: Any, start: Array, layout: Any, interpret: bool, *, axis: int | None = None) -> Array:
+    """Elements of a reference that is read as one line; each thread reads its own.
+
+    Args:
+      ref: a reference.
+      start: ``i32[...]`` which element, laid out as the result is to be.
+      layout: how that is.
+      interpret: whether the interpreter runs it.
+      axis: along which to count on from ``start``, if any: a compiler sees better so what lies side by side.
+    """
+    if interpret:
+        index = start if axis is None else start + lax.broadcasted_iota(jnp.int32, start.shape, axis)
+        return ref[...].reshape(-1)[index]
+
+    def read(_: Any, ref: ir.Value, start: Any) -> Any:
+        line = memref_fold(ref, 0, len(ir.MemRefType(ref.type).shape))
+
+        def element(at: ir.Value, place: tuple[ir.Value, ...]) -> ir.Value:
+            at = arith.index_cast(ir.IndexType.get(), at)
+            return memref.load(line, [at if axis is None else arith.addi(at, place[axis])])
+
+        return start.foreach(element, create_array=True, is_signed=False)
+
+    result = plgpu.ShapeDtypeStruct(start.shape, ref.dtype, layout=layout)
+    inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout), return_type=result)
+    return inline(read)(ref, start)

@@ -38,6 +38,31 @@ def paged_attention(
     """
     batch, heads, head_dim = query.shape
     kv_heads, max_blocks = block_table.shape[1:]
+    arguments = query, pool, block_table, lengths
+    output, maximum, total, logits = partial_attention(*arguments, keep=bool(observe), interpret=interpret)
+    output = output.reshape(batch, heads, head_dim).astype(query.dtype)
+    if not observe:
+        return output, ()
+    held = jnp.arange(logits[0].shape[2]) < lengths.reshape(-1, 1, 1)
+    p = jnp.where(held, jnp.exp2(logits[0] - maximum[..., None]) / total[..., None], 0.0)
+    p = p[..., : max_blocks * pool.shape[1]].reshape(batch, kv_heads, heads // kv_heads, -1)
+    return output, tuple(f(p) for f in observe)
+
+
+def partial_attention(
+    query: Array, pool: Array, block_table: Array, lengths: Array, *, keep: bool = False, interpret: Any = False
+) -> tuple[Array, Array, Array, list[Array]]:
+    """What can be joined with the softmax over other KVs of the same rows: KV heads of all sequences in turn.
+
+    Returns:
+      Output ``f32[rows, group, head_dim]``; maximum of the logits, for powers of two, and sum, ``f32[rows, group]``;
+      and if they are to be kept the logits, ``f32[rows, group, kvs]``.
+
+    Raises:
+      ValueError: a shape or dtype that the kernel can't take.
+    """
+    batch, heads, head_dim = query.shape
+    kv_heads, max_blocks = block_table.shape[1:]
     block_size, half = pool.shape[1], pool.shape[2] // 2
     rows, group = batch * kv_heads, heads // kv_heads
     check(pool, group)
@@ -69,7 +94,7 @@ def paged_attention(
         shapes = (segments, group, half), (segments, group), (segments, group), (rows, group, width)
     output, maximum, total, *logits = plgpu.kernel(
         kernel,
-        out_type=tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes[: 4 if observe else 3]),
+        out_type=tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes[: 4 if keep else 3]),
         scratch_types=scratch,
         grid=(segments,),
         grid_names=("segment",),
@@ -81,13 +106,7 @@ def paged_attention(
         maximum, total = maximum[:, :group], total[:, :group]
 
     output, maximum, total = merge(work.row, rows, output, maximum, total)
-    output = output[..., :head_dim].reshape(batch, heads, head_dim).astype(query.dtype)
-    if not observe:
-        return output, ()
-    held = jnp.arange(width) < lengths[:, None, None]
-    p = jnp.where(held, jnp.exp2(logits[0] - maximum[..., None]) / total[..., None], 0.0)
-    p = p[..., : max_blocks * block_size].reshape(batch, kv_heads, group, -1)
-    return output, tuple(f(p) for f in observe)
+    return output[..., :head_dim], maximum, total, logits
 
 
 def check(pool: Array, group: int) -> None:

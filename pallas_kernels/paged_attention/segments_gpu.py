@@ -32,13 +32,13 @@ class Work(NamedTuple):
     """``i32[segments, 4]``: row, first tile, tiles, KVs of the row."""
 
 
-def plan_work(lengths: Array, max_kvs: int, tile: int) -> Work:
-    """Segments of equal numbers of tiles for ``i32[rows]`` KVs a row."""
+def plan_work(lengths: Array, max_kvs: int, tile: int, least: int = MIN_TILES) -> Work:
+    """Segments of equal numbers of tiles, at least so many, for ``i32[rows]`` KVs a row."""
     rows = lengths.shape[0]
     tiles = -(-lengths // tile)
-    each = jnp.maximum(MIN_TILES, -(-jnp.sum(tiles) // SEGMENTS))
+    each = jnp.maximum(least, -(-jnp.sum(tiles) // SEGMENTS))
     end = jnp.cumsum(-(-tiles // each))
-    most = rows * -(-max_kvs // (tile * MIN_TILES))
+    most = rows * -(-max_kvs // (tile * least))
     segment = jnp.arange(min(SEGMENTS + rows, most))
     row = jnp.sum(segment[:, None] >= end[None, :], axis=1)
     of = jnp.minimum(row, rows - 1)

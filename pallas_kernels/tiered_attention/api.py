@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 from jax import Array
 
-from pallas_kernels.dispatch import Implementation, choose, without_gpu
+from pallas_kernels.dispatch import Implementation, choose, or_xla
 from pallas_kernels.tiered_attention import reference
 from pallas_kernels.tiers import BlockLayout
 
@@ -98,9 +98,15 @@ def tiered_attention(
         raise ValueError("significance and next_position go together")
     arguments = query, pool, block_table, lengths, layout
     options = {"raw": raw, "significance": significance, "next_position": next_position}
-    choice = without_gpu(choose(implementation))
+    choice = choose(implementation)
     if choice.implementation == "mosaic_tpu":
         from pallas_kernels.tiered_attention import mosaic_tpu
 
         return mosaic_tpu.tiered_attention(*arguments, **options, interpret=choice.interpret)
+    if choice.implementation == "mosaic_gpu":
+        from pallas_kernels.tiered_attention import mosaic_gpu
+
+        choice = or_xla(choice, lambda: mosaic_gpu.check(layout, heads // kv_heads, raw))
+        if choice.implementation == "mosaic_gpu":
+            return mosaic_gpu.tiered_attention(*arguments, **options, interpret=choice.interpret)
     return reference.tiered_attention(*arguments, **options)

@@ -18,7 +18,7 @@ from pallas_kernels.tiers.layout import Segments
 from pallas_kernels.tiers.walk import Part, Walk, walk
 
 if TYPE_CHECKING:
-    from pallas_kernels.tiered_attention.api import RawKVs, Significance, Tiered
+    from pallas_kernels.tiered_attention.api import RawKVs, Significance, Tiered, Weakest
 
 MASKED = -1e30
 IN_BOUNDS = "promise_in_bounds"
@@ -46,7 +46,7 @@ def tiered_attention(
     next_position: Array | None,
 ) -> Tiered:
     """See ``api.tiered_attention``."""
-    from pallas_kernels.tiered_attention.api import Tiered, Weakest
+    from pallas_kernels.tiered_attention.api import Tiered
 
     batch, heads, head_dim = query.shape
     kv_heads = block_table.shape[1]
@@ -70,15 +70,44 @@ def tiered_attention(
     if significance is None or next_position is None:
         return Tiered(output, pool, None)
 
-    position = jnp.repeat(next_position, kv_heads)
-    softmax = softmax._replace(total=total)
+    def steps_of(kept: Array) -> Callable[[Array], Array]:
+        return lambda i: lax.dynamic_index_in_dim(kept, i, 0, keepdims=False)
+
+    softmax, walks = softmax._replace(total=total), [blocks_of for _, blocks_of in tiers]
+    arguments = pool, softmax, layout, walks, [steps_of(kept) for kept in logits], significance, next_position
+    return Tiered(output, *observe(*arguments))
+
+
+def observe(
+    pool: Array,
+    softmax: Softmax,
+    layout: BlockLayout,
+    walks: list[Walk],
+    logits: list[Callable[[Array], Array]],
+    significance: Significance,
+    next_position: Array,
+) -> tuple[Array, Weakest]:
+    """The pool with scores added to, and each head's weakest KVs.
+
+    Args:
+      pool: ``u32[blocks, rows, 128]``.
+      softmax: over all KVs of each row; the output isn't used.
+      layout: of the blocks.
+      walks: over each tier.
+      logits: what gives those of a walk's ``i``-th step, ``f32[step, group, tokens]``.
+      significance, next_position: see ``api.tiered_attention``.
+    """
+    from pallas_kernels.tiered_attention.api import Weakest
+
+    batch = next_position.shape[0]
+    words = pool.reshape(pool.shape[0], -1)
+    position = jnp.repeat(next_position, softmax.total.shape[0] // batch)
     values, indices = [], []
-    for (tier, blocks_of), kept in zip(tiers, logits, strict=True):
-        words, value, index = _observe(words, softmax, kept, tier, blocks_of, significance, position)
-        values.append(value.reshape(batch, kv_heads))
-        indices.append(index.reshape(batch, kv_heads))
-    weakest = Weakest(value=jnp.stack(values), index=jnp.stack(indices))
-    return Tiered(output, words.reshape(pool.shape), weakest)
+    for tier, blocks_of, of_step in zip(layout.tiers, walks, logits, strict=True):
+        words, value, index = _observe(words, softmax, of_step, tier, blocks_of, significance, position)
+        values.append(value.reshape(batch, -1))
+        indices.append(index.reshape(batch, -1))
+    return words.reshape(pool.shape), Weakest(value=jnp.stack(values), index=jnp.stack(indices))
 
 
 def _attend_tier(
@@ -155,7 +184,7 @@ def _dot_values(p: Array, value: quantizer.Codes, held: Array) -> Array:
 def _observe(
     words: Array,
     softmax: Softmax,
-    logits: Array,
+    logits: Callable[[Array], Array],
     tier: Segments,
     blocks_of: Walk,
     significance: Significance,
@@ -168,8 +197,7 @@ def _observe(
     def step(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         words, least, index = carry
         part = blocks_of.part(i)
-        s = lax.dynamic_index_in_dim(logits, i, 0, keepdims=False)
-        p = jnp.exp(s - softmax.maximum[part.row][..., None]) / softmax.total[part.row][..., None]
+        p = jnp.exp(logits(i) - softmax.maximum[part.row][..., None]) / softmax.total[part.row][..., None]
         p = jnp.where(part.held[:, None], p, 0.0)
         values = words.at[part.blocks, tier.scores : tier.end].get(mode=IN_BOUNDS)
         scores = lax.bitcast_convert_type(values[:, : tier.tokens], jnp.float32) + significance.observe(p)

@@ -30,6 +30,8 @@ class Part(NamedTuple):
 class Walk(NamedTuple):
     """A tier's resident blocks as one flat list."""
 
+    first: Array
+    """``i32[rows]``: the list's index of each row's first block."""
     steps: Array
     step: int
     row_blocks: int
@@ -55,4 +57,4 @@ def walk(table: Array, lengths: Array, tokens: int) -> Walk:
             held=real[:, None] & (index < lengths[row][:, None]),
         )
 
-    return Walk(-(-plan.segments // step), step, max_blocks, part)
+    return Walk(plan.first, -(-plan.segments // step), step, max_blocks, part)

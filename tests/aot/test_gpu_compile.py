@@ -11,12 +11,16 @@ import pytest
 from gpu import compile_for_h200, why_not
 
 from models.shapes import SHAPES
+from pallas_kernels import use_implementation
 from pallas_kernels.block_moves import Moves
 from pallas_kernels.block_moves import mosaic_gpu as moves_gpu
 from pallas_kernels.block_writes import mosaic_gpu as writes_gpu
 from pallas_kernels.paged_attention import mosaic_gpu as paged_gpu
 from pallas_kernels.prefill_attention import Observed
 from pallas_kernels.prefill_attention import mosaic_gpu as prefill_gpu
+from pallas_kernels.tiered_attention import RawKVs
+from pallas_kernels.tiered_attention import mosaic_gpu as tiered_gpu
+from pallas_kernels.tiers import BlockLayout, Format
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 in_place = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="kernels that write in place need jax 0.11")
@@ -136,6 +140,32 @@ def test_prefill_unobserved():
 def test_quantised_tiers_in_plain_xla(program):
     compiled = compile_for_h200(program.function, *program.arguments, donate=program.donate)
     assert_no_copy(compiled, program.pool, written=True)
+
+
+@pytest.mark.parametrize("model", ["smollm2-135m", "llama-3.1-8b"])
+def test_attention_over_quantised_tiers(model):
+    program = next(compile_tpu.tiered_kernels(SHAPES[model]))
+    with use_implementation("mosaic_gpu"):
+        compiled = compile_for_h200(program.function, *program.arguments, donate=program.donate)
+    assert_no_copy(compiled, program.pool, written=True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "high", "low"), [(jnp.bfloat16, "K4V4", "K1V1"), (jnp.float32, "K8V4/1,2", "K4V2/2,8")]
+)
+def test_attention_over_other_formats_beside_unquantised_kvs(dtype, high, low):
+    model = SHAPES["llama-3.1-8b"]
+    layout = BlockLayout(head_dim=model.head_dim, high=Format.named(high), low=Format.named(low))
+    pool = Array((SLOTS // 64, layout.rows, 128), jnp.uint32)
+    query = Array((BATCH, model.num_heads, model.head_dim), dtype)
+    lengths = Array((2, *of_heads(model).shape), jnp.int32)
+    raw = RawKVs(pool_of(model, 16, dtype), Array((BATCH, model.num_kv_heads, 4), jnp.int32), of_heads(model))
+
+    def attend(query, pool, table, lengths, raw):
+        return tiered_gpu.tiered_attention(query, pool, table, lengths, layout, raw=raw).output
+
+    program = compile_for_h200(attend, query, pool, table_of(model, 64), lengths, raw)
+    assert_no_copy(program, pool, written=False)
 
 
 def layers_of(model, attend):
