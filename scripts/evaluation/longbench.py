@@ -39,12 +39,8 @@ def samples(name: str, path: Path, *, chat: bool, limit: int | None) -> Iterator
     require(task["metric"], name)
     before, _, after = task["prompt"].partition("{context}")
     for where, number, entry in lines(path, limit):
-        length = entry.get("length")
-        if not isinstance(length, int):
-            raise ValueError(f"{where} needs 'length', a whole number, and has {length!r:.80}")
-        group = next(group for most, group in LENGTHS if length < most)
         yield Sample(
-            task=f"{name}, {group}" if name.endswith("_e") else name,
+            task=f"{name}, {_group(where, entry)}" if name.endswith("_e") else name,
             before=before + text(where, entry, "context"),
             after=after.replace("{input}", text(where, entry, "input")),
             chat=chat and task.get("chat", True),
@@ -61,6 +57,13 @@ def samples(name: str, path: Path, *, chat: bool, limit: int | None) -> Iterator
                 ends_line=task.get("ends_line", False),
             ),
         )
+
+
+def _group(where: str, entry: dict[str, Any]) -> str:
+    length = entry.get("length")
+    if not isinstance(length, int):
+        raise ValueError(f"{where} needs 'length', a whole number, and has {length!r:.80}")
+    return next(group for most, group in LENGTHS if length < most)
 
 
 @cache

@@ -175,8 +175,8 @@ class Runner:
         seconds = time.perf_counter() - began - (self.compile_seconds - compiled)
         if (held := stats(small).bytes_held) > room:
             raise ValueError(
-                f"ratio {ratio:g} leaves room for {room:.0f} bytes, but what is protected, one block a head and the "
-                f"tables take {held}; choose a smaller ratio or longer contexts"
+                f"ratio {ratio:g} leaves room for {room:.0f} bytes, but of {int(cache.num_tokens[0])} tokens what is "
+                f"protected, one block a head and the tables take {held}; choose a smaller ratio or longer contexts"
             )
         return small, seconds
 

@@ -168,7 +168,7 @@ WRONG = {
     "not text": ("qasper.jsonl", sample(context=3), "line 1 needs 'context', a string"),
     "no answers": ("qasper.jsonl", sample(answers=[]), "needs 'answers', a list of at least one string"),
     "no classes": ("trec.jsonl", sample(), "needs 'all_classes'"),
-    "no length": ("qasper.jsonl", sample(length=None), "needs 'length'"),
+    "no length": ("qasper_e.jsonl", sample(length=None), "needs 'length'"),
     "unknown of RULER": ("hop/validation.jsonl", needle(), "RULER has no task 'hop'"),
     "no question": ("vt/test.jsonl", needle(), "'input' has no question of a vt task"),
     "too long": ("niah_single_1/test.jsonl", needle(input=needle()["input"] * 50), "room for 3872 before the answer"),
