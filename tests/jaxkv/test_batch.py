@@ -18,6 +18,8 @@ from jaxkv.policies import SnapKV
 from jaxkv.progress import Progress
 from jaxkv.requests import PromptRead
 
+pytestmark = pytest.mark.host
+
 FAKE = Path(__file__).with_name("batch_fake.py")
 
 

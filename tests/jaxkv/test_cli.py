@@ -9,6 +9,8 @@ import tiny
 from jaxkv import LLM, SamplingParams, cli
 from jaxkv.cli import byte_count, main
 
+pytestmark = pytest.mark.host
+
 
 @pytest.fixture(autouse=True)
 def _no_program_cache(monkeypatch):

@@ -14,6 +14,8 @@ from jaxkv.cache import CacheConfig
 from jaxkv.requests import Finished, PromptRead, Refused, TextMade
 from jaxkv.sharing import AHEAD
 
+pytestmark = pytest.mark.host
+
 POLICIES = {
     "full cache": None,
     "compressed once": KVCompress(budget=Ratio(ratio=3), window=8, protected_window=8),

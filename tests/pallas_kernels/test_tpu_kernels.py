@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from interpreted import eager as eager
 from interpreted import interpreter as interpreter
 from test_paged_attention import mass, paged, squared_mass
 
@@ -68,29 +69,29 @@ def check_decode(
     ("group", "head_dim", "dtype"),
     [(1, 64, jnp.float32), (3, 64, jnp.bfloat16), (4, 128, jnp.bfloat16), (7, 128, jnp.float32), (8, 64, jnp.float32)],
 )
-def test_decode(interpreter, group, head_dim, dtype):
-    check_decode(interpreter, group=group, head_dim=head_dim, dtype=dtype)
+def test_decode(eager, group, head_dim, dtype):
+    check_decode(eager, group=group, head_dim=head_dim, dtype=dtype)
 
 
 @pytest.mark.parametrize("size", [32, 128])
-def test_decode_with_larger_blocks(interpreter, size):
-    check_decode(interpreter, lengths=np.array([[0, size + 1], [2 * size, 3]]), size=size, dtype=jnp.bfloat16)
+def test_decode_with_larger_blocks(eager, size):
+    check_decode(eager, lengths=np.array([[0, size + 1], [2 * size, 3]]), size=size, dtype=jnp.bfloat16)
 
 
-def test_decode_of_a_256_wide_head(interpreter):
-    check_decode(interpreter, head_dim=256, lengths=SKEWED[:1])
+def test_decode_of_a_256_wide_head(eager):
+    check_decode(eager, head_dim=256, lengths=SKEWED[:1])
 
 
-def test_decode_of_a_padded_head(interpreter):
-    check_decode(interpreter, head_dim=96, half=128, lengths=SKEWED[:1])
+def test_decode_of_a_padded_head(eager):
+    check_decode(eager, head_dim=96, half=128, lengths=SKEWED[:1])
 
 
 def test_decode_unobserved(interpreter):
     check_decode(interpreter, observe=())
 
 
-def test_decode_of_empty_heads_alone(interpreter):
-    check_decode(interpreter, lengths=np.zeros((2, 2), int))
+def test_decode_of_empty_heads_alone(eager):
+    check_decode(eager, lengths=np.zeros((2, 2), int))
 
 
 def test_decode_with_tiles_as_it_would_choose_them(interpreter):
@@ -142,38 +143,42 @@ def check_prefill(
 @pytest.mark.parametrize(
     ("group", "head_dim", "dtype"), [(1, 64, jnp.bfloat16), (3, 64, jnp.float32), (4, 128, jnp.bfloat16)]
 )
-def test_prefill(interpreter, group, head_dim, dtype):
-    check_prefill(interpreter, group=group, head_dim=head_dim, dtype=dtype)
+def test_prefill(eager, group, head_dim, dtype):
+    check_prefill(eager, group=group, head_dim=head_dim, dtype=dtype)
 
 
-@pytest.mark.parametrize("length", [2, 16, 37])
-def test_prefill_of_chunks_of_any_length(interpreter, length):
-    """37: three blocks of queries, so the cached tiles are streamed three times."""
-    check_prefill(interpreter, length=length, cached=SKEWED[:, :1])
+def test_prefill_of_a_long_chunk(interpreter):
+    """Three blocks of queries, so the cached tiles are streamed three times."""
+    check_prefill(interpreter, length=37, cached=SKEWED[:, :1])
 
 
-def test_prefill_into_an_empty_cache(interpreter):
-    check_prefill(interpreter, cached=np.zeros((2, 1), int))
+@pytest.mark.parametrize("length", [2, 16])
+def test_prefill_of_short_chunks(eager, length):
+    check_prefill(eager, length=length, cached=SKEWED[:, :1])
 
 
-def test_prefill_observed_but_for_the_nearest_keys(interpreter):
-    check_prefill(interpreter, buffer=7, cached=SKEWED[:, :1])
+def test_prefill_into_an_empty_cache(eager):
+    check_prefill(eager, cached=np.zeros((2, 1), int))
 
 
-def test_prefill_of_a_padded_head(interpreter):
-    check_prefill(interpreter, head_dim=96, half=128, cached=SKEWED[:, :1])
+def test_prefill_observed_but_for_the_nearest_keys(eager):
+    check_prefill(eager, buffer=7, cached=SKEWED[:, :1])
+
+
+def test_prefill_of_a_padded_head(eager):
+    check_prefill(eager, head_dim=96, half=128, cached=SKEWED[:, :1])
 
 
 def test_prefill_over_a_table_too_large_for_one_call(interpreter):
     check_prefill(interpreter, smem_entries=18)
 
 
-def test_prefill_that_nobody_observes(interpreter):
+def test_prefill_that_nobody_observes(eager):
     rng = np.random.default_rng(0)
     pool, table = pool_of(rng, SKEWED[:1, :1], head_dim=64)
     query, key, value = (jnp.asarray(rng.standard_normal((1, 5, 1, 64)), jnp.float32) for _ in range(3))
     arguments = query, key, value, pool, table, jnp.asarray(SKEWED[:1, :1])
-    got, none = interpreter.run(prefill_tpu.prefill_attention, *arguments, tiles=tiles_of(table, 16))
+    got, none = eager.run(prefill_tpu.prefill_attention, *arguments, tiles=tiles_of(table, 16))
     assert none is None
     assert_close(got, prefill_attention.prefill_attention(*arguments, implementation="xla")[0], jnp.float32)
 
@@ -205,8 +210,8 @@ def test_writes_in_several_steps_and_calls(interpreter):
     check_writes(interpreter, length=1, smem_entries=6)
 
 
-def test_writes_of_a_padded_head(interpreter):
-    check_writes(interpreter, length=3, head_dim=96, half=128)
+def test_writes_of_a_padded_head(eager):
+    check_writes(eager, length=3, head_dim=96, half=128)
 
 
 def check_moves(interpreter, *, counts, max_blocks=8, size=16, width=128, dtype=jnp.float32, **options):
@@ -242,16 +247,16 @@ def test_moves(interpreter, dtype):
     check_moves(interpreter, counts=[0, 31, 64, 1], dtype=dtype)
 
 
-def test_moves_of_larger_blocks_and_rows(interpreter):
-    check_moves(interpreter, counts=[50, 7], max_blocks=5, size=32, width=256, dtype=jnp.bfloat16)
+def test_moves_of_larger_blocks_and_rows(eager):
+    check_moves(eager, counts=[50, 7], max_blocks=5, size=32, width=256, dtype=jnp.bfloat16)
 
 
 def test_moves_with_tiles_as_it_would_choose_them(interpreter):
     check_moves(interpreter, counts=[40, 0, 17], tiles=None)
 
 
-def test_no_moves(interpreter):
-    check_moves(interpreter, counts=[0, 0])
+def test_no_moves(eager):
+    check_moves(eager, counts=[0, 0])
 
 
 def test_moves_over_a_table_too_large_for_one_call(interpreter):
