@@ -104,6 +104,12 @@ def add_compression(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--high-share", type=float, metavar="PART", help="mixed, auto: part of the blocks that is high (0.5)"
     )
+    group.add_argument(
+        "--unquantised-window",
+        action="store_const",
+        const=True,
+        help="mixed, auto: sinks and the protected window stay unquantised",
+    )
     group.add_argument("--compress-every", type=int, metavar="N", help="compress again every N tokens")
 
 

@@ -292,7 +292,8 @@ class Engine:
     def _too_large(self, row: int, answer: Answer) -> str | None:
         """Why an answer can't be given to a prompt that is read and compressed; None where it can."""
         held, more = self.room.held(row), self._growth([row], answer.request.limit)
-        if isinstance(answer.request.policy, TierPolicy) and held[RAW]:
+        policy = answer.request.policy
+        if isinstance(policy, TierPolicy) and held[RAW] > self.room.unquantised(policy):
             return (
                 f"the prompt doesn't fit its {self.room.total[QUANTISED]} quantised blocks; give more cache_memory, "
                 "a smaller budget, or shorten it"

@@ -23,7 +23,7 @@ NUMBERS = {
 }
 COMPRESSION = {"compression": "a text", "ratio": "a number"}
 COMPRESSION |= {"max_cache_tokens": "a whole number", "max_cache_bytes": "a whole number"} | SETTINGS
-KINDS = {"a text": str, "a number": int | float, "a whole number": int}
+KINDS = {"a text": str, "a number": int | float, "a whole number": int, "true or false": bool}
 ASKED = {"prompt", "messages", "stop", *NUMBERS, *COMPRESSION}
 ROLES = ("system", "user", "assistant")
 
@@ -216,7 +216,8 @@ def _typed(fields: dict[str, Any], expected: dict[str, str]) -> dict[str, Any]:
     """Those of the fields that are given and expected, each of its kind."""
     given = {name: fields[name] for name in expected if fields.get(name) is not None}
     for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, KINDS[expected[name]]):
+        kind = KINDS[expected[name]]
+        if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind):
             raise LineError(f"{name} must be {expected[name]}, got {_shown(value)}")
     return given
 

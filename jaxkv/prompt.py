@@ -171,7 +171,8 @@ def reread_chunk(model: Llama, state: PromptState, tokens: Array, counts: Array,
 def look_ahead(model: Llama, cache: PagedCache, tokens: Array) -> Array:
     """What the model makes of tokens that would follow, ``[batch, length, hidden]``; the cache stays as it is.
 
-    ``tokens`` is ``i32[batch, length]``; what a row has past its real tokens changes nothing before it.
+    ``tokens`` is ``i32[batch, length]``; what a row has past its real tokens changes nothing before it. A cache of one
+    sequence serves any number of rows, each a continuation of its own.
     """
     return _look(model, cache, tokens, jnp.zeros(()), None, None)[1]
 
@@ -187,11 +188,13 @@ def _look(
     fresh: bool = False,
 ) -> tuple[Array, Array]:
     """The masses with those of the observed rows added, and the hidden states of tokens that aren't cached."""
-    positions = cache.num_tokens[:, None] + jnp.arange(tokens.shape[1])
+    positions = jnp.broadcast_to(cache.num_tokens[:, None] + jnp.arange(tokens.shape[1]), tokens.shape)
     held = _held(cache, fresh=fresh)
 
     def attend(state: Array, layer: int | Array, query: Array, key: Array, value: Array) -> tuple[Array, Array]:
-        cached, cached_positions = _layer(cache, held, layer)
+        (pool, *rows_of), cached_positions = _layer(cache, held, layer)
+        table, lengths = (jnp.broadcast_to(x, (len(tokens), *x.shape[1:])) for x in rows_of)
+        cached = pool, table, lengths
         observed = None
         if policy is not None and rows is not None:
             observed = Observed(

@@ -45,6 +45,11 @@ class Room:
         more[pool] = (-(-(before + tokens) // size) + (-before // size)).sum()
         return more
 
+    def unquantised(self, policy: TierPolicy) -> int:
+        """Blocks of a row that may stay unquantised when it is compressed."""
+        tokens = policy.protected_window + policy.sinks if policy.unquantised_window else 0
+        return self.config.heads * -(-tokens // self.config.block_size)
+
     def compressed(self, policy: Policy | None, tokens: int) -> np.ndarray:
         """Blocks that a prompt of so many tokens may take when it is compressed, or all that there are."""
         if self.config.tiers is None or policy is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -30,7 +31,8 @@ def compress(cache: PagedCache, policy: TierPolicy, tokens: Array) -> PagedCache
     goal = policy.assign(now, cache.quantised)
     now = replace(now, positions=goal.positions)
     fits = tiering.fits(cache, goal.home)
-    return lax.cond(fits, lambda c: tiering.move(c, now, goal.home, goal.worth), lambda c: c, cache)
+    move = partial(tiering.move, keep_unquantised=policy.unquantised_window)
+    return lax.cond(fits, lambda c: move(c, now, goal.home, goal.worth), lambda c: c, cache)
 
 
 def room_to_step(cache: PagedCache, active: Array, policy: TierPolicy) -> Array:

@@ -15,7 +15,9 @@ from jax import Array, lax
 
 from jaxkv import allocator, tiers
 from jaxkv.cache import PagedCache, in_table_order, to_slots
+from jaxkv.eviction import Plan, plan_moves
 from jaxkv.tiers import HIGH, LOW, Tiers
+from pallas_kernels.block_moves import move_kvs
 from pallas_kernels.tiered_attention import Weakest
 from pallas_kernels.tiers import blocks
 from pallas_kernels.tiers.walk import walk
@@ -42,6 +44,10 @@ class Held:
     """``i32[1]``: tokens whose budget applies; more than those so far where a prompt is read in parts."""
     table_bytes: int = field(default=0, metadata={"static": True})
     """Of the sequence's unquantised table row."""
+    block_size: int = field(default=1, metadata={"static": True})
+    """KVs in an unquantised block."""
+    block_bytes: int = field(default=0, metadata={"static": True})
+    """Of an unquantised block, with scores and positions."""
 
     @property
     def lengths(self) -> Array:
@@ -89,16 +95,19 @@ def held(cache: PagedCache) -> Held:
         num_tokens=cache.num_tokens,
         whole=cache.num_tokens,
         table_bytes=(cache.block_table.nbytes + cache.lengths.nbytes) // cache.num_tokens.shape[0] + 8,
+        block_size=cache.block_size,
+        block_bytes=cache.block_size * (cache.pool.shape[2] * cache.pool.dtype.itemsize + 8),
     )
 
 
-def move(cache: PagedCache, now: Held, goal: Array, worth: Array) -> PagedCache:
+def move(cache: PagedCache, now: Held, goal: Array, worth: Array, *, keep_unquantised: bool = False) -> PagedCache:
     """Moves each KV of a cache of one sequence to where ``goal`` says.
 
     Args:
       cache: donated; enough blocks must be free (``fits``).
       now: what it holds.
-      goal: ``i32`` like ``now.home``: ``HIGH``, ``LOW`` or ``GONE``; only downwards.
+      goal: ``i32`` like ``now.home``: ``HIGH``, ``LOW`` or ``GONE``, only downwards; or, with
+        ``keep_unquantised``, ``RAW`` for what stays that.
       worth: ``f32`` of the same shape: what each KV is worth to the next decode step, infinite where it must stay.
     """
     layers = goal.shape[0]
@@ -122,9 +131,23 @@ def move(cache: PagedCache, now: Held, goal: Array, worth: Array) -> PagedCache:
         return replace(quantised, pool=words.reshape(quantised.pool.shape))
 
     quantised = lax.fori_loop(0, layers, one_layer, cache.quantised)
-    cache = allocator.release_unquantised(cache)
+    cache = _keep_unquantised(cache, now, goal == RAW) if keep_unquantised else allocator.release_unquantised(cache)
     quantised = replace(quantised, weakest=_weakest(goal, worth))
     return replace(cache, tiers=quantised)
+
+
+def _keep_unquantised(cache: PagedCache, now: Held, kept: Array) -> PagedCache:
+    """Drops all unquantised KVs but those, ``bool`` like ``now.home``, which move together."""
+    before = jnp.sum((now.home == HIGH) | (now.home == LOW), axis=-1, keepdims=True)
+    index = jnp.arange(kept.shape[-1])
+    kept = jnp.take_along_axis(kept, jnp.minimum(index + before, kept.shape[-1] - 1), axis=-1)
+    kept &= index < cache.lengths[..., None]
+    plan = Plan(evicted=~kept, lengths=kept.sum(-1, dtype=jnp.int32), blocks=jnp.zeros_like(cache.lengths))
+    moves = plan_moves(plan, cache.lengths)
+    table = cache.block_table.reshape(-1, cache.block_table.shape[-1])
+    pool, scores, positions = move_kvs(cache.pool, cache.scores, cache.positions, table, moves)
+    cache = replace(cache, pool=pool, scores=scores, positions=positions)
+    return allocator.release(cache, plan.lengths)
 
 
 def read_layer(cache: PagedCache, now: Held, layer: int | Array) -> tuple[Array, Array]:

@@ -12,10 +12,10 @@ from jaxkv.eviction import KEPT, sort_keys, take_cheapest
 from jaxkv.policies.base import Policy
 from jaxkv.policies.budget import Budget
 from jaxkv.policies.tiered import Goal, TierPolicy, most_blocks, with_formats
-from jaxkv.tiering import GONE, Held
+from jaxkv.tiering import GONE, RAW, Held
 from jaxkv.tiers import HIGH, LOW, Tiers
 
-TIER_SETTINGS = ("high", "low", "block_tokens", "high_share")
+TIER_SETTINGS = ("high", "low", "block_tokens", "high_share", "unquantised_window")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,9 @@ class Mixed(TierPolicy):
     """What ranks and protects KVs; its own budget and shares mean nothing here."""
     high_share: float = 0.5
     """Part of the budget's blocks that are of the high tier; at least those of what is protected."""
+    unquantised_window: bool = False  # pyright: ignore[reportIncompatibleMethodOverride]
+    """What is protected, sinks and the recent window, stays as it was computed, in unquantised blocks that the budget
+    pays for; what has been quantised is not brought back."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,6 +82,9 @@ class Mixed(TierPolicy):
     def assign(self, held: Held, tiers: Tiers) -> Goal:
         exists = held.home != GONE
         protected = exists & self.scoring.protects(held.positions, held.num_tokens)
+        stays = protected & (held.home == RAW) & self.unquantised_window
+        exists &= ~stays
+        protected &= ~stays
         rank = sort_keys(-self.scoring.rank(held.scores, held.positions))  # the highest first
         keys = jnp.where(exists, jnp.where(protected, jnp.iinfo(jnp.int32).min, rank), KEPT)
         order = jnp.argsort(keys, axis=-1)
@@ -86,7 +92,7 @@ class Mixed(TierPolicy):
         place = jnp.argsort(order, axis=-1)
 
         high_tokens, low_tokens = (int(n) for n in tiers.tokens)
-        most = most_blocks(self.budget, held, tiers)
+        most = most_blocks(self.budget, held, tiers, unquantised=stays)
         needed = jnp.sum(-(-protected.sum(-1) // high_tokens))
         high_blocks = jnp.clip(jnp.round(most * self.high_share).astype(jnp.int32), needed, jnp.maximum(most, needed))
         high = high_tokens * _blocks(ascending, jnp.zeros_like(exists.sum(-1)), high_tokens, high_blocks)
@@ -94,7 +100,8 @@ class Mixed(TierPolicy):
         low = low_tokens * _blocks(ascending, high, low_tokens, left)
         goal = jnp.where(place < high[..., None], HIGH, jnp.where(place < (high + low)[..., None], LOW, GONE))
         goal = jnp.where(held.home == LOW, jnp.maximum(goal, LOW), goal)
-        return Goal(jnp.where(exists, goal, GONE), held.positions, jnp.full(held.scores.shape, jnp.inf))
+        goal = jnp.where(stays, RAW, jnp.where(exists, goal, GONE))
+        return Goal(goal, held.positions, jnp.full(held.scores.shape, jnp.inf))
 
 
 def _blocks(ascending: Array, start: Array, tokens: int, count: Array) -> Array:

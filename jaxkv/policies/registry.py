@@ -56,6 +56,7 @@ SETTINGS = {
     "high": "a text",
     "low": "a text",
     "high_share": "a number",
+    "unquantised_window": "true or false",
 }
 """What command lines and job files may say of a policy beside its budget."""
 

@@ -47,11 +47,16 @@ def with_formats(settings: dict[str, Any]) -> dict[str, Any]:
     return settings | {name: Format.named(settings[name]) for name in ("high", "low") if name in settings}
 
 
-def most_blocks(budget: Budget, held: Held, tiers: Tiers) -> Array:
-    """``i32[]``: blocks that the sequence may hold, its table rows paid for; at least one a head."""
+def most_blocks(budget: Budget, held: Held, tiers: Tiers, unquantised: Array | None = None) -> Array:
+    """``i32[]``: quantised blocks that the sequence may hold, its table rows paid for; at least one a head.
+
+    ``unquantised``: ``bool`` like ``held.home``, the KVs that stay so; their blocks are paid for too.
+    """
     layers, _, kv_heads, width = tiers.block_table.shape
     full = layers * kv_heads * 4 * tiers.layout.head_dim
     room = budget.most_bytes(held.whole, full)[0] - tiers.row_bytes - held.table_bytes
+    if unquantised is not None:
+        room -= held.block_bytes * jnp.sum(-(-unquantised.sum(-1) // held.block_size))
     blocks = jnp.floor(room / tiers.layout.block_bytes)
     return jnp.clip(blocks, layers * kv_heads, layers * kv_heads * width).astype(jnp.int32)
 
@@ -67,6 +72,11 @@ class TierPolicy(Policy):
 
     def layout(self, head_dim: int) -> BlockLayout:
         return BlockLayout(head_dim=head_dim, high=self.high, low=self.low, tokens=self.block_tokens, tile=block_tile())
+
+    @property
+    def unquantised_window(self) -> bool:
+        """Whether ``assign`` may leave KVs unquantised (``RAW``)."""
+        return False
 
     @property
     def quantises_decoding(self) -> bool:

@@ -16,7 +16,6 @@ from jax import Array
 
 from evaluation.tasks import Item
 from jaxkv import CacheConfig, PagedCache, Policy, Ratio, init_cache, stats
-from jaxkv.cache import take_sequences
 from jaxkv.generation import compress
 from jaxkv.policies import TierPolicy
 from jaxkv.prompt import CHUNK, PromptState, finish_prompt, look_ahead, prefill_chunk, reread_chunk, start_prompt
@@ -103,8 +102,7 @@ class Runner:
         def ask(weights: nnx.State, cache: PagedCache, tokens: Array, places: Array) -> tuple[Array, Array]:
             """Likeliest token at, and log probability of, each place, ``i32[rows, answer]``; -1: none."""
             model = nnx.merge(graph, weights)
-            rows = take_sequences(cache, jnp.zeros(tokens.shape[0], jnp.int32))
-            hidden = look_ahead(model, rows, tokens)
+            hidden = look_ahead(model, cache, tokens)
             before = jnp.take_along_axis(hidden, jnp.maximum(places - 1, 0)[..., None], axis=1)
             logits = model.logits(before)
             told = jnp.take_along_axis(tokens, jnp.maximum(places, 0), axis=1)

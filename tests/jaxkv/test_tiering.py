@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_lean_kv import compressed, empty, read, shrink, tier_tokens
-from tiny import CONFIG, MODEL, dense_run, padded, prompt
+from test_lean_kv import compressed, empty, read, shrink, step, tier_tokens
+from tiny import CONFIG, MODEL, assert_no_block_is_lost_or_shared, by_position, dense_run, padded, prompt
 
 from jaxkv import LLM, KVCompress, MaxTokens, Ratio, SamplingParams, stats
 from jaxkv.policies import LeanKV, Mixed
@@ -158,6 +158,37 @@ def test_blocks_are_conserved_and_a_second_compression_changes_nothing():
         np.testing.assert_allclose(a.key[stay][: len(b.key)], b.key, atol=1e-3)
 
 
+@pytest.mark.parametrize("ratio", [2.0, 4.0])
+def test_sinks_and_window_may_stay_unquantised(ratio):
+    """To the bit, and within the same bytes; what is decoded then joins them, and a later compression quantises it."""
+    policy = mixed(ratio, unquantised_window=True)
+    policy = replace(policy, sinks=3, scoring=replace(policy.scoring, sinks=3))
+    tokens = prompt(230, seed=4)
+    before, logits = read(empty(policy, 1), *padded([tokens]), policy)
+    cache = shrink(jax.tree.map(jnp.copy, before), policy)
+    conserved(cache)
+    assert_no_block_is_lost_or_shared(cache)
+    held = stats(cache)
+    assert 0.75 * held.bytes_full_16bit / ratio < held.bytes_held <= held.bytes_full_16bit / ratio
+    wanted = {*range(3), *range(223, 230)}  # of the window of 8, one is not cached yet
+    for layer, head in np.ndindex(LAYERS, HEADS):
+        kept, whole = (by_position(c, c.pool, layer, 0, head) for c in (cache, before))
+        assert set(kept) == wanted
+        for position, kv in kept.items():
+            np.testing.assert_array_equal(kv, whole[position])
+        tiers = [tier_tokens(cache, layer, 0, head, tier).positions.tolist() for tier in (HIGH, LOW)]
+        assert not wanted & {*tiers[0], *tiers[1]}
+    token = logits.argmax(-1).astype(jnp.int32)
+    for _ in range(12):
+        cache, logits = step(cache, token, policy)
+        assert np.isfinite(logits).all()
+        token = logits.argmax(-1).astype(jnp.int32)
+    cache = shrink(cache, policy)
+    conserved(cache)
+    assert_no_block_is_lost_or_shared(cache)
+    assert set(by_position(cache, cache.pool, 0, 0, 0)) == {*range(3), *range(235, 242)}
+
+
 def test_where_blocks_are_short_the_prompt_stays_as_it_is():
     cache = empty(UNIFORM, 1)
     few = replace(cache.tiers.free, count=jnp.int32(3))
@@ -174,6 +205,8 @@ def test_tokens_read_later_see_what_is_quantised():
     cache, _ = compressed(UNIFORM, [tokens])
     ahead = MODEL.logits(jax.jit(lambda c: look_ahead(MODEL, c, jnp.asarray(later)[None]))(cache))
     np.testing.assert_allclose(ahead[0], expected[120:], atol=0.15)
+    several = jax.jit(lambda c: look_ahead(MODEL, c, jnp.stack([later[::-1], later])))(cache)
+    np.testing.assert_allclose(MODEL.logits(several[1]), ahead[0], rtol=1e-4, atol=1e-4)
     cache, logits = jax.jit(lambda c: prefill(MODEL, c, *padded([later]), UNIFORM, chunk=16))(cache)
     np.testing.assert_allclose(logits[0], expected[-1], atol=0.15)
     assert (np.asarray(cache.lengths) == 20).all()
@@ -186,8 +219,9 @@ def test_tokens_read_later_see_what_is_quantised():
     [
         LeanKV(budget=MaxTokens(tokens=40), **SMALL),
         mixed(3.0, compress_every=16),
+        mixed(3.0, compress_every=16, unquantised_window=True),
     ],
-    ids=["leankv", "mixed"],
+    ids=["leankv", "mixed", "mixed, unquantised window"],
 )
 def test_the_engine_answers_as_if_each_were_alone(policy):
     prompts = [prompt(n, seed=n) for n in (150, 40, 120)]
