@@ -125,16 +125,6 @@ def or_xla(choice: Choice, check: Callable[[], None]) -> Choice:
     return choice
 
 
-def without_gpu(choice: Choice) -> Choice:
-    """The choice of an operation that has no GPU kernel: see ``or_xla``."""
-
-    def refuse() -> None:
-        if choice.implementation == "mosaic_gpu":
-            raise ValueError("quantised blocks have no GPU kernel; use implementation='xla'")
-
-    return or_xla(choice, refuse)
-
-
 @cache
 def say_once(message: str) -> None:
     warnings.warn(message, stacklevel=2)

@@ -87,11 +87,13 @@ def operations(platform: str) -> Operations:
         from pallas_kernels.block_writes import mosaic_gpu as writes
         from pallas_kernels.paged_attention import mosaic_gpu as decode
         from pallas_kernels.prefill_attention import mosaic_gpu as prefill
+        from pallas_kernels.tiered_attention import mosaic_gpu as tiers
 
         found["decode"]["mosaic_gpu"] = decode.paged_attention
         found["writes"]["mosaic_gpu"] = writes.write_blocks
         found["moves"]["mosaic_gpu"] = moves.move_kvs
         found["prefill"]["mosaic_gpu"] = prefill.prefill_attention
+        found["tiers"]["mosaic_gpu"] = tiers.tiered_attention
     return found
 
 

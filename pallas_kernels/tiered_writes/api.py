@@ -2,7 +2,7 @@
 
 from jax import Array
 
-from pallas_kernels.dispatch import Implementation, choose, without_gpu
+from pallas_kernels.dispatch import Implementation, choose, or_xla
 from pallas_kernels.tiered_writes import reference
 from pallas_kernels.tiers import BlockLayout
 
@@ -35,11 +35,17 @@ def write_kvs(
     if value.shape != key.shape or key.shape != (blocks.shape[0], layout.head_dim):
         raise ValueError(f"K and V must be one vector a slot: {key.shape=}, {value.shape=}, {blocks.shape=}")
     arguments = pool, key, value, positions, blocks, offsets, layout
-    choice = without_gpu(choose(implementation))
+    choice = choose(implementation)
     if choice.implementation == "mosaic_tpu":
         from pallas_kernels.tiered_writes import mosaic_tpu
 
         return mosaic_tpu.write_kvs(*arguments, interpret=choice.interpret)
+    if choice.implementation == "mosaic_gpu":
+        from pallas_kernels.tiered_writes import mosaic_gpu
+
+        choice = or_xla(choice, lambda: mosaic_gpu.check(layout))
+        if choice.implementation == "mosaic_gpu":
+            return mosaic_gpu.write_kvs(*arguments, interpret=choice.interpret)
     return reference.write_kvs(*arguments)
 
 
@@ -67,11 +73,17 @@ def lower_kvs(
     """
     _check(pool, to_blocks, layout)
     arguments = pool, from_blocks, from_offsets, to_blocks, to_offsets, layout
-    choice = without_gpu(choose(implementation))
+    choice = choose(implementation)
     if choice.implementation == "mosaic_tpu":
         from pallas_kernels.tiered_writes import mosaic_tpu
 
         return mosaic_tpu.lower_kvs(*arguments, interpret=choice.interpret)
+    if choice.implementation == "mosaic_gpu":
+        from pallas_kernels.tiered_writes import mosaic_gpu
+
+        choice = or_xla(choice, lambda: mosaic_gpu.check(layout))
+        if choice.implementation == "mosaic_gpu":
+            return mosaic_gpu.lower_kvs(*arguments, interpret=choice.interpret)
     return reference.lower_kvs(*arguments)
 
 

@@ -18,8 +18,9 @@ from pallas_kernels.block_writes import mosaic_gpu as writes_gpu
 from pallas_kernels.paged_attention import mosaic_gpu as paged_gpu
 from pallas_kernels.prefill_attention import Observed
 from pallas_kernels.prefill_attention import mosaic_gpu as prefill_gpu
-from pallas_kernels.tiered_attention import RawKVs
+from pallas_kernels.tiered_attention import RawKVs, Significance
 from pallas_kernels.tiered_attention import mosaic_gpu as tiered_gpu
+from pallas_kernels.tiered_writes import mosaic_gpu as tiered_writes_gpu
 from pallas_kernels.tiers import BlockLayout, Format
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -136,18 +137,33 @@ def test_prefill_unobserved():
     compile_prefill(SHAPES["llama-3.1-8b"], 16, observed=0)
 
 
-@pytest.mark.parametrize("program", compile_tpu.tiered_kernels(SHAPES["smollm2-135m"]), ids=lambda p: p.name)
+@pytest.mark.parametrize("program", list(compile_tpu.tiered_kernels(SHAPES["smollm2-135m"])), ids=lambda p: p.name)
 def test_quantised_tiers_in_plain_xla(program):
     compiled = compile_for_h200(program.function, *program.arguments, donate=program.donate)
     assert_no_copy(compiled, program.pool, written=True)
 
 
-@pytest.mark.parametrize("model", ["smollm2-135m", "llama-3.1-8b"])
-def test_attention_over_quantised_tiers(model):
-    program = next(compile_tpu.tiered_kernels(SHAPES[model]))
+def compile_tiered(program):
     with use_implementation("mosaic_gpu"):
         compiled = compile_for_h200(program.function, *program.arguments, donate=program.donate)
     assert_no_copy(compiled, program.pool, written=True)
+
+
+both_head_dims = pytest.mark.parametrize("model", ["smollm2-135m", "llama-3.1-8b"])
+
+
+@both_head_dims
+def test_attention_over_quantised_tiers(model):
+    attention, *_ = compile_tpu.tiered_kernels(SHAPES[model])
+    compile_tiered(attention)
+
+
+@in_place
+@both_head_dims
+def test_writes_into_quantised_tiers(model):
+    _, *writes = compile_tpu.tiered_kernels(SHAPES[model])
+    for program in writes:
+        compile_tiered(program)
 
 
 @pytest.mark.parametrize(
@@ -206,4 +222,32 @@ def test_layers_in_a_loop_share_one_pool(attend, tokens):
     pool, x = pool_of(model, 32), Array((BATCH, *tokens, model.num_heads, model.head_dim), jnp.bfloat16)
     ids = Array((4, *table_of(model, 32).shape), jnp.int32), Array((4, *of_heads(model).shape), jnp.int32)
     program = compile_for_h200(layers_of(model, attend), pool, x, *ids, Array((BATCH,), jnp.int32), donate=(0,))
+    assert_no_copy(program, pool, written=True)
+
+
+@in_place
+def test_layers_in_a_loop_share_one_pool_of_quantised_blocks():
+    """Each writes its new KVs, attends, adds to the scores, and knows its weakest KVs."""
+    model, layers = SHAPES["llama-3.1-8b"], 4
+    layout = BlockLayout(head_dim=model.head_dim, high=Format.named("K8V4"), low=Format.named("K4V2"))
+    rows, heads = BATCH * model.num_kv_heads, (BATCH, model.num_kv_heads)
+    significance = Significance(observe=lambda p: p.max(-2), value=lambda scores, positions, following: scores)
+
+    def layer(state, ids):
+        pool, x = state
+        table, lengths, blocks, offsets = ids
+        new = x[:, : model.num_kv_heads].reshape(rows, -1)
+        pool = tiered_writes_gpu.write_kvs(pool, new, new, offsets, blocks, offsets, layout)
+        pool = tiered_writes_gpu.lower_kvs(pool, blocks, offsets, blocks, offsets, layout)
+        following = {"significance": significance, "next_position": lengths[0, :, 0]}
+        done = tiered_gpu.tiered_attention(x, pool, table, lengths, layout, **following)
+        return (done.pool, x + done.output), done.weakest
+
+    def run(pool, x, *ids):
+        return jax.lax.fori_loop(0, 5, lambda _, state: jax.lax.scan(layer, state, ids)[0], (pool, x))
+
+    pool = Array((SLOTS // 16, layout.rows, 128), jnp.uint32)
+    index, x = Array((layers, rows), jnp.int32), Array((BATCH, model.num_heads, model.head_dim), jnp.bfloat16)
+    ids = Array((layers, *heads, CONTEXT // 64), jnp.int32), Array((layers, 2, *heads), jnp.int32), index, index
+    program = compile_for_h200(run, pool, x, *ids, donate=(0,))
     assert_no_copy(program, pool, written=True)

@@ -1,16 +1,21 @@
 """GPU kernels of quantised blocks, in the interpreter, against the XLA references, which are tested against numpy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_gpu_kernels import in_place
 from test_gpu_kernels import run as run
 from test_tiered_attention import arguments, close, options, query_of, reference
+from test_tiered_writes import garbage, lower, lowered, new_kvs, write
 from tiered import hold, layout_of
 
 from pallas_kernels.tiered_attention import mosaic_gpu as attention_gpu
 from pallas_kernels.tiered_attention import softmax_gpu, tiered_attention
+from pallas_kernels.tiered_writes import mosaic_gpu as writes_gpu
+from pallas_kernels.tiered_writes import write_kvs
 from pallas_kernels.tiers import blocks
 
 SKEWED = np.array([[[70, 0, 1]], [[97, 0, 130]]])
@@ -88,3 +93,32 @@ def test_what_attention_cannot_take_is_refused(layout, heads, message):
     query = jnp.ones((1, heads, layout.head_dim))
     with pytest.raises(ValueError, match=message):
         tiered_attention(*arguments(held, query, layout), implementation="mosaic_gpu")
+
+
+@in_place
+@pytest.mark.parametrize("name", ["plain", "groups"])
+def test_writes(run, name):
+    """Both operations, to the bit."""
+    rng, layout = np.random.default_rng(), LAYOUTS[name]
+    new, old = (garbage(rng, layout), *new_kvs(rng, layout)), lowered(rng, layout)
+    for kernel, reference_of, case in ((writes_gpu.write_kvs, write, new), (writes_gpu.lower_kvs, lower, old)):
+        case = *map(jnp.asarray, case), layout
+        got = run(jax.jit(kernel, static_argnames=("layout", "interpret")), *case)
+        np.testing.assert_array_equal(np.asarray(got)[1:], np.asarray(reference_of(*case))[1:])
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (layout_of("K8V4", "K4V2", head_dim=96), "divide a row of 128 words, not 96; use 'xla'"),
+        pytest.param(
+            LAYOUTS["plain"],
+            r"needs jax >= 0\.11 .*upgrade",
+            marks=pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="jax 0.11 updates in place"),
+        ),
+    ],
+)
+def test_what_writes_cannot_take_is_refused(layout, message):
+    rng = np.random.default_rng()
+    with pytest.raises(ValueError, match=message):
+        write_kvs(jnp.asarray(garbage(rng, layout)), *new_kvs(rng, layout), layout, implementation="mosaic_gpu")

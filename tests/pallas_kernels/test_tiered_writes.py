@@ -183,12 +183,6 @@ def test_layouts_that_do_not_work_are_refused(options, message):
         BlockLayout(**{"head_dim": 64, "high": Format.named("K8V4"), "low": Format.named("K4V2"), **options})
 
 
-def test_a_gpu_kernel_that_does_not_exist_is_refused():
-    layout, rng = LAYOUTS["plain"], np.random.default_rng()
-    with pytest.raises(ValueError, match="no GPU kernel; use implementation='xla'"):
-        write_kvs(jnp.asarray(garbage(rng, layout)), *new_kvs(rng, layout), layout, implementation="mosaic_gpu")
-
-
 def test_what_does_not_belong_together_is_refused():
     layout, rng = LAYOUTS["plain"], np.random.default_rng()
     pool, kvs = garbage(rng, layout), new_kvs(rng, layout)
