@@ -137,8 +137,9 @@ def test_prefill_unobserved():
     compile_prefill(SHAPES["llama-3.1-8b"], 16, observed=0)
 
 
-@pytest.mark.parametrize("program", list(compile_tpu.tiered_kernels(SHAPES["smollm2-135m"])), ids=lambda p: p.name)
-def test_quantised_tiers_in_plain_xla(program):
+@pytest.mark.parametrize("program", list(compile_tpu.tiered_kernels(SHAPES["smollm2-135m"]))[1:], ids=lambda p: p.name)
+def test_writes_into_quantised_tiers_in_plain_xla(program):
+    """Which jax 0.10 takes."""
     compiled = compile_for_h200(program.function, *program.arguments, donate=program.donate)
     assert_no_copy(compiled, program.pool, written=True)
 
