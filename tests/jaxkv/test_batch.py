@@ -18,7 +18,7 @@ from jaxkv.policies import SnapKV
 from jaxkv.progress import Progress
 from jaxkv.requests import PromptRead
 
-pytestmark = pytest.mark.host
+pytestmark = pytest.mark.once
 
 FAKE = Path(__file__).with_name("batch_fake.py")
 

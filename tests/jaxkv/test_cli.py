@@ -9,7 +9,7 @@ import tiny
 from jaxkv import LLM, SamplingParams, cli
 from jaxkv.cli import byte_count, main
 
-pytestmark = pytest.mark.host
+pytestmark = pytest.mark.once
 
 
 @pytest.fixture(autouse=True)

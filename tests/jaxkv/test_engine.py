@@ -14,7 +14,7 @@ from jaxkv.cache import CacheConfig
 from jaxkv.requests import Finished, PromptRead, Refused, TextMade
 from jaxkv.sharing import AHEAD
 
-pytestmark = pytest.mark.host
+pytestmark = pytest.mark.once
 
 POLICIES = {
     "full cache": None,

@@ -11,7 +11,7 @@ from tiny import CONFIG, MODEL, dense_run, empty_cache, padded, prompt
 from jaxkv import LLM, CacheConfig, KVCompress, MaxTokens, Ratio, SamplingParams, compress, decode_step, prefill
 from jaxkv.requests import Finished, TextMade
 
-pytestmark = pytest.mark.host
+pytestmark = pytest.mark.once
 
 HEADS = CONFIG.num_layers * CONFIG.num_kv_heads
 PROMPT, NEW = 160, 88

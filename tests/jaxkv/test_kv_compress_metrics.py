@@ -14,6 +14,8 @@ from jaxkv.policies import KVCompress, MaxTokens
 from jaxkv.policies.kv_compress import l1, l2
 from jaxkv.prompt import prefill
 
+pytestmark = pytest.mark.once
+
 BUDGET = MaxTokens(tokens=512)
 NAMES = {l1: "l1", l2: "l2", jnp.sum: "sum", jnp.mean: "mean", jnp.max: "max"}
 

@@ -131,7 +131,7 @@ def assert_same(cache, heads, row: int) -> None:
             for tier, expected in ((HIGH, one.high), (LOW, one.low)):
                 held = tier_tokens(cache, layer, row, head, tier)
                 assert held.positions.tolist() == [t.position for t in expected]
-                np.testing.assert_allclose(held.scores, [t.score for t in expected], rtol=2e-4, atol=2e-5)
+                np.testing.assert_allclose(held.scores, [t.score for t in expected], rtol=1e-2, atol=1e-4)
                 if expected:  # where the model's own rounding differs, a value may fall to the next code
                     off = np.abs(held.key - np.stack([t.key for t in expected]))
                     assert (off > 2e-3).mean() < 2e-3

@@ -20,6 +20,8 @@ from jaxkv.prompt import prefill_chunk, start_prompt
 from jaxkv.requests import Finished
 from jaxkv.tiers import HIGH, LOW
 
+pytestmark = pytest.mark.once
+
 HEADS = list(np.ndindex(CONFIG.num_layers, CONFIG.num_kv_heads))
 
 

@@ -7,7 +7,7 @@ import tiny
 from jaxkv import LLM, CacheConfig, KVCompress, MaxBytes, MaxTokens, Ratio, SamplingParams, init_cache, stats
 from jaxkv.requests import Finished, PromptRead
 
-pytestmark = pytest.mark.host
+pytestmark = pytest.mark.once
 
 HEADS = 4
 BLOCK_BYTES = 16 * (2 * 16 * 4 + 8)

@@ -17,7 +17,7 @@ from jaxkv.generation import compress
 from jaxkv.prompt import prefill
 from jaxkv.requests import Finished, Refused, Request
 
-pytestmark = pytest.mark.host
+pytestmark = pytest.mark.once
 
 POLICY = KVCompress(budget=Ratio(ratio=8), window=8, protected_window=8)
 SUM = KVCompress(budget=Ratio(ratio=8), window=None, protected_window=8, pool=1)

@@ -13,6 +13,8 @@ from jaxkv.policies import POLICIES, Ratio, TierPolicy, make_policy
 from jaxkv.prompt import look_ahead
 from models import causal_attention
 
+pytestmark = pytest.mark.once
+
 LENGTH, GROUP, KV_HEADS = 200, 3, 2
 
 
@@ -182,7 +184,6 @@ def test_names_and_budgets_that_make_no_policy_say_why():
         make_policy("streaming-llm", Ratio(ratio=2), window=3)
 
 
-@pytest.mark.host
 @pytest.mark.parametrize("name", ["kvzip", "auto", "expected-attention"])
 def test_an_engine_scores_as_the_functions_do(name):
     policy = make_policy(name, Ratio(ratio=3))

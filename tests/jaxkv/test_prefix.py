@@ -16,7 +16,7 @@ from jaxkv.policies import H2O
 from jaxkv.prompt import prefill
 from jaxkv.requests import Finished, Refused
 
-pytestmark = pytest.mark.host
+pytestmark = pytest.mark.once
 
 POLICIES = {
     "full cache": None,

@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny
 from flax import nnx
 from hypothesis import given, settings
@@ -17,6 +18,8 @@ from jaxkv.requests import Request
 from jaxkv.sharing import readable
 from models import stack_layers
 from models.rope import rotate, rotation
+
+pytestmark = pytest.mark.once
 
 CONFIG = replace(tiny.CONFIG, num_layers=1)
 HEADS, HEAD_DIM = CONFIG.num_heads, CONFIG.head_dim

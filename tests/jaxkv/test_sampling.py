@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from jaxkv.sampling import Greedy, Random, logprobs_of, restrict
 
+pytestmark = pytest.mark.once
+
 VOCAB = 12
 
 

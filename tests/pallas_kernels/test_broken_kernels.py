@@ -1,6 +1,7 @@
 """Tests of the tests: each way in which a kernel is broken here must be caught by the checks of the whole ones."""
 
 import numpy as np
+import pytest
 import test_tiered_attention
 import test_tiered_writes
 import test_tpu_kernels
@@ -11,6 +12,8 @@ from tiered import LAYOUTS
 
 from pallas_kernels.tiered_attention.softmax_tpu import BlockStream
 from pallas_kernels.tiles_tpu import TileStream
+
+pytestmark = pytest.mark.once
 
 
 def is_caught(check, **options) -> bool:
