@@ -56,6 +56,7 @@ def draw(records: list[Record], output: Path) -> None:
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullLocator
 
     by_task: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
@@ -79,6 +80,10 @@ def draw(records: list[Record], output: Path) -> None:
             of_ratio.plot([r["ratio"] for r in line], accuracy, label=name, **style)
         of_bytes.set(xlabel="MB held, mean", ylabel="accuracy", title=task, ylim=(-0.03, 1.03), xscale="log")
         of_ratio.set(xlabel="ratio asked for", title=task, xscale="log")
+        for axis in of_bytes, of_ratio:  # ratios double
+            axis.xaxis.set_major_locator(LogLocator(base=2))
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_locator(NullLocator())
         of_ratio.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     figure.savefig(output, dpi=110)
