@@ -194,6 +194,11 @@ class PagedCache:
         return self.pool.shape[1]
 
     @property
+    def block_bytes(self) -> int:
+        """Bytes of a block, with the score and the position of each of its slots."""
+        return self.block_size * (self.pool.shape[2] * self.pool.dtype.itemsize + 8)
+
+    @property
     def capacity(self) -> int:
         """KVs that a head's table row can address."""
         return self.block_table.shape[-1] * self.block_size

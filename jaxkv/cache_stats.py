@@ -50,9 +50,8 @@ def stats(cache: PagedCache) -> CacheStats:
     slots, kvs = int(blocks.sum()) * size, int(lengths.sum())
     blocks_full = int((-(-tokens // size)).sum()) * layers * kv_heads
     kvs_full = int(tokens.sum()) * layers * kv_heads
-    block_bytes = cache.pool[:1].nbytes + 8 * size
     table_bytes = sum(a.nbytes for a in (cache.block_table, cache.lengths, cache.num_tokens, cache.shared))
-    held = int(blocks.sum()) * block_bytes + table_bytes
+    held = int(blocks.sum()) * cache.block_bytes + table_bytes
     high = low = 0
     bits = 32 * kvs
     if cache.tiers is not None:
@@ -66,7 +65,7 @@ def stats(cache: PagedCache) -> CacheStats:
     return CacheStats(
         bytes_allocated=sum(leaf.nbytes for leaf in jax.tree.leaves(cache)),
         bytes_held=held,
-        bytes_full=blocks_full * block_bytes + table_bytes,
+        bytes_full=blocks_full * cache.block_bytes + table_bytes,
         bytes_full_16bit=2 * kvs_full * width,
         kvs_held=kvs + high + low,
         kvs_high=high,

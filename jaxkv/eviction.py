@@ -137,6 +137,11 @@ def evict(
     """
     size = cache.block_size
     plan = plan_eviction(scores, evictable, cache.lengths, evict_blocks, block_size=size, floor=floor, shares=shares)
+    return carry_out(cache, plan)
+
+
+def carry_out(cache: PagedCache, plan: Plan) -> PagedCache:
+    """Moves the survivors together and returns the freed blocks to the pool."""
     table = cache.block_table.reshape(-1, cache.block_table.shape[-1])
     moves = plan_moves(plan, cache.lengths)
     pool, kept_scores, positions = move_kvs(cache.pool, cache.scores, cache.positions, table, moves)

@@ -14,10 +14,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxkv import allocator, tiers
-from jaxkv.cache import PagedCache, in_table_order, to_slots
-from jaxkv.eviction import Plan, plan_moves
+from jaxkv.cache import PagedCache, in_table_order, num_blocks, to_slots
+from jaxkv.eviction import Plan, carry_out
 from jaxkv.tiers import HIGH, LOW, Tiers
-from pallas_kernels.block_moves import move_kvs
 from pallas_kernels.tiered_attention import Weakest
 from pallas_kernels.tiers import blocks
 from pallas_kernels.tiers.walk import walk
@@ -96,7 +95,7 @@ def held(cache: PagedCache) -> Held:
         whole=cache.num_tokens,
         table_bytes=(cache.block_table.nbytes + cache.lengths.nbytes) // cache.num_tokens.shape[0] + 8,
         block_size=cache.block_size,
-        block_bytes=cache.block_size * (cache.pool.shape[2] * cache.pool.dtype.itemsize + 8),
+        block_bytes=cache.block_bytes,
     )
 
 
@@ -142,12 +141,9 @@ def _keep_unquantised(cache: PagedCache, now: Held, kept: Array) -> PagedCache:
     index = jnp.arange(kept.shape[-1])
     kept = jnp.take_along_axis(kept, jnp.minimum(index + before, kept.shape[-1] - 1), axis=-1)
     kept &= index < cache.lengths[..., None]
-    plan = Plan(evicted=~kept, lengths=kept.sum(-1, dtype=jnp.int32), blocks=jnp.zeros_like(cache.lengths))
-    moves = plan_moves(plan, cache.lengths)
-    table = cache.block_table.reshape(-1, cache.block_table.shape[-1])
-    pool, scores, positions = move_kvs(cache.pool, cache.scores, cache.positions, table, moves)
-    cache = replace(cache, pool=pool, scores=scores, positions=positions)
-    return allocator.release(cache, plan.lengths)
+    lengths = kept.sum(-1, dtype=jnp.int32)
+    given = cache.blocks_held() - num_blocks(lengths, cache.block_size)
+    return carry_out(cache, Plan(evicted=~kept, lengths=lengths, blocks=given))
 
 
 def read_layer(cache: PagedCache, now: Held, layer: int | Array) -> tuple[Array, Array]:

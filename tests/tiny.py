@@ -7,6 +7,7 @@ from flax import nnx
 from oracles.attention import dense_attention
 
 from jaxkv.cache import CacheConfig, PagedCache, init_cache
+from jaxkv.requests import Finished
 from models import Llama, LlamaConfig
 
 CONFIG = LlamaConfig(
@@ -48,6 +49,12 @@ def empty_cache(*, batch=1, max_context=256, **sizes) -> PagedCache:
 
 def prompt(length: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 100, length).astype(np.int32)
+
+
+def answers(llm, prompts, params) -> dict[int, list[int]]:
+    """Token ids by prompt, from programs that serve any number of prompts of up to 256 tokens with their answers."""
+    ended = (e for e in llm.run([(p, params) for p in prompts], max_context=256) if isinstance(e, Finished))
+    return {e.request: e.completion.token_ids for e in ended}
 
 
 def padded(prompts: list[np.ndarray]) -> tuple[jnp.ndarray, jnp.ndarray]:

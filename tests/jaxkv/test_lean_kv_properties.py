@@ -10,14 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_lean_kv import GROUP, POLICY, compressed, empty, read, shrink, step, tier_tokens
 from test_tiering import UNIFORM, a_prompt, assign, conserved
-from tiny import CONFIG, MODEL, padded, prompt
+from tiny import CONFIG, MODEL, answers, padded, prompt
 
 from jaxkv import LLM, SamplingParams, stats
 from jaxkv.allocator import release_sequences
 from jaxkv.cache import put_sequences, take_sequences
 from jaxkv.policies import LeanKV
 from jaxkv.prompt import prefill_chunk, start_prompt
-from jaxkv.requests import Finished
 from jaxkv.tiers import HIGH, LOW
 
 pytestmark = pytest.mark.once
@@ -174,11 +173,7 @@ def test_where_quantised_blocks_run_out_the_youngest_is_put_back():
     prompts, params = [prompt(60, seed=n) for n in range(3)], SamplingParams(max_tokens=60, ignore_eos=True)
     llm = LLM(MODEL, compression=policy, cache_memory=200_000, max_batch=3)
 
-    def answers(*prompts):
-        ended = (e for e in llm.run([(p, params) for p in prompts], max_context=256) if isinstance(e, Finished))
-        return {e.request: e.completion.token_ids for e in ended}
-
-    together = answers(*prompts)
+    together = answers(llm, prompts, params)
     assert llm.engine.preemptions > 0
     conserved(llm.engine.cache)
-    assert together == {i: answers(p)[0] for i, p in enumerate(prompts)}
+    assert together == {i: answers(llm, [p], params)[0] for i, p in enumerate(prompts)}

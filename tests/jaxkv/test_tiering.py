@@ -11,12 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_lean_kv import compressed, empty, read, shrink, step, tier_tokens
-from tiny import CONFIG, MODEL, assert_no_block_is_lost_or_shared, by_position, dense_run, padded, prompt
+from tiny import CONFIG, MODEL, answers, assert_no_block_is_lost_or_shared, by_position, dense_run, padded, prompt
 
 from jaxkv import LLM, KVCompress, MaxTokens, Ratio, SamplingParams, stats
 from jaxkv.policies import LeanKV, Mixed
 from jaxkv.prompt import look_ahead, prefill
-from jaxkv.requests import Finished
 from jaxkv.tiering import GONE, RAW, Held
 from jaxkv.tiers import HIGH, LOW, TierConfig, init_tiers
 from pallas_kernels.tiers import Format
@@ -228,12 +227,8 @@ def test_the_engine_answers_as_if_each_were_alone(policy):
     params = SamplingParams(max_tokens=24, ignore_eos=True)
     llm = LLM(MODEL, compression=policy, max_batch=2)
 
-    def answers(*prompts):
-        ended = (e for e in llm.run([(p, params) for p in prompts], max_context=256) if isinstance(e, Finished))
-        return {e.request: e.completion.token_ids for e in ended}
-
-    together = answers(*prompts)
-    assert together == {i: answers(p)[0] for i, p in enumerate(prompts)}
+    together = answers(llm, prompts, params)
+    assert together == {i: answers(llm, [p], params)[0] for i, p in enumerate(prompts)}
     assert (llm.engine.room.free == llm.engine.room.total).all()
     conserved(llm.engine.cache)
 
