@@ -75,12 +75,12 @@ def held(cache: PagedCache) -> Held:
     )
 
     def read_tiers(values: tuple[Array, Array]) -> tuple[Array, Array]:
-        words = quantised.pool.reshape(quantised.pool.shape[0], -1)
         scores, positions = values
         for tier, segments in enumerate(quantised.layout.tiers):
-            block, offset = _slots(quantised.block_table, tier, index, segments.tokens)
-            score = words[block, segments.scores + offset]
-            position = words[block, segments.positions + offset]
+            words = blocks.read_words(quantised.pool, _table(quantised, tier), segments.scores, segments.end)
+            score, position = (part.reshape(*index.shape[:-1], -1) for part in jnp.split(words, 2, axis=-1))
+            place = jnp.minimum(index, score.shape[-1] - 1)
+            score, position = (jnp.take_along_axis(part, place, axis=-1) for part in (score, position))
             scores = jnp.where(home == tier, lax.bitcast_convert_type(score, jnp.float32), scores)
             positions = jnp.where(home == tier, lax.bitcast_convert_type(position, jnp.int32), positions)
         return scores, positions
@@ -114,22 +114,24 @@ def move(cache: PagedCache, now: Held, goal: Array, worth: Array, *, keep_unquan
     first = jnp.cumsum(count, axis=-1) - count
     order = _order(goal, first)
 
-    def one_layer(layer: Array, quantised: Tiers) -> Tiers:
-        key, value = (part[0] for part in read_layer(replace(cache, tiers=quantised), now, layer))
+    # The unquantised pool is carried, though it stays as it is: a constant of the loop would be copied before
+    # ``_keep_unquantised`` writes it.
+    def one_layer(layer: Array, pools: tuple[Tiers, Array]) -> tuple[Tiers, Array]:
+        quantised, pool = pools
+        key, value = (part[0] for part in read_layer(replace(cache, tiers=quantised, pool=pool), now, layer))
         kvs_of = blocks.Tokens(key, value, now.scores[layer, 0], now.positions[layer, 0])
         this = (jnp.arange(layers) == layer)[:, None, None]
         quantised = tiers.release(quantised, this)
         most = quantised.block_table.shape[-1]
         lengths = jnp.where(this[..., None], count, quantised.lengths)
         quantised, _ = tiers.grow(quantised, lengths, most=most)
-        words = quantised.pool.reshape(quantised.pool.shape[0], -1)
-        table = quantised.block_table[layer, 0]
-        for tier, columns in ((HIGH, table), (LOW, table[:, ::-1])):
-            start = first[layer, 0, :, tier]
-            words = _fill(words, quantised, tier, columns, count[layer, 0, :, tier], kvs_of, order[layer, 0], start)
-        return replace(quantised, pool=words.reshape(quantised.pool.shape))
+        for tier in (HIGH, LOW):
+            table, start = _table(quantised, tier)[layer, 0], first[layer, 0, :, tier]
+            quantised = _fill(quantised, tier, table, count[layer, 0, :, tier], kvs_of, order[layer, 0], start)
+        return quantised, lax.optimization_barrier(pool)
 
-    quantised = lax.fori_loop(0, layers, one_layer, cache.quantised)
+    quantised, pool = lax.fori_loop(0, layers, one_layer, (cache.quantised, cache.pool))
+    cache = replace(cache, pool=pool)
     cache = _keep_unquantised(cache, now, goal == RAW) if keep_unquantised else allocator.release_unquantised(cache)
     quantised = replace(quantised, weakest=_weakest(goal, worth))
     return replace(cache, tiers=quantised)
@@ -156,15 +158,13 @@ def read_layer(cache: PagedCache, now: Held, layer: int | Array) -> tuple[Array,
     rows = cache.pool[jnp.where(home == RAW, block, 0), unquantised % cache.block_size].astype(jnp.float32)
 
     def read_tiers(kv: tuple[Array, Array]) -> tuple[Array, Array]:
-        words = quantised.pool.reshape(quantised.pool.shape[0], -1)
         key, value = kv
         for tier, segments in enumerate(quantised.layout.tiers):
-            here = home == tier
-            block, offset = _slots(quantised.block_table[layer], tier, jnp.where(here, index, 0), segments.tokens)
-            block = jnp.where(here, block, 0).reshape(-1)
-            read = blocks.read_tokens(words, block, offset.reshape(-1), segments, head_dim)
-            key = jnp.where(here[..., None], read.key.reshape(key.shape), key)
-            value = jnp.where(here[..., None], read.value.reshape(value.shape), value)
+            words = blocks.read_words(quantised.pool, _table(quantised, tier)[layer], 0, segments.end)
+            read = blocks.decode(words, segments, head_dim)
+            here = (home == tier)[..., None]
+            key = jnp.where(here, _at(read.key, index), key)
+            value = jnp.where(here, _at(read.value, index), value)
         return key, value
 
     kv = rows[..., :head_dim], rows[..., half : half + head_dim]
@@ -197,23 +197,21 @@ def put_scores(cache: PagedCache, scores: Array, positions: Array) -> PagedCache
     unquantised = jnp.take_along_axis(scores, raw, axis=-1)
     cache = replace(cache, scores=to_slots(cache.scores, cache.block_table, cache.lengths, unquantised))
 
-    def put(words: Array) -> Array:
+    def put(pool: Array) -> Array:
         values = [lax.bitcast_convert_type(part, jnp.uint32) for part in (scores, positions)]
         for tier, segments in enumerate(quantised.layout.tiers):
-            width = quantised.block_table.shape[-1]
+            table = _table(quantised, tier)
+            width = table.shape[-1]
             index = jnp.arange(width * segments.tokens) + quantised.lengths[..., HIGH, None] * tier
             index = jnp.minimum(index, cache.capacity - 1)
-            table = quantised.block_table if tier == HIGH else quantised.block_table[..., ::-1]
+            new = [jnp.take_along_axis(part, index, axis=-1).reshape(*table.shape, -1) for part in values]
             real = jnp.arange(width) < quantised.blocks_held()[..., tier, None]
-            at = jnp.where(real, table, words.shape[0])
-            for value, start in zip(values, (segments.scores, segments.positions), strict=True):
-                new = jnp.take_along_axis(value, index, axis=-1).reshape(*table.shape, segments.tokens)
-                words = words.at[at, start : start + segments.tokens].set(new, mode="drop")
-        return words
+            at = jnp.where(real, table, pool.shape[0])
+            pool = blocks.write_words(pool, at, segments.scores, jnp.concatenate(new, axis=-1))
+        return pool
 
-    words = quantised.pool.reshape(quantised.pool.shape[0], -1)
-    words = lax.cond(jnp.any(quantised.lengths > 0), put, lambda words: words, words)
-    return replace(cache, tiers=replace(quantised, pool=words.reshape(quantised.pool.shape)))
+    pool = lax.cond(jnp.any(quantised.lengths > 0), put, lambda pool: pool, quantised.pool)
+    return replace(cache, tiers=replace(quantised, pool=pool))
 
 
 def fits(cache: PagedCache, goal: Array) -> Array:
@@ -224,11 +222,15 @@ def fits(cache: PagedCache, goal: Array) -> Array:
     return jnp.max(jnp.cumsum(more.sum((1, 2, 3)))) <= quantised.free.count
 
 
-def _slots(block_table: Array, tier: int, index: Array, tokens: int) -> tuple[Array, Array]:
-    """Block and offset of a tier's KVs, ``i32[..., kvs]``."""
-    width = block_table.shape[-1]
-    column = jnp.clip(tiers.columns(tier, index // tokens, width), 0, width - 1)
-    return jnp.take_along_axis(block_table, column, axis=-1), index % tokens
+def _table(quantised: Tiers, tier: int) -> Array:
+    """The table with a tier's blocks from the left."""
+    return quantised.block_table if tier == HIGH else quantised.block_table[..., ::-1]
+
+
+def _at(vectors: Array, index: Array) -> Array:
+    """Those at ``i32[..., kvs]`` of the vectors ``[..., blocks, tokens, head_dim]``, or any where there is none."""
+    flat = vectors.reshape(*index.shape[:-1], -1, vectors.shape[-1])
+    return jnp.take_along_axis(flat, jnp.minimum(index, flat.shape[-2] - 1)[..., None], axis=-2)
 
 
 def _order(goal: Array, first: Array) -> Array:
@@ -245,7 +247,6 @@ def _order(goal: Array, first: Array) -> Array:
 
 
 def _fill(
-    words: Array,
     quantised: Tiers,
     tier: int,
     table: Array,
@@ -253,12 +254,12 @@ def _fill(
     source: blocks.Tokens,
     order: Array,
     start: Array,
-) -> Array:
+) -> Tiers:
     """Writes a layer's KVs of a tier into its blocks, ``i32[kv_heads, max_blocks]`` from the left, some at a time."""
     segments = quantised.layout.tiers[tier]
     blocks_of = walk(table, lengths, segments.tokens)
 
-    def step(i: Array, words: Array) -> Array:
+    def step(i: Array, pool: Array) -> Array:
         part = blocks_of.part(i)
         place = jnp.minimum(start[part.row][:, None] + part.places, order.shape[-1] - 1)
         kv = order[part.row[:, None], place]
@@ -267,10 +268,10 @@ def _fill(
             taken = values[part.row[:, None], kv]
             return jnp.where(part.held.reshape(part.held.shape + (1,) * (taken.ndim - 2)), taken, 0)
 
-        new = blocks.encode(blocks.Tokens(*(take(values) for values in source)), segments, words.shape[1])
-        return words.at[part.blocks].set(new, mode="promise_in_bounds")
+        new = blocks.encode(blocks.Tokens(*(take(values) for values in source)), segments, quantised.layout.words)
+        return pool.at[part.blocks].set(new.reshape(-1, *pool.shape[1:]), mode="promise_in_bounds")
 
-    return lax.fori_loop(0, blocks_of.steps, step, words)
+    return replace(quantised, pool=lax.fori_loop(0, blocks_of.steps, step, quantised.pool))
 
 
 def _weakest(goal: Array, worth: Array) -> Weakest:

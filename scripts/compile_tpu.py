@@ -23,7 +23,7 @@ from targets import DEVICES, GIB, TPUS, compile_for_tpu, copies_of, sizes, why_n
 
 from jaxkv.cache import CacheConfig, PagedCache, init_cache
 from jaxkv.generation import compress, decode_step
-from jaxkv.policies import KVCompress, Ratio
+from jaxkv.policies import KVCompress, LeanKV, Policy, Ratio, TierPolicy
 from models import Llama, LlamaConfig, stack_layers
 from models.shapes import SHAPES
 from pallas_kernels.block_moves import Moves, move_kvs
@@ -32,7 +32,7 @@ from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.prefill_attention import Observed, prefill_attention
 from pallas_kernels.tiered_attention import Significance, tiered_attention
 from pallas_kernels.tiered_writes import lower_kvs, write_kvs
-from pallas_kernels.tiers import BlockLayout, Format
+from pallas_kernels.tiers import BlockLayout
 
 BATCH, CONTEXT, BLOCK_SIZE, CHUNK, WINDOW = 32, 16_384, 64, 512, 32
 KERNEL_POOL = 2 * GIB
@@ -43,6 +43,7 @@ TIERED = (WHOLE, "smollm2-135m")
 BLOCK_TOKENS = {64: 256, 128: 128}
 """Of the high tier, by head dimension: both tiers then fill tiles of 8 rows."""
 POLICY = KVCompress(budget=Ratio(ratio=8))
+TIER_POLICY = LeanKV()
 
 
 class Program(NamedTuple):
@@ -113,11 +114,9 @@ def kernels(model: LlamaConfig) -> Iterator[Program]:
 def tiered_kernels(model: LlamaConfig) -> Iterator[Program]:
     """Each kernel over a pool of 2 GiB of quantised blocks, decoding at batch 32."""
     i32, heads, kv_heads, head_dim = jnp.int32, model.num_heads, model.num_kv_heads, model.head_dim
-    tokens = BLOCK_TOKENS[head_dim]
-    high, low = Format.named("K8V4"), Format.named("K4V2")
-    layout = BlockLayout(head_dim=head_dim, high=high, low=low, tokens=tokens, tile=8)
+    layout = tier_layout(LeanKV(), head_dim)
     pool = shape((KERNEL_POOL // layout.block_bytes, layout.rows, 128), jnp.uint32)
-    table = shape((BATCH, kv_heads, min(CONTEXT, model.max_context) // tokens + 2), i32)
+    table = shape((BATCH, kv_heads, min(CONTEXT, model.max_context) // layout.tokens + 2), i32)
     lengths, query = shape((2, BATCH, kv_heads), i32), shape((BATCH, heads, head_dim), jnp.bfloat16)
     significance = Significance(
         observe=lambda p: p.max(-2),
@@ -135,6 +134,11 @@ def tiered_kernels(model: LlamaConfig) -> Iterator[Program]:
     write, lower = partial(write_kvs, layout=layout), partial(lower_kvs, layout=layout)
     yield Program("tiered_writes, new", write, (pool, new, new, index, index, index), pool, (0,))
     yield Program("tiered_writes, lowered", lower, (pool, index, index, index, index), pool, (0,))
+
+
+def tier_layout(policy: TierPolicy, head_dim: int) -> BlockLayout:
+    """As a TPU takes it: ``BLOCK_TOKENS`` in a high block, whole tiles of 8 rows."""
+    return BlockLayout(head_dim=head_dim, high=policy.high, low=policy.low, tokens=BLOCK_TOKENS[head_dim], tile=8)
 
 
 def half_of(model: LlamaConfig) -> LlamaConfig:
@@ -159,17 +163,26 @@ def whole_steps(model: LlamaConfig, chip: str) -> Iterator[Program]:
     graph, weights = abstract_model(model, chip)
     weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
     pool_bytes = min(int(0.8 * DEVICES[chip].memory) - weight_bytes, 48 * GIB)
-    config = CacheConfig.for_model(
-        model, batch=BATCH, max_context=CONTEXT, block_size=BLOCK_SIZE, memory=pool_bytes, dtype=jnp.bfloat16
-    )
-    cache = jax.eval_shape(lambda: init_cache(config))
-
-    def step(cache: PagedCache, weights: Any, tokens: jax.Array, active: jax.Array) -> Any:
-        return decode_step(nnx.merge(graph, weights), cache, tokens, active, POLICY)
-
     row = shape((BATCH,), jnp.int32), shape((BATCH,), jnp.bool_)
-    yield Program("decode step", step, (cache, weights, *row), cache.pool, (0,))
-    yield Program("compression", lambda cache: compress(cache, POLICY), (cache,), cache.pool, (0,))
+    for name, policy in (("", POLICY), (", LeanKV", TIER_POLICY)):
+        config = CacheConfig.for_model(
+            model,
+            batch=BATCH,
+            max_context=CONTEXT,
+            block_size=BLOCK_SIZE,
+            memory=pool_bytes,
+            dtype=jnp.bfloat16,
+            layout=tier_layout(policy, model.head_dim) if isinstance(policy, TierPolicy) else None,
+            prompts=1,
+        )
+        cache = jax.eval_shape(lambda config=config: init_cache(config))
+
+        def step(cache: PagedCache, weights: Any, tokens: jax.Array, active: jax.Array, *, policy: Policy) -> Any:
+            return decode_step(nnx.merge(graph, weights), cache, tokens, active, policy)
+
+        pool = cache.pool if cache.tiers is None else cache.tiers.pool
+        yield Program(f"decode step{name}", partial(step, policy=policy), (cache, weights, *row), pool, (0,))
+        yield Program(f"compression{name}", partial(compress, policy=policy), (cache,), pool, (0,))
 
 
 def programs(chip: str, name: str) -> Iterator[tuple[str, Program]]:

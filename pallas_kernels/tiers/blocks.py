@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from pallas_kernels.tiers.layout import Segments
+from pallas_kernels.tiers.layout import LANES, Segments
 from pallas_kernels.tiers.quantizer import Codes, dequantize, pack, quantize, unpack
 
 
@@ -74,6 +74,29 @@ def read_scores(words: Array, tier: Segments) -> Array:
 def read_positions(words: Array, tier: Segments) -> Array:
     """``i32[..., tokens]`` of blocks ``u32[..., words]``."""
     return lax.bitcast_convert_type(words[..., tier.positions : tier.end], jnp.int32)
+
+
+def read_words(pool: Array, blocks: Array, start: int, end: int) -> Array:
+    """Words ``start`` to ``end`` of blocks, ``u32[..., end - start]``, of a pool ``u32[blocks, rows, 128]``.
+
+    Whole rows are read: where tiles of rows are a layout of their own, as on a TPU, to see the pool as lines of words
+    would be to copy it.
+    """
+    rows = np.arange(start // LANES, -(-end // LANES))
+    # Apart from the rest: fused with a write that follows, the read would cost a copy of the pool.
+    read = lax.optimization_barrier(pool.at[blocks[..., None], rows].get(mode="promise_in_bounds"))
+    first = rows[0] * LANES
+    return read.reshape(*blocks.shape, -1)[..., start - first : end - first]
+
+
+def write_words(pool: Array, blocks: Array, start: int, new: Array) -> Array:
+    """The pool with the words from ``start`` on of blocks replaced; of blocks past its end nothing is. See
+    ``read_words``."""
+    rows = np.arange(start // LANES, -(-(start + new.shape[-1]) // LANES))
+    first = rows[0] * LANES
+    held = read_words(pool, jnp.minimum(blocks, pool.shape[0] - 1), first, first + rows.size * LANES)
+    written = held.at[..., start - first : start - first + new.shape[-1]].set(new)
+    return pool.at[blocks[..., None], rows].set(written.reshape(*blocks.shape, -1, LANES), mode="drop")
 
 
 def read_tokens(pool: Array, blocks: Array, offsets: Array, tier: Segments, head_dim: int) -> Tokens:

@@ -8,11 +8,12 @@ import pytest
 import tiny
 
 from jaxkv.allocator import release_sequences
-from jaxkv.cache import put_sequences, take_sequences
+from jaxkv.cache import CacheConfig, init_cache, put_sequences, take_sequences
 from jaxkv.generation import compress, decode, decode_step, generate
-from jaxkv.policies import ExpectedAttention, KVCompress, Ratio
+from jaxkv.policies import ExpectedAttention, KVCompress, LeanKV, Mixed, Ratio, TierPolicy
 from jaxkv.prefix import own
 from jaxkv.prompt import finish_prompt, prefill, prefill_chunk, score_prompt, start_prompt
+from jaxkv.tiers import TierConfig
 
 BATCH = 2
 POLICIES = {
@@ -20,15 +21,26 @@ POLICIES = {
     "all queries": KVCompress.full(budget=Ratio(ratio=8)),
     "expected": ExpectedAttention(budget=Ratio(ratio=8)),
     "continual": KVCompress(budget=Ratio(ratio=8), compress_every=16),
+    "lean-kv": LeanKV(block_tokens=8),
+    "mixed": Mixed.over(KVCompress, budget=Ratio(ratio=8), block_tokens=8, unquantised_window=True),
 }
-ONLY = {"expected": ("chunk", "finish")}
+TIERED = ("chunk", "finish", "score", "decode_step", "compress")
+ONLY = {"expected": ("chunk", "finish"), "lean-kv": TIERED, "mixed": TIERED}
 """Steps in which a policy differs from the others."""
+
+
+def empty_cache(policy):
+    """Its pools are far larger than what a step works on."""
+    sizes = CacheConfig.for_model(tiny.CONFIG, batch=BATCH, max_context=256, num_blocks=40_000)
+    if isinstance(policy, TierPolicy):
+        sizes = replace(sizes, tiers=TierConfig(layout=policy.layout(tiny.CONFIG.head_dim), num_blocks=160_000))
+    return init_cache(sizes)
 
 
 def programs(policy):
     """Step name -> (function of (state, …), arguments)."""
     model = tiny.MODEL
-    cache = tiny.empty_cache(batch=BATCH, num_blocks=40_000)
+    cache = empty_cache(policy)
     ids, row = jnp.zeros((BATCH, 64), jnp.int32), jnp.zeros(BATCH, jnp.int32)
     one = jnp.array([1])
 
@@ -61,10 +73,11 @@ def test_every_step_updates_the_pool_in_place(name):
     steps = programs(POLICIES[name])
     for step in ONLY.get(name, steps):
         function, arguments = steps[step]
-        pool = (arguments[0] if hasattr(arguments[0], "pool") else arguments[0].cache).pool.nbytes
+        cache = arguments[0] if hasattr(arguments[0], "pool") else arguments[0].cache
+        pools = [cache.pool.nbytes] + ([] if cache.tiers is None else [cache.tiers.pool.nbytes])
         memory = jax.jit(function, donate_argnums=0).lower(*arguments).compile().memory_analysis()
-        assert memory.alias_size_in_bytes >= pool, step
-        assert memory.temp_size_in_bytes < pool / 10, (step, memory.temp_size_in_bytes / pool)
+        assert memory.alias_size_in_bytes >= sum(pools), step
+        assert memory.temp_size_in_bytes < min(pools) / 10, (step, memory.temp_size_in_bytes / min(pools))
 
 
 def test_compression_takes_one_sequence_at_a_time():
