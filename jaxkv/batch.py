@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from jaxkv.jobfile import Broken, Id, Job, input_lines, read_line
+from jaxkv.jobfile import Broken, Id, Job, digest, input_lines, read_line
 from jaxkv.progress import Progress
-from jaxkv.recordfile import OutputFile
+from jaxkv.recordfile import Done, OutputFile
 from jaxkv.report import rate
 from jaxkv.requests import Completion, Event, Finished, Refused, SamplingParams
 
@@ -96,8 +96,7 @@ class BatchJob:
                         self.answered += 1
                         progress.answered(completion)
                     case Refused(request=request, error=error):
-                        job = self.waiting.pop(request)
-                        self._fail(Broken(line=job.line, id=job.id, error=error), progress)
+                        self._fail(self.waiting.pop(request).broken(error), progress)
                 self.output.tick()
                 progress.see(event)
             if self.waiting:
@@ -124,7 +123,7 @@ class BatchJob:
             try:
                 prompt = model.chat_prompt(job.messages) if job.messages is not None else job.prompt
             except ValueError as error:
-                self._fail(Broken(line=job.line, id=job.id, error=f"messages: {error}"), progress)
+                self._fail(job.broken(f"messages: {error}"), progress)
                 continue
             assert prompt is not None
             self.waiting[index] = job
@@ -151,7 +150,7 @@ class BatchJob:
             done = self.output.done.get(line)
             if done is not None:
                 missing.discard(line)
-                self._same(line, read_line(data, line, self.params).id, done.id)
+                self._same(line, data, done)
         if missing:
             raise ValueError(
                 f"{self.output.path} belongs to another input: it has a record of line {min(missing)}, but "
@@ -159,11 +158,20 @@ class BatchJob:
             )
         return total
 
-    def _same(self, line: int, name: Id | None, done: Id | None) -> None:
-        if name != done:
+    def _same(self, line: int, data: bytes, done: Done) -> None:
+        """Compares a line with its record; one that failed may have been mended since."""
+        if done.failed:
+            return
+        name = read_line(data, line, self.params).id
+        if name != done.id:
             raise ValueError(
-                f"{self.output.path} belongs to another input: line {line} has id {json.dumps(done)} there, but "
+                f"{self.output.path} belongs to another input: line {line} has id {json.dumps(done.id)} there, but "
                 f"{json.dumps(name)} in {self.source}; give another --output"
+            )
+        if done.digest not in (None, digest(data)):
+            raise ValueError(
+                f"line {line} of {self.source} is not what {self.output.path} has the answer to; put it back as it "
+                "was, or give another --output"
             )
 
     def _lines(self) -> Iterator[Job | Broken]:
@@ -174,10 +182,10 @@ class BatchJob:
             job = read_line(data, line, self.params)
             first = seen.setdefault(job.id, line) if job.id is not None else line
             if done is not None:
-                self._same(line, job.id, done.id)
+                self._same(line, data, done)
             elif first != line and isinstance(job, Job):
                 error = f"the id {json.dumps(job.id)} is already that of line {first}; give each line its own"
-                yield Broken(line=line, id=job.id, error=error)
+                yield job.broken(error)
             else:
                 yield job
 
@@ -196,6 +204,7 @@ def _record(job: Job, completion: Completion) -> dict[str, Any]:
     record = {
         "id": job.id,
         "line": job.line,
+        "digest": job.digest,
         "text": completion.text,
         "token_ids": completion.token_ids,
         "finish_reason": completion.finish_reason,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -39,6 +40,12 @@ class Job:
     messages: list[dict[str, str]] | None
     """Exactly one of ``prompt`` and ``messages`` is given."""
     params: SamplingParams
+    digest: str
+    """Of the whole line."""
+
+    def broken(self, error: str) -> Broken:
+        """It can't be answered after all."""
+        return Broken(line=self.line, id=self.id, error=error)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +60,11 @@ class Broken:
 
 class LineError(ValueError):
     """What is wrong with a line."""
+
+
+def digest(data: bytes) -> str:
+    """By which a record knows its line again: whether it was changed since."""
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def input_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -96,7 +108,7 @@ def read_line(data: bytes, line: int, defaults: SamplingParams) -> Job | Broken:
         params = _params(fields, defaults)
     except LineError as error:
         return Broken(line=line, id=name, error=str(error))
-    return Job(line=line, id=name, prompt=prompt, messages=messages, params=params)
+    return Job(line=line, id=name, prompt=prompt, messages=messages, params=params, digest=digest(data))
 
 
 def _parse(data: bytes) -> dict[str, Any]:

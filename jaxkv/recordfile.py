@@ -27,6 +27,8 @@ class Done:
 
     id: Id | None
     failed: bool
+    digest: str | None
+    """Of the line; None in error records, and in those of versions that wrote none."""
 
 
 class OutputFile:
@@ -201,4 +203,4 @@ def _understood(raw: bytes) -> tuple[int, Done | None]:
     except (ValueError, TypeError, KeyError, RecursionError):
         return 0, None
     right = type(line) is int and isinstance(name, str | int | float | None) and ("error" in record or "text" in record)
-    return (line, Done(id=name, failed="error" in record)) if right else (0, None)
+    return (line, Done(id=name, failed="error" in record, digest=record.get("digest"))) if right else (0, None)

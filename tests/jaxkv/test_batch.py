@@ -13,7 +13,7 @@ from batch_fake import FakeLLM, completion, run_job
 
 from jaxkv import KVCompress, MaxBytes, MaxTokens, Ratio, SamplingParams, cli
 from jaxkv.batch import BatchJob
-from jaxkv.jobfile import Broken, Job, read_line
+from jaxkv.jobfile import Broken, Job, digest, read_line
 from jaxkv.policies import SnapKV
 from jaxkv.progress import Progress
 from jaxkv.requests import PromptRead
@@ -70,6 +70,7 @@ def test_every_line_is_answered_with_its_own_settings(tmp_path, capsys):
     assert made[4] == {
         "id": 2.5,
         "line": 4,
+        "digest": digest(source.read_bytes().splitlines()[3]),
         "text": want.text,
         "token_ids": want.token_ids,
         "finish_reason": "length",
@@ -85,13 +86,15 @@ def test_every_line_is_answered_with_its_own_settings(tmp_path, capsys):
 def test_openai_files_are_read(tmp_path):
     body = {"model": "gpt", "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], "top_p": 0.5}
     line = {"custom_id": "r-1", "method": "POST", "url": "/v1/chat/completions", "body": body}
-    job = read_line(json.dumps(line | {"body": body | {"max_completion_tokens": 9}}).encode(), 4, SamplingParams())
+    data = json.dumps(line | {"body": body | {"max_completion_tokens": 9}}).encode()
+    job = read_line(data, 4, SamplingParams())
     assert job == Job(
         line=4,
         id="r-1",
         prompt=None,
         messages=[{"role": "user", "content": "Hi"}],
         params=SamplingParams(max_tokens=9, top_p=0.5),
+        digest=digest(data),
     )
     old = read_line(b'{"custom_id": "a", "body": {"prompt": "x", "max_tokens": 3, "stop": null}}', 1, SamplingParams())
     assert isinstance(old, Job)
@@ -220,13 +223,11 @@ def test_the_job_goes_on_after_broken_and_refused_lines(tmp_path, capsys):
     lines = source.read_bytes().splitlines()
     lines[1], lines[3] = b'{"prompt": "mended"}', b'{"id": "b", "prompt": "shorter"}'
     put(source, *lines)
-    with pytest.raises(ValueError, match="line 2 has id null there, but 2 in"):
-        run_job(source, output)
-    lines[1] = b"{still broken"
-    put(source, *lines)
+    assert run_job(source, output) == 1, "mended lines are tried again only where that is asked for"
+    assert output.read_bytes() == before
     assert run_job(source, output, retry_failed=True) == 1
     made = by_line(output)
-    assert {n for n, r in made.items() if "error" in r} == {2, 3, 5, 7}
+    assert {n for n, r in made.items() if "error" in r} == {3, 5, 7}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 
@@ -288,6 +289,24 @@ def test_the_output_of_another_job_is_refused_and_left_as_it_is(tmp_path):
         assert output.read_bytes() == content
     with pytest.raises(ValueError, match="are the same file"):
         run_job(source, source)
+
+
+def test_a_line_that_was_changed_after_its_answer_is_seen_without_an_id(tmp_path):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = [{"prompt": "one"}, {"prompt": "two"}, {"prompt": "three"}]
+    put(source, *lines[:2])
+    assert run_job(source, output) == 0
+    before = output.read_bytes()
+    put(source, lines[1], lines[0], lines[2])
+    with pytest.raises(ValueError, match=r"line 1 of .*in\.jsonl is not what .*out\.jsonl has the answer to"):
+        run_job(source, output)
+    assert output.read_bytes() == before
+    put(source, *lines)
+    assert run_job(source, output) == 0
+    assert sorted(by_line(output)) == [1, 2, 3]
+    old = [{k: v for k, v in r.items() if k != "digest"} for r in records(output)]
+    put(output, *old)  # as versions wrote them that knew no digest
+    assert run_job(source, output) == 0
 
 
 def test_a_full_disk_is_said_and_loses_nothing(tmp_path, monkeypatch):
