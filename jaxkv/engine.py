@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from jaxkv.cache import CacheConfig, PagedCache, take_sequences
 from jaxkv.cache_stats import stats
 from jaxkv.policies import Policy, TierPolicy
 from jaxkv.prompt import CHUNK, PromptState
+from jaxkv.reading import Prompt, chunk_of
 from jaxkv.requests import Event, PromptRead, Refused, sampler_for
 from jaxkv.room import QUANTISED, RAW, Room
 from jaxkv.sampling import Forced, Sampler
@@ -36,29 +37,6 @@ STEPS = 16
 """Decode steps in one dispatch: what a stream waits for."""
 HORIZON = 4 * STEPS
 """Tokens that each running sequence must still have room for when another joins; else it would soon be put back."""
-
-
-@dataclass(kw_only=True)
-class Prompt:
-    """One that is being read."""
-
-    row: int
-    part: int
-    """Tokens of a part."""
-    chunk: int
-    """Tokens of a chunk, the last one padded: one program serves all."""
-    peak: int
-    """Blocks that it takes from the pool in all."""
-    state: PromptState
-    """Of its present part."""
-    read: int
-    """Tokens, borrowed ones included."""
-    borrowed: int
-    """Blocks of a prefix that it began with."""
-    lend: int
-    """Tokens that become a prefix once they are read; 0: none do."""
-    compressed: np.ndarray
-    """Blocks that it takes when it is compressed, as ``jaxkv.room`` counts."""
 
 
 class Engine:
@@ -213,7 +191,7 @@ class Engine:
         end = min((prompt.read // prompt.part + 1) * prompt.part, total)
         began, compiled = time.perf_counter(), self.steps.compile_seconds
         stop = prompt.lend if prompt.read < prompt.lend else end
-        tokens, count = _chunk(ids[prompt.read : stop], prompt.chunk)
+        tokens, count = chunk_of(ids[prompt.read : stop], prompt.chunk)
         state = replace(prompt.state, cache=self.cache)
         prompt.state = state = self.steps.chunk(state, row, tokens, count, answer.request.policy)
         prompt.read += count
@@ -246,7 +224,7 @@ class Engine:
         began, compiled = time.perf_counter(), self.steps.compile_seconds
         size = min(CHUNK, -(-part // 64) * 64)
         for at in range((end - 1) // part * part, end, size):
-            tokens, count = _chunk(answer.request.prompt[at:end], size)
+            tokens, count = chunk_of(answer.request.prompt[at:end], size)
             prompt.state = self.steps.reread(prompt.state, prompt.row, tokens, count, policy)
         self.cache = jax.block_until_ready(prompt.state).cache
         answer.timings.spent("prefill", began, self.steps.compile_seconds - compiled)
@@ -429,10 +407,3 @@ def _deciding(policy: Policy | None) -> Policy | None:
     if policy is None or policy.observes_decoding or policy.compress_every is not None:
         return policy
     return policy if isinstance(policy, TierPolicy) else None
-
-
-def _chunk(ids: np.ndarray, size: int) -> tuple[jax.Array, int]:
-    """The first of these tokens, ``i32[1, size]``, and how many are real."""
-    tokens = np.zeros((1, size), np.int32)
-    tokens[0, : len(ids[:size])] = ids[:size]
-    return jnp.asarray(tokens), len(ids[:size])

@@ -18,6 +18,7 @@ HOST = {
     "admission",
     "sharing",
     "engine",
+    "reading",
     "room",
     "answers",
     "llm",
