@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_lean_kv import GROUP, POLICY, compressed, empty, read, shrink, step, tier_tokens
 from test_tiering import UNIFORM, a_prompt, assign, conserved
-from tiny import CONFIG, MODEL, answers, padded, prompt
+from tiny import CONFIG, MODEL, answers, dense_run, padded, prompt
 
 from jaxkv import LLM, SamplingParams, stats
 from jaxkv.allocator import release_sequences
@@ -69,6 +69,31 @@ def test_a_text_twice_as_long_with_the_same_profile_keeps_the_same_share():
     np.testing.assert_array_equal(of_long[..., :100], of_short[..., :100])
     np.testing.assert_array_equal(of_long[..., 100:200], of_short[..., :100])
     assert len(np.unique(of_short[..., :100])) == 3
+
+
+PRUNE_ONLY = replace(POLICY, high_threshold=3.0, low_threshold=3.0)
+
+
+def test_thresholds_keep_more_attention_than_equal_shares_would():
+    window = PRUNE_ONLY.protected_window
+    for seed in range(3):
+        tokens = prompt(200, seed=seed)
+        held = [head[HIGH] for head in tiers_of(compressed(PRUNE_ONLY, [tokens])[0], 0)]
+        kept = [len(head.scores) for head in held]
+        assert max(kept) > 1.15 * min(kept)
+        mass = dense_run(tokens)[1][:, :, -64:].sum(2).reshape(len(HEADS), GROUP, -1).max(1)
+        mean = mass / np.minimum(200 - np.arange(200), 64)
+        best = np.sort(mean[:, :-window])[:, ::-1][:, : sum(kept) // len(kept) - window]
+        equal = best.sum() + mean[:, -window:].sum()
+        assert sum((head.scores / (200 - head.positions)).sum() for head in held) > 1.002 * equal
+
+
+def test_of_longer_prompts_a_smaller_share_is_kept():
+    shares = []
+    for length in (60, 120, 240):
+        held = [stats(compressed(PRUNE_ONLY, [prompt(length, seed=seed)])[0]) for seed in range(4)]
+        shares.append(sum(h.kvs_held for h in held) / (4 * length * len(HEADS)))
+    assert shares[0] > shares[1] > shares[2]
 
 
 def test_a_row_of_a_batch_is_classified_as_it_is_alone():
