@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what.add_argument("--suite", choices=SUITES)
     top.add_argument("--presses", default=DEFAULT, help=f"of {'; '.join(PRESSES)}, with ; or , between")
     top.add_argument("--ratios", default="4,8,16")
+    top.add_argument("--only", nargs="+", metavar="TASK", help="these tasks; default: all")
     top.add_argument("--ours", type=Path, metavar="FILE", help="records of evaluate.py, for the same table")
     top.add_argument("--json", type=Path, required=True, metavar="FILE", help="records; goes on where it was left")
     options = top.parse_args(arguments)
@@ -70,6 +71,7 @@ def run(options: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(path)
     tasks = generate(options.suite, tokenizer) if options.suite else read_tasks(options.tasks, tokenizer, 1 << 30)
     settings: dict[str, object] = {"model": options.model, "tasks": digest(tasks), "by": "kvpress"}
+    tasks = tasks.only(options.only)
     journal = Journal(options.json.with_name(options.json.name + ".items.jsonl"), settings)
     keys = [(f"kvpress {n}", r, t.name) for n in names for r in ratios for t in tasks.tasks]
     peer = Peer(path, tokenizer)
@@ -82,6 +84,7 @@ def run(options: argparse.Namespace) -> int:
                     bar.update()
                 write_json(options.json, finished(journal, keys, tasks))
     ours = read_json(options.ours) if options.ours else []
+    ours = [one for one in ours if options.only is None or one.task in options.only]
     print(table([*ours, *finished(journal, keys, tasks)]))
     return 0
 

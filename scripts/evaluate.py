@@ -76,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
         "--policies", default=POLICIES, metavar="NAMES", help=f"with settings as in kvzip:power=2; default: {POLICIES}"
     )
     top.add_argument("--ratios", default=RATIOS, metavar="NUMBERS", help=f"of real bytes; default: {RATIOS}")
+    top.add_argument("--only", nargs="+", metavar="TASK", help="these tasks; default: all")
     top.add_argument("--first-seed", type=int, default=0, help="of the suite's contexts: others to choose by")
     top.add_argument("--json", type=Path, metavar="FILE", help="records; goes on where it was left")
     top.add_argument("--markdown", type=Path, metavar="FILE", help="the table, which is printed too")
@@ -106,6 +107,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"a context of {tasks.longest} tokens is longer than the model's {model.config.max_context}")
     runner = Writer(model, tasks, tokenizer) if options.benchmark else Runner(model, tasks.longest)
     settings = {"model": options.model, "tasks": digest(tasks)}
+    tasks = tasks.only(options.only)
     journal = Journal(options.json and options.json.with_name(options.json.name + ".items.jsonl"), settings)
     evaluate(runner, tasks, policies, ratios, journal, options.json)
     text = table(records(journal, tasks, policies, ratios))

@@ -20,14 +20,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     top = argparse.ArgumentParser(description="A row of pictures a task: accuracy over bytes held and over ratio.")
     top.add_argument("results", nargs="+", type=Path, help="JSON records")
     top.add_argument("--output", type=Path, required=True, help="a .png, .svg or .pdf file")
-    top.add_argument("--tasks", help="only these, with commas between")
+    top.add_argument("--only", nargs="+", metavar="TASK", help="these tasks; default: all")
+    top.add_argument("--leave-out", nargs="+", default=[], metavar="POLICY", help="no lines of these")
     options = top.parse_args(arguments)
     try:
         records = [record for path in options.results for record in read(path)]
-        if options.tasks:
-            records = [r for r in records if r["task"] in options.tasks.split(",")]
+        records = [r for r in records if options.only is None or r["task"] in options.only]
+        records = [r for r in records if r["policy"] not in options.leave_out]
         if not records:
-            raise ValueError("no record to draw; are --tasks spelt as in the results?")
+            raise ValueError("no record to draw; are tasks and policies spelt as in the results?")
         draw(records, options.output)
     except (ValueError, OSError) as error:
         print(f"plot_results: {error}", file=sys.stderr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,19 @@ class TaskSet:
     def longest(self) -> int:
         """Tokens that are cached at most."""
         return max(len(self.contexts[item.context_id]) + item.room for task in self.tasks for item in task.items)
+
+    def only(self, names: Sequence[str] | None) -> TaskSet:
+        """The tasks of these names; None: all.
+
+        Raises:
+          ValueError: there is none of a name.
+        """
+        if names is None:
+            return self
+        known = [task.name for task in self.tasks]
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"--only: no task is named {', '.join(map(repr, unknown))}; there are {'; '.join(known)}")
+        return replace(self, tasks=tuple(task for task in self.tasks if task.name in names))
 
 
 def read_tasks(directory: Path, tokenizer: Tokenizer | None, vocab_size: int) -> TaskSet:

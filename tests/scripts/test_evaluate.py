@@ -134,6 +134,14 @@ def test_tasks_of_a_directory(tmp_path):
     )
 
 
+def test_some_tasks_alone():
+    whole = generate("quick", Characters(), 0)
+    assert [task.name for task in whole.only(["numbers", "copying"]).tasks] == ["numbers", "copying"]
+    assert whole.only(None) == whole
+    with pytest.raises(ValueError, match="--only: no task is named 'letters'; there are words; "):
+        whole.only(["words", "letters"])
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -29,7 +29,7 @@ def test_results_of_several_files_are_drawn_together(tmp_path):
     drawn = output.read_text()
     for text in ("words", "numbers", "auto", "kvpress KVzip", "full cache", "MB held, mean"):
         assert f"<!-- {text} -->" in drawn
-    assert main([*files, "--tasks", "numbers", "--output", str(output)]) == 0
+    assert main([*files, "--only", "numbers", "--output", str(output)]) == 0
     drawn = output.read_text()
     assert "<!-- words -->" not in drawn
     assert "<!-- kvpress KVzip -->" not in drawn
@@ -41,7 +41,7 @@ def test_results_of_several_files_are_drawn_together(tmp_path):
         ("{", (), "is not JSON"),
         ("{}", (), "must hold a list of records"),
         (json.dumps([OURS[0], {"policy": "none"}]), (), "must hold a list of records"),
-        (json.dumps(OURS), ("--tasks", "letters"), "no record to draw"),
+        (json.dumps(OURS), ("--only", "letters"), "no record to draw"),
     ],
 )
 def test_what_cannot_be_drawn_is_told(tmp_path, capsys, content, options, said):
