@@ -66,7 +66,7 @@ class LLM:
                 self.model = stack_layers(self.model)
         self.load_seconds = time.perf_counter() - began
         self.cache_memory = cache_memory
-        self.compression = compression
+        self.compression = compression and compression.for_model(self.model.config)
         self.block_size = default_block_size() if block_size is None else block_size
         self.max_batch = max_batch
         self.share_prefixes = share_prefixes
@@ -197,6 +197,7 @@ class LLM:
             raise ValueError("stop texts need a tokenizer, and this LLM has none")
         limit = min(params.max_tokens, context - len(ids))
         policy = self.compression if params.compression == "default" else params.compression
+        policy = policy and policy.for_model(self.model.config)
         return Request(index=index, prompt=ids.astype(np.int32), params=params, limit=limit, policy=policy)
 
     def _encode(self, prompt: Prompt) -> np.ndarray:

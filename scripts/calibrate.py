@@ -46,7 +46,7 @@ def choose(policies: list[LeanKV], measured: list[tuple[float, float]], toleranc
     chosen = None
     for policy, (worse, share) in zip(policies, measured, strict=True):
         fine = worse <= 1 + tolerance
-        name = f"high {policy.high_threshold:g}  low {policy.low_threshold:g}"
+        name = "high {:g}  low {:g}".format(*policy.thresholds)
         print(f"{name:<22} perplexity x {worse:.4f}   bytes {share:.3f} of 16 bits   {'' if fine else 'too much'}")
         if not fine:
             break
@@ -80,12 +80,12 @@ def main() -> None:
     high = choose(policies, measured, asked.tolerance)
     if high is None:
         print("the low tier costs too much at any threshold: prune only")
-    base = high.high_threshold if high is not None else 0.0
+    base = high.thresholds.high if high is not None else 0.0
     policies = [LeanKV(high_threshold=max(base, low), low_threshold=low) for low in LOW]
     best = (
         choose(policies, measure(reader, llm.model, texts, asked.context, policies)[1], asked.tolerance) or policies[0]
     )
-    print(f"\nLeanKV(high_threshold={best.high_threshold:g}, low_threshold={best.low_threshold:g})")
+    print("\nLeanKV(high_threshold={:g}, low_threshold={:g})".format(*best.thresholds))
 
 
 if __name__ == "__main__":

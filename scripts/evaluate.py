@@ -92,11 +92,12 @@ def parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     ratios = parse_ratios(options.ratios)
-    policies = parse_policies(options.policies)
+    named = parse_policies(options.policies)
     protocol = parse_protocol(options)
     path = resolve(options.model)
     tokenizer = load_tokenizer(path)
     model = load_model(path)
+    policies = {name: policy and policy.for_model(model.config) for name, policy in named.items()}
     if options.benchmark:
         tasks = read_benchmark(options.benchmark, tokenizer, model.config.max_context, protocol)
     elif options.suite:

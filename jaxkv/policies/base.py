@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from jax import Array
 
 from jaxkv.policies.budget import Budget
 from jaxkv.shares import Global, Shares
+
+if TYPE_CHECKING:
+    from models import LlamaConfig
 
 ALL_QUERIES = None
 """Value of ``observed_queries``: every query of the prompt."""
@@ -37,6 +41,10 @@ class Policy:
             raise ValueError(f"sinks must not be negative, got {self.sinks}")
         if self.compress_every is not None and self.compress_every < 1:
             raise ValueError(f"compress_every must be at least 1 token, got {self.compress_every}")
+
+    def for_model(self, model: LlamaConfig) -> Policy:
+        """The policy with what it leaves to the model filled in; ``jaxkv.LLM`` asks."""
+        return self
 
     @property
     def observed_queries(self) -> int | None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxkv.policies.budget import Budget, Unlimited
+from jaxkv.policies.calibrated import GENERAL, Thresholds, thresholds_for
 from jaxkv.policies.tiered import Goal, Step, TierPolicy, most_blocks, with_formats
 from jaxkv.tiering import GONE, RAW, Held
 from jaxkv.tiers import HIGH, LOW, Tiers, num_blocks
 from pallas_kernels.tiered_attention import Significance
+
+if TYPE_CHECKING:
+    from models import LlamaConfig
 
 UNLIMITED = Unlimited()
 QUERIES = 64
@@ -32,24 +37,40 @@ class LeanKV(TierPolicy):
     """
 
     budget: Budget = UNLIMITED
-    high_threshold: float = 1.0
-    low_threshold: float = 0.02
+    high_threshold: float | None = None
+    """None: that which was calibrated for the model, where ``for_model`` is told of one (``policies.calibrated``)."""
+    low_threshold: float | None = None
+    """None: likewise, and no higher than the other."""
     protected_window: int = 64
     by_position: bool = False
     """Compare with ``threshold / (position + 1)`` in place of ``threshold / N``, as the paper's section 4 does."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.low_threshold <= self.high_threshold:
+        high, low = self.thresholds
+        if not 0 <= low <= high:
             raise ValueError(
                 "thresholds must satisfy 0 <= low_threshold <= high_threshold, got "
-                f"low_threshold={self.low_threshold}, high_threshold={self.high_threshold}"
+                f"low_threshold={low}, high_threshold={high}"
             )
 
     @classmethod
     def named(cls, **settings) -> LeanKV:
         """As the constructor, with formats by their names: ``high="K8V4"``."""
         return cls(**with_formats(settings))
+
+    @property
+    def thresholds(self) -> Thresholds:
+        """Those that apply."""
+        return self._filled(GENERAL)
+
+    def for_model(self, model: LlamaConfig) -> LeanKV:
+        high, low = self._filled(thresholds_for(model))
+        return replace(self, high_threshold=high, low_threshold=low)
+
+    def _filled(self, calibrated: Thresholds) -> Thresholds:
+        high = calibrated.high if self.high_threshold is None else self.high_threshold
+        return Thresholds(high, min(calibrated.low, high) if self.low_threshold is None else self.low_threshold)
 
     @property
     def quantises_decoding(self) -> bool:
@@ -79,7 +100,7 @@ class LeanKV(TierPolicy):
         recent = exists & (held.positions >= tokens - self.protected_window)
 
         def home(factor: Array) -> Array:
-            high, low = self._thresholds(factor)
+            high, low = self._raised(factor)
             worth = jnp.where(relative >= high, HIGH, jnp.where(relative >= low, LOW, GONE))
             worth = jnp.where(recent, HIGH, jnp.maximum(worth, jnp.where(held.home == LOW, LOW, HIGH)))
             return jnp.where(exists, worth, GONE)
@@ -88,10 +109,11 @@ class LeanKV(TierPolicy):
         goal = home(_least_factor(lambda factor: _blocks(home(factor), tiers) <= most))
         return Goal(goal, since, _worth(held.scores, since, tokens, self.protected_window))
 
-    def _thresholds(self, factor: Array) -> tuple[Array, Array]:
-        """Both raised by a factor; where nothing was pruned, pruning begins at a fiftieth of the high threshold."""
-        low = self.low_threshold * factor if self.low_threshold else (factor - 1) * self.high_threshold / 50
-        return jnp.maximum(self.high_threshold * factor, low), jnp.asarray(low)
+    def _raised(self, factor: Array) -> tuple[Array, Array]:
+        """Both thresholds times a factor; where nothing was pruned, pruning begins at a fiftieth of the high one."""
+        high, low = self.thresholds
+        least = low * factor if low else (factor - 1) * high / 50
+        return jnp.maximum(high * factor, least), jnp.asarray(least)
 
     def step(self, tiers: Tiers, position: Array) -> Step:
         """One of four actions in each head, by the KV of each tier that is worth least (the authors' code):
@@ -104,7 +126,7 @@ class LeanKV(TierPolicy):
         high_count, low_count = tiers.lengths[..., HIGH], tiers.lengths[..., LOW]
         high, low = tiers.weakest.value[..., HIGH], tiers.weakest.value[..., LOW]
         tokens = jnp.maximum(position, 1)[None, :, None]
-        low_bound, high_bound = self.low_threshold / tokens, self.high_threshold / tokens
+        high_bound, low_bound = (threshold / tokens for threshold in self.thresholds)
         full = high_count + low_count + 1 > self.protected_window
         overwrites = full & (high < low_bound) & (high < low)
         lowers = full & ~overwrites & (high < high_bound)

@@ -18,6 +18,7 @@ from jaxkv.policies import LeanKV, Mixed
 from jaxkv.prompt import look_ahead, prefill
 from jaxkv.tiering import GONE, RAW, Held
 from jaxkv.tiers import HIGH, LOW, TierConfig, init_tiers
+from models.shapes import SHAPES
 from pallas_kernels.tiers import Format
 
 LAYERS, HEADS, KVS = 2, 2, 256
@@ -211,6 +212,19 @@ def test_tokens_read_later_see_what_is_quantised():
     assert (np.asarray(cache.lengths) == 20).all()
     held = stats(shrink(cache, UNIFORM))
     assert (held.kvs_high, held.kvs_held) == (140 * CONFIG.num_layers * CONFIG.num_kv_heads,) * 2
+
+
+def test_thresholds_are_the_models_own_where_they_are_not_given():
+    llama, unknown = SHAPES["llama-3.1-8b"], CONFIG
+    assert LeanKV().for_model(SHAPES["qwen2.5-7b"]).thresholds == (0.04, 0.04)
+    assert LeanKV().for_model(llama).thresholds == LeanKV().for_model(unknown).thresholds == (1.0, 0.02)
+    assert LeanKV().thresholds == (1.0, 0.02)
+    assert LeanKV(high_threshold=3.0).for_model(llama).thresholds == (3.0, 0.02)
+    assert LeanKV(high_threshold=0.01).for_model(llama).thresholds == (0.01, 0.01)
+    assert LeanKV(low_threshold=0.0).for_model(SHAPES["qwen2.5-7b"]).thresholds == (0.04, 0.0)
+    assert LLM(MODEL, compression=LeanKV()).compression == LeanKV(high_threshold=1.0, low_threshold=0.02)
+    with pytest.raises(ValueError, match=r"0 <= low_threshold <= high_threshold, got low_threshold=2\.0"):
+        LeanKV(low_threshold=2.0)
 
 
 @pytest.mark.parametrize(
