@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from evaluate import digest, parse_ratios
-from evaluation.records import Journal, Key, read_json, record, table, write_json
+from evaluation.records import Journal, finished, read_json, table, write_json
 from evaluation.scoring import Outcome
 from evaluation.suite import SUITES, generate
 from evaluation.tasks import Item, TaskSet, read_tasks
@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     top.add_argument("--presses", default=DEFAULT, help=f"of {'; '.join(PRESSES)}, with ; or , between")
     top.add_argument("--ratios", default="4,8,16")
     top.add_argument("--only", nargs="+", metavar="TASK", help="these tasks; default: all")
+    top.add_argument("--contexts", type=int, metavar="N", help="the first N contexts; default: all")
     top.add_argument("--ours", type=Path, metavar="FILE", help="records of evaluate.py, for the same table")
     top.add_argument("--json", type=Path, required=True, metavar="FILE", help="records; goes on where it was left")
     options = top.parse_args(arguments)
@@ -71,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(path)
     tasks = generate(options.suite, tokenizer) if options.suite else read_tasks(options.tasks, tokenizer, 1 << 30)
     settings: dict[str, object] = {"model": options.model, "tasks": digest(tasks), "by": "kvpress"}
-    tasks = tasks.only(options.only)
+    tasks = tasks.only(options.only, options.contexts)
     journal = Journal(options.json.with_name(options.json.name + ".items.jsonl"), settings)
     keys = [(f"kvpress {n}", r, t.name) for n in names for r in ratios for t in tasks.tasks]
     peer = Peer(path, tokenizer)
@@ -87,12 +88,6 @@ def run(options: argparse.Namespace) -> int:
     ours = [one for one in ours if options.only is None or one.task in options.only]
     print(table([*ours, *finished(journal, keys, tasks)]))
     return 0
-
-
-def finished(journal: Journal, keys: list[Key], tasks: TaskSet) -> list:
-    items = {task.name: len(task.items) for task in tasks.tasks}
-    found = [(key, list(journal.outcomes[key].values())) for key in keys]
-    return [record(key, outcomes) for key, outcomes in found if len(outcomes) == items[key[2]]]
 
 
 class Peer:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 from evaluation.benchmark import Protocol, read_benchmark
-from evaluation.records import Journal, Key, Record, record, table, write_json
+from evaluation.records import Journal, Key, Record, finished, table, write_json
 from evaluation.scoring import Runner
 from evaluation.suite import SUITES, generate
 from evaluation.tasks import Item, TaskSet, read_tasks
@@ -77,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--ratios", default=RATIOS, metavar="NUMBERS", help=f"of real bytes; default: {RATIOS}")
     top.add_argument("--only", nargs="+", metavar="TASK", help="these tasks; default: all")
+    top.add_argument("--contexts", type=int, metavar="N", help="the first N contexts; default: all")
     top.add_argument("--first-seed", type=int, default=0, help="of the suite's contexts: others to choose by")
     top.add_argument("--json", type=Path, metavar="FILE", help="records; goes on where it was left")
     top.add_argument("--markdown", type=Path, metavar="FILE", help="the table, which is printed too")
@@ -108,7 +109,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"a context of {tasks.longest} tokens is longer than the model's {model.config.max_context}")
     runner = Writer(model, tasks, tokenizer) if options.benchmark else Runner(model, tasks.longest)
     settings = {"model": options.model, "tasks": digest(tasks)}
-    tasks = tasks.only(options.only)
+    tasks = tasks.only(options.only, options.contexts)
     journal = Journal(options.json and options.json.with_name(options.json.name + ".items.jsonl"), settings)
     evaluate(runner, tasks, policies, ratios, journal, options.json)
     text = table(records(journal, tasks, policies, ratios))
@@ -181,9 +182,7 @@ def keys(tasks: TaskSet, policies: dict[str, Policy | None], ratios: list[float]
 
 def records(journal: Journal, tasks: TaskSet, policies: dict[str, Policy | None], ratios: list[float]) -> list[Record]:
     """Of what is finished."""
-    items = {task.name: len(task.items) for task in tasks.tasks}
-    found = [(key, list(journal.outcomes[key].values())) for key in keys(tasks, policies, ratios)]
-    return [record(key, outcomes) for key, outcomes in found if len(outcomes) == items[key[2]]]
+    return finished(journal, keys(tasks, policies, ratios), tasks)
 
 
 def evaluate(

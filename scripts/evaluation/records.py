@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 
 from evaluation.scoring import Outcome
+from evaluation.tasks import TaskSet
 
 Key = tuple[str, float, str]
 """Policy, ratio, task."""
@@ -78,6 +79,13 @@ class Record:
     @property
     def seconds(self) -> float:
         return self.seconds_read + self.seconds_compress
+
+
+def finished(journal: Journal, keys: list[Key], tasks: TaskSet) -> list[Record]:
+    """Of what is answered to the last item."""
+    items = {task.name: [item.id for item in task.items] for task in tasks.tasks}
+    found = [(key, [journal.outcomes[key].get(item) for item in items[key[2]]]) for key in keys]
+    return [record(key, [o for o in outcomes if o]) for key, outcomes in found if all(outcomes)]
 
 
 def record(key: Key, outcomes: list[Outcome]) -> Record:

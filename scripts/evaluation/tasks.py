@@ -70,18 +70,27 @@ class TaskSet:
         """Tokens that are cached at most."""
         return max(len(self.contexts[item.context_id]) + item.room for task in self.tasks for item in task.items)
 
-    def only(self, names: Sequence[str] | None) -> TaskSet:
-        """The tasks of these names; None: all.
+    def only(self, names: Sequence[str] | None, contexts: int | None) -> TaskSet:
+        """The tasks of these names, with the items of the first so many contexts; None: all.
 
         Raises:
-          ValueError: there is none of a name.
+          ValueError: there is none of a name, or nothing is left.
         """
-        if names is None:
-            return self
         known = [task.name for task in self.tasks]
-        if unknown := [name for name in names if name not in known]:
+        if unknown := [name for name in names or () if name not in known]:
             raise ValueError(f"--only: no task is named {', '.join(map(repr, unknown))}; there are {'; '.join(known)}")
-        return replace(self, tasks=tuple(task for task in self.tasks if task.name in names))
+        if contexts is not None and contexts < 1:
+            raise ValueError(f"--contexts must be at least 1, got {contexts}")
+        first = set(list(self.contexts)[:contexts])
+        tasks = (
+            replace(task, items=tuple(item for item in task.items if item.context_id in first))
+            for task in self.tasks
+            if names is None or task.name in names
+        )
+        left = tuple(task for task in tasks if task.items)
+        if not left:
+            raise ValueError(f"no item is about the first {contexts} contexts; give more --contexts")
+        return replace(self, contexts={key: self.contexts[key] for key in self.contexts if key in first}, tasks=left)
 
 
 def read_tasks(directory: Path, tokenizer: Tokenizer | None, vocab_size: int) -> TaskSet:

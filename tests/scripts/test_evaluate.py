@@ -136,10 +136,17 @@ def test_tasks_of_a_directory(tmp_path):
 
 def test_some_tasks_alone():
     whole = generate("quick", Characters(), 0)
-    assert [task.name for task in whole.only(["numbers", "copying"]).tasks] == ["numbers", "copying"]
-    assert whole.only(None) == whole
-    with pytest.raises(ValueError, match="--only: no task is named 'letters'; there are words; "):
-        whole.only(["words", "letters"])
+    assert [task.name for task in whole.only(["numbers", "copying"], None).tasks] == ["numbers", "copying"]
+    assert whole.only(None, None) == whole.only(None, 3) == whole
+    first = whole.only(None, 1)
+    assert list(first.contexts) == ["0"]
+    assert [len(task.items) * 3 for task in first.tasks] == [len(task.items) for task in whole.tasks]
+    for names, contexts, said in (
+        (["words", "letters"], None, "--only: no task is named 'letters'; there are words; "),
+        (None, 0, "--contexts must be at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            whole.only(names, contexts)
 
 
 @pytest.mark.parametrize(
