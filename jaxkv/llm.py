@@ -125,15 +125,15 @@ class LLM:
             try:
                 requests.append(self._request(i, *job))
             except ValueError as error:
-                raise ValueError(_numbered(str(error), i)) from None
+                raise _numbered(error, i) from None
         longest = max((len(r.prompt) + r.limit for r in requests), default=1)
         config = self._cache_config(longest, rows=len(requests))
         for request in requests:
             if error := refusal(request, config):
-                raise ValueError(_numbered(error, request.index))
+                raise _numbered(error, request.index)
         for event in self._serve(requests, config):
             if isinstance(event, Refused):
-                raise ValueError(_numbered(event.error, event.request))
+                raise _numbered(event.error, event.request)
             yield event
 
     def run(self, jobs: Iterable[tuple[Prompt, SamplingParams]], *, max_context: int | None = None) -> Iterator[Event]:
@@ -244,9 +244,9 @@ class LLM:
         return tuple(sorted({*self.model.config.eos_token_ids, *known}))
 
 
-def _numbered(error: str, index: int) -> str:
-    """What is wrong with a prompt, where it is one of several."""
-    return error.replace("the prompt", f"prompt {index}", 1)
+def _numbered(error: object, index: int) -> ValueError:
+    """What is wrong with one of a call's prompts."""
+    return ValueError(f"prompt {index}: {error}")
 
 
 def _rounded_up(tokens: int) -> int:

@@ -232,9 +232,9 @@ def test_a_conversation_takes_the_models_format(texts):
 @pytest.mark.parametrize(
     ("prompt", "params", "message"),
     [
-        ([[]], None, "prompt 0 is empty"),
-        ([tiny.prompt(512).tolist()], None, "prompt 0 has 512 tokens, but the model's context is 512"),
-        ([[1, 2], [3, 101]], None, r"prompt 1 has token ids outside 0\.\.100"),
+        ([[]], None, "prompt 0: the prompt is empty"),
+        ([tiny.prompt(512).tolist()], None, "prompt 0: the prompt has 512 tokens, but the model's context is 512"),
+        ([[1, 2], [3, 101]], None, r"prompt 1: the prompt has token ids outside 0\.\.100"),
         ([[1, -1]], None, r"outside 0\.\.100"),
         ([[2**40]], None, r"outside 0\.\.100"),
         ([[1.7, 2.2]], None, "whole numbers, got float64"),
