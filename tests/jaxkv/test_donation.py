@@ -21,8 +21,8 @@ POLICIES = {
     "all queries": KVCompress.full(budget=Ratio(ratio=8)),
     "expected": ExpectedAttention(budget=Ratio(ratio=8)),
     "continual": KVCompress(budget=Ratio(ratio=8), compress_every=16),
-    "lean-kv": LeanKV(block_tokens=8),
-    "mixed": Mixed.over(KVCompress, budget=Ratio(ratio=8), block_tokens=8, unquantised_window=True),
+    "lean-kv": LeanKV(block_tokens=16),
+    "mixed": Mixed.over(KVCompress, budget=Ratio(ratio=8), block_tokens=16, unquantised_window=True),
 }
 TIERED = ("chunk", "finish", "score", "decode_step", "compress")
 ONLY = {"expected": ("chunk", "finish"), "lean-kv": TIERED, "mixed": TIERED}
@@ -33,7 +33,7 @@ def empty_cache(policy):
     """Its pools are far larger than what a step works on."""
     sizes = CacheConfig.for_model(tiny.CONFIG, batch=BATCH, max_context=256, num_blocks=40_000)
     if isinstance(policy, TierPolicy):
-        sizes = replace(sizes, tiers=TierConfig(layout=policy.layout(tiny.CONFIG.head_dim), num_blocks=160_000))
+        sizes = replace(sizes, tiers=TierConfig(layout=policy.layout(tiny.CONFIG.head_dim), num_blocks=80_000))
     return init_cache(sizes)
 
 
