@@ -14,10 +14,11 @@ from test_lean_kv import compressed, empty, read, shrink, step, tier_tokens
 from tiny import CONFIG, MODEL, answers, assert_no_block_is_lost_or_shared, by_position, dense_run, padded, prompt
 
 from jaxkv import LLM, KVCompress, MaxTokens, Ratio, SamplingParams, stats
+from jaxkv.cache import CacheConfig, init_cache
 from jaxkv.policies import LeanKV, Mixed
 from jaxkv.prompt import look_ahead, prefill
 from jaxkv.tiering import GONE, RAW, Held
-from jaxkv.tiers import HIGH, LOW, TierConfig, init_tiers
+from jaxkv.tiers import HIGH, LOW, TierConfig, grow, init_tiers
 from models.shapes import SHAPES
 from pallas_kernels.tiers import Format
 
@@ -212,6 +213,29 @@ def test_tokens_read_later_see_what_is_quantised():
     assert (np.asarray(cache.lengths) == 20).all()
     held = stats(shrink(cache, UNIFORM))
     assert (held.kvs_high, held.kvs_held) == (140 * CONFIG.num_layers * CONFIG.num_kv_heads,) * 2
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "mix", "most"),
+    [
+        (64, (1.0, 0.0), 0.5),
+        (128, (1.0, 0.0), 0.45),
+        (64, (0.123, 0.556), 0.4),  # the mix that LeanKV's defaults leave of SmolLM2's prompts (docs/measurements.md)
+        (128, (0.123, 0.556), 0.37),
+    ],
+)
+def test_bytes_of_4000_tokens_beside_16_bits(head_dim, mix, most):
+    """Codes, scales, scores, positions, part-filled blocks and tables."""
+    layout = LeanKV().layout(head_dim)
+    sizes = {"num_layers": 2, "num_kv_heads": 3, "head_dim": head_dim, "batch": 1, "max_context": 4096}
+    tiers = TierConfig(layout=layout, num_blocks=600)
+    cache = init_cache(CacheConfig(**sizes, num_blocks=2, tiers=tiers))
+    lengths = jnp.broadcast_to(jnp.array([round(4000 * part) for part in mix], jnp.int32), (2, 1, 3, 2))
+    quantised, granted = grow(cache.quantised, lengths, most=80)
+    assert granted
+    held = stats(replace(cache, tiers=quantised, num_tokens=jnp.array([4000])))
+    assert held.bytes_full_16bit == 4000 * 6 * 4 * head_dim
+    assert held.nominal_share < held.bytes_held / held.bytes_full_16bit <= most
 
 
 def test_thresholds_are_the_models_own_where_they_are_not_given():
