@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from jaxkv.cache_stats import CacheStats
-from jaxkv.report import blocks
+from jaxkv.report import blocks, tier_mix
 
 
 def head_map(cache: CacheStats, path: Path) -> None:
@@ -24,6 +24,8 @@ def head_map(cache: CacheStats, path: Path) -> None:
     axes = figure.subplots()
     image = axes.imshow(kept, aspect="auto", cmap="viridis", vmin=0)
     axes.set(xlabel="layer", ylabel="KV head", xticks=range(0, layers, max(1, layers // 10)), yticks=range(heads))
-    axes.set_title(f"{blocks(cache)} ({cache.bytes_full / cache.bytes_held:.1f}x)", fontsize=10)
-    figure.colorbar(image, label="blocks" if cache.kvs_high or cache.kvs_low else f"blocks of {cache.block_size}")
+    mix = tier_mix(cache)
+    title = f"{blocks(cache)} ({cache.bytes_full / cache.bytes_held:.1f}x)"
+    axes.set_title(f"{title}\n{mix.replace('; ', chr(10))}" if mix else title, fontsize=8 if mix else 10)
+    figure.colorbar(image, label="blocks" if mix else f"blocks of {cache.block_size}")
     figure.savefig(path, dpi=150)

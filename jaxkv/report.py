@@ -48,22 +48,25 @@ def summary(completion: Completion) -> str:
         f"({cache.bytes_full / cache.bytes_held:.2f}x): {blocks(cache)}, {cache.blocks_per_head.min()} to "
         f"{cache.blocks_per_head.max()} a head",
     ]
-    if _quantised(cache):
-        shares = [100 * kvs / cache.kvs_full for kvs in (cache.kvs_high, cache.kvs_low)]
-        lines.append(
-            f"tiers   {shares[0]:.1f} % of the KVs high, {shares[1]:.1f} % low; of the full cache at 16 bits "
-            f"{100 * cache.nominal_share:.1f} % nominally, {100 * cache.bytes_held / cache.bytes_full_16bit:.1f} % held"
-        )
+    if mix := tier_mix(cache):
+        lines.append(f"tiers   {mix}")
     return "\n".join(lines)
 
 
-def _quantised(cache: CacheStats) -> bool:
-    return cache.kvs_high + cache.kvs_low > 0
+def tier_mix(cache: CacheStats) -> str:
+    """Each tier's share of the KVs, and what is held of the full cache; empty where nothing is quantised."""
+    if cache.kvs_high + cache.kvs_low == 0:
+        return ""
+    shares = [100 * kvs / cache.kvs_full for kvs in (cache.kvs_high, cache.kvs_low)]
+    return (
+        f"{shares[0]:.1f} % of the KVs high, {shares[1]:.1f} % low; of the full cache at 16 bits "
+        f"{100 * cache.nominal_share:.1f} % nominally, {100 * cache.bytes_held / cache.bytes_full_16bit:.1f} % held"
+    )
 
 
 def blocks(cache: CacheStats) -> str:
     """How many are kept."""
-    if _quantised(cache):
+    if tier_mix(cache):
         return f"{cache.blocks_held} blocks of two precisions"
     return f"{cache.blocks_held} of {cache.blocks_full} blocks of {cache.block_size}"
 

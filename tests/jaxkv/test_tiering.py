@@ -17,6 +17,7 @@ from jaxkv import LLM, KVCompress, MaxTokens, Ratio, SamplingParams, stats
 from jaxkv.cache import CacheConfig, init_cache
 from jaxkv.policies import LeanKV, Mixed
 from jaxkv.prompt import look_ahead, prefill
+from jaxkv.report import tier_mix
 from jaxkv.tiering import GONE, RAW, Held
 from jaxkv.tiers import HIGH, LOW, TierConfig, grow, init_tiers
 from models.shapes import SHAPES
@@ -236,6 +237,9 @@ def test_bytes_of_4000_tokens_beside_16_bits(head_dim, mix, most):
     held = stats(replace(cache, tiers=quantised, num_tokens=jnp.array([4000])))
     assert held.bytes_full_16bit == 4000 * 6 * 4 * head_dim
     assert held.nominal_share < held.bytes_held / held.bytes_full_16bit <= most
+    assert tier_mix(held).startswith(
+        f"{100 * mix[0]:.1f} % of the KVs high, {100 * mix[1]:.1f} % low; of the full cache"
+    )
 
 
 def test_thresholds_are_the_models_own_where_they_are_not_given():
