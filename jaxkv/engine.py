@@ -35,6 +35,8 @@ from jaxkv.steps import CompiledSteps
 
 STEPS = 16
 """Decode steps in one dispatch: what a stream waits for."""
+STEPS_WHILE_READING = 4
+"""The same between two chunks of a prompt: the sooner it is read, the more are decoded together."""
 HORIZON = 4 * STEPS
 """Tokens that each running sequence must still have room for when another joins; else it would soon be put back."""
 
@@ -297,7 +299,7 @@ class Engine:
     def _decode(self) -> Iterator[Event]:
         """As many steps for all running rows as the pool surely serves; makes room first where that is none."""
         running = self._running()
-        steps = STEPS
+        steps = STEPS if self.prompt is None else STEPS_WHILE_READING
         while steps and np.any(self._growth(running, steps) > self.room.free - self._unread()):
             steps //= 2
         if steps == 0:
