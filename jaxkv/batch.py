@@ -150,7 +150,7 @@ class BatchJob:
             done = self.output.done.get(line)
             if done is not None:
                 missing.discard(line)
-                self._same(line, data, done)
+                self._same(read_line(data, line, self.params), data, done)
         if missing:
             raise ValueError(
                 f"{self.output.path} belongs to another input: it has a record of line {min(missing)}, but "
@@ -158,19 +158,18 @@ class BatchJob:
             )
         return total
 
-    def _same(self, line: int, data: bytes, done: Done) -> None:
+    def _same(self, job: Job | Broken, data: bytes, done: Done) -> None:
         """Compares a line with its record; one that failed may have been mended since."""
         if done.failed:
             return
-        name = read_line(data, line, self.params).id
-        if name != done.id:
+        if job.id != done.id:
             raise ValueError(
-                f"{self.output.path} belongs to another input: line {line} has id {json.dumps(done.id)} there, but "
-                f"{json.dumps(name)} in {self.source}; give another --output"
+                f"{self.output.path} belongs to another input: line {job.line} has id {json.dumps(done.id)} there, but "
+                f"{json.dumps(job.id)} in {self.source}; give another --output"
             )
         if done.digest not in (None, digest(data)):
             raise ValueError(
-                f"line {line} of {self.source} is not what {self.output.path} has the answer to; put it back as it "
+                f"line {job.line} of {self.source} is not what {self.output.path} has the answer to; put it back as it "
                 "was, or give another --output"
             )
 
@@ -182,7 +181,7 @@ class BatchJob:
             job = read_line(data, line, self.params)
             first = seen.setdefault(job.id, line) if job.id is not None else line
             if done is not None:
-                self._same(line, data, done)
+                self._same(job, data, done)
             elif first != line and isinstance(job, Job):
                 error = f"the id {json.dumps(job.id)} is already that of line {first}; give each line its own"
                 yield job.broken(error)

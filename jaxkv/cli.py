@@ -97,8 +97,18 @@ def add_compression(command: argparse.ArgumentParser) -> None:
     group.add_argument("--protected-window", type=int, metavar="N", help="newest tokens never evicted (default: 32)")
     group.add_argument("--sinks", type=int, metavar="N", help="first tokens never evicted (default: 0)")
     group.add_argument("--window", type=int, metavar="N", help="prompt queries observed; 0: all (default: 32)")
-    group.add_argument("--high-threshold", type=float, metavar="A", help="leankv: high tier from A / tokens on")
-    group.add_argument("--low-threshold", type=float, metavar="A", help="leankv: low tier from A / tokens on")
+    group.add_argument(
+        "--high-threshold",
+        type=float,
+        metavar="A",
+        help="leankv: high tier from A / tokens on (default: the model's own, else 1)",
+    )
+    group.add_argument(
+        "--low-threshold",
+        type=float,
+        metavar="A",
+        help="leankv: low tier from A / tokens on (default: the model's own, else 0.02)",
+    )
     group.add_argument("--high", metavar="FORMAT", help="leankv, mixed, auto: format of the high tier (default: K8V4)")
     group.add_argument("--low", metavar="FORMAT", help="leankv, mixed, auto: format of the low tier (default: K4V2)")
     group.add_argument(

@@ -114,7 +114,7 @@ def kernels(model: LlamaConfig) -> Iterator[Program]:
 def tiered_kernels(model: LlamaConfig) -> Iterator[Program]:
     """Each kernel over a pool of 2 GiB of quantised blocks, decoding at batch 32."""
     i32, heads, kv_heads, head_dim = jnp.int32, model.num_heads, model.num_kv_heads, model.head_dim
-    layout = tier_layout(LeanKV(), head_dim)
+    layout = tier_layout(TIER_POLICY, head_dim)
     pool = shape((KERNEL_POOL // layout.block_bytes, layout.rows, 128), jnp.uint32)
     table = shape((BATCH, kv_heads, min(CONTEXT, model.max_context) // layout.tokens + 2), i32)
     lengths, query = shape((2, BATCH, kv_heads), i32), shape((BATCH, heads, head_dim), jnp.bfloat16)
@@ -164,6 +164,10 @@ def whole_steps(model: LlamaConfig, chip: str) -> Iterator[Program]:
     weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
     pool_bytes = min(int(0.8 * DEVICES[chip].memory) - weight_bytes, 48 * GIB)
     row = shape((BATCH,), jnp.int32), shape((BATCH,), jnp.bool_)
+
+    def step(cache: PagedCache, weights: Any, tokens: jax.Array, active: jax.Array, *, policy: Policy) -> Any:
+        return decode_step(nnx.merge(graph, weights), cache, tokens, active, policy)
+
     for name, policy in (("", POLICY), (", LeanKV", TIER_POLICY)):
         config = CacheConfig.for_model(
             model,
@@ -176,10 +180,6 @@ def whole_steps(model: LlamaConfig, chip: str) -> Iterator[Program]:
             prompts=1,
         )
         cache = jax.eval_shape(lambda config=config: init_cache(config))
-
-        def step(cache: PagedCache, weights: Any, tokens: jax.Array, active: jax.Array, *, policy: Policy) -> Any:
-            return decode_step(nnx.merge(graph, weights), cache, tokens, active, policy)
-
         pool = cache.pool if cache.tiers is None else cache.tiers.pool
         yield Program(f"decode step{name}", partial(step, policy=policy), (cache, weights, *row), pool, (0,))
         yield Program(f"compression{name}", partial(compress, policy=policy), (cache,), pool, (0,))
