@@ -12,6 +12,7 @@ from jax import Array
 
 from jaxkv.tiers import TierConfig, Tiers, init_tiers
 from pallas_kernels import padded_head_dim, slot_values
+from pallas_kernels.pool_values import pool_dtype
 from pallas_kernels.tiers import BlockLayout
 
 if TYPE_CHECKING:
@@ -169,7 +170,8 @@ class PagedCache:
     """
 
     pool: Array
-    """``[blocks, block_size, row_width]``, K (after RoPE) beside V, each at the beginning of its half of the row."""
+    """``[blocks, block_size, row_width]``, K (after RoPE) beside V, each at the beginning of its half of the row.
+    ``uint16`` where bfloat16 is kept as bits (``pallas_kernels.pool_values``)."""
     scores: Array
     """``f32[rows, 128]``: the eviction metric of each slot's KV."""
     positions: Array
@@ -224,7 +226,7 @@ def init_cache(config: CacheConfig) -> PagedCache:
     rows = -(-config.num_blocks * config.block_size // LANES)
     table = (config.num_layers, config.batch, config.num_kv_heads)
     return PagedCache(
-        pool=jnp.zeros((config.num_blocks, config.block_size, config.row_width), config.dtype),
+        pool=jnp.zeros((config.num_blocks, config.block_size, config.row_width), pool_dtype(config.dtype)),
         scores=jnp.zeros((rows, LANES), jnp.float32),
         positions=jnp.zeros((rows, LANES), jnp.int32),
         block_table=jnp.zeros((*table, config.max_blocks), jnp.int32),

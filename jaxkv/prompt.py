@@ -20,6 +20,7 @@ from jaxkv.policies import Policy
 from jaxkv.policies.base import ALL_QUERIES
 from jaxkv.queries import QueryMoments
 from pallas_kernels.block_writes import write_blocks
+from pallas_kernels.pool_values import read_rows
 from pallas_kernels.prefill_attention import Observed, prefill_attention
 
 if TYPE_CHECKING:
@@ -273,8 +274,8 @@ def _kvs(cache: PagedCache, held: Array, where: tiering.Held | None, layer: Arra
     """A layer's keys, values and positions as ``Policy.of_kvs`` takes them."""
     (pool, table, _), positions = _layer(cache, where, layer)
     blocks = jnp.where(held[layer][..., :: cache.block_size], table, NULL_BLOCK)
-    rows = pool[blocks].reshape(*held.shape[1:], -1)
-    rows = jnp.where(held[layer][..., None], rows.astype(jnp.float32), 0.0)
+    rows = read_rows(pool[blocks]).reshape(*held.shape[1:], -1)
+    rows = jnp.where(held[layer][..., None], rows, 0.0)
     keys, values = jnp.split(rows, 2, axis=-1)
     return keys, values, positions
 

@@ -17,6 +17,7 @@ from jaxkv import allocator, tiers
 from jaxkv.cache import PagedCache, in_table_order, num_blocks, to_slots
 from jaxkv.eviction import Plan, carry_out
 from jaxkv.tiers import HIGH, LOW, Tiers
+from pallas_kernels.pool_values import read_rows, to_rows
 from pallas_kernels.tiered_attention import Weakest
 from pallas_kernels.tiers import blocks
 from pallas_kernels.tiers.walk import walk
@@ -155,7 +156,7 @@ def read_layer(cache: PagedCache, now: Held, layer: int | Array) -> tuple[Array,
     home, index = now.home[layer], now.index[layer]
     unquantised = jnp.where(home == RAW, index, 0)
     block = jnp.take_along_axis(cache.block_table[layer], unquantised // cache.block_size, axis=-1)
-    rows = cache.pool[jnp.where(home == RAW, block, 0), unquantised % cache.block_size].astype(jnp.float32)
+    rows = read_rows(cache.pool[jnp.where(home == RAW, block, 0), unquantised % cache.block_size])
 
     def read_tiers(kv: tuple[Array, Array]) -> tuple[Array, Array]:
         key, value = kv
@@ -177,7 +178,7 @@ def unquantised_layer(cache: PagedCache, now: Held, layer: int | Array) -> tuple
     batch, kv_heads, _, head_dim = kv[0].shape
     half = cache.pool.shape[2] // 2
     pad = ((0, 0),) * 3 + ((0, half - head_dim),)
-    rows = jnp.concatenate([jnp.pad(part, pad) for part in kv], axis=-1).astype(cache.pool.dtype)
+    rows = to_rows(jnp.concatenate([jnp.pad(part, pad) for part in kv], axis=-1), cache.pool.dtype)
     pool = rows.reshape(-1, cache.block_size, 2 * half)
     table = jnp.arange(pool.shape[0], dtype=jnp.int32).reshape(batch, kv_heads, -1)
     return pool, table, now.lengths[layer]

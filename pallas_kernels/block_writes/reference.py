@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels.pool_values import to_rows
+
 
 def write_blocks(pool: Array, key: Array, value: Array, block_table: Array, starts: Array, counts: Array) -> Array:
     """See ``api.write_blocks``."""
@@ -10,7 +12,7 @@ def write_blocks(pool: Array, key: Array, value: Array, block_table: Array, star
     block_size = pool.shape[1]
     pad = ((0, 0), (0, 0), (0, 0), (0, pool.shape[2] // 2 - key.shape[3]))
     rows = jnp.concatenate([jnp.pad(key, pad), jnp.pad(value, pad)], axis=-1)
-    rows = rows.transpose(0, 2, 1, 3).astype(pool.dtype)  # [b, h, length, 2 * half]
+    rows = to_rows(rows.transpose(0, 2, 1, 3), pool.dtype)  # [b, h, length, 2 * half]
     index = starts[..., None] + jnp.arange(length)  # [b, h, length]
     column = jnp.minimum(index // block_size, block_table.shape[2] - 1)
     real = jnp.arange(length) < counts[:, None, None]

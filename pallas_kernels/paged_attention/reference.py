@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.pool_values import read_rows
+
 SEGMENT_KVS = 128
 SEGMENTS_A_STEP = 16
 MASKED = -1e30  # finite, so that a fully masked segment gives exp(0) times a zero mask and never NaN
@@ -76,7 +78,7 @@ def paged_attention(
         resident = exists[:, None] & (column < walk.blocks[row][:, None])
         column = jnp.minimum(column, table.shape[1] - 1)
         blocks = jnp.where(resident, table.at[row[:, None], column].get(mode=IN_BOUNDS), 0)
-        kv = pool.at[blocks].get(mode=IN_BOUNDS).reshape(step, segment_kvs, 2 * half).astype(jnp.float32)
+        kv = read_rows(pool.at[blocks].get(mode=IN_BOUNDS)).reshape(step, segment_kvs, 2 * half)
         index = place[:, None] * segment_kvs + jnp.arange(segment_kvs)
         held = exists[:, None] & (index < lengths[row][:, None])
 

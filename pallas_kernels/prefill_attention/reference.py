@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.pool_values import read_rows
+
 if TYPE_CHECKING:
     from pallas_kernels.prefill_attention.api import Observed
 
@@ -84,8 +86,8 @@ def prefill_attention(
         held = index < lengths[..., None]
         blocks = lax.dynamic_slice_in_dim(table, i * tile_blocks, tile_blocks, axis=2)
         blocks = jnp.where(held[..., ::block_size], blocks, 0)
-        kv = pool.at[blocks].get(mode=IN_BOUNDS).reshape(batch, kv_heads, tile_kvs, 2 * half)
-        return jnp.where(held[..., None], kv.astype(jnp.float32), 0.0), held
+        kv = read_rows(pool.at[blocks].get(mode=IN_BOUNDS)).reshape(batch, kv_heads, tile_kvs, 2 * half)
+        return jnp.where(held[..., None], kv, 0.0), held
 
     def attend_cached(i: Array, partial: Partial) -> Partial:
         kv, held = cached_tile(i)

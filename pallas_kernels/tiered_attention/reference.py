@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.pool_values import read_rows
 from pallas_kernels.tiers import BlockLayout, blocks, quantizer
 from pallas_kernels.tiers.layout import Segments
 from pallas_kernels.tiers.walk import Part, Walk, walk
@@ -138,7 +139,7 @@ def _attend_raw(softmax: Softmax, scaled: Array, raw: RawKVs) -> Softmax:
 
     def step(i: Array, softmax: Softmax) -> Softmax:
         part = blocks_of.part(i)
-        kv = raw.pool.at[part.blocks].get(mode=IN_BOUNDS).astype(jnp.float32)
+        kv = read_rows(raw.pool.at[part.blocks].get(mode=IN_BOUNDS))
         s = jnp.einsum("cgd,ctd->cgt", scaled.at[part.row].get(mode=IN_BOUNDS), kv[..., :head_dim])
         value = jnp.where(part.held[..., None], kv[..., half : half + head_dim], 0.0)
         s = jnp.where(part.held[:, None], s, MASKED)

@@ -10,6 +10,9 @@ import tiny
 
 from jaxkv.cache import CacheConfig, init_cache, put_sequences, take_sequences
 from jaxkv.cache_stats import stats
+from pallas_kernels.block_writes import write_blocks
+from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.prefill_attention import prefill_attention
 
 
 def allocated(cache):
@@ -31,9 +34,27 @@ def test_without_a_size_every_row_can_be_full():
     assert config.num_blocks == 1 + 3 * 4 * 7
 
 
-def test_the_dtype_is_the_one_asked_for():
+def test_a_cache_of_bfloat16_keeps_what_bfloat16_keeps():
+    """Also where it is kept as bits (``pallas_kernels.pool_values``)."""
     config = CacheConfig.for_model(tiny.CONFIG, batch=1, max_context=64, dtype=jnp.bfloat16)
-    assert init_cache(config).pool.dtype == jnp.bfloat16
+    cache = init_cache(config)
+    assert allocated(cache) == config.bytes_with(config.num_blocks)
+    rng = np.random.default_rng(1)
+    query, key, value = (
+        jnp.asarray(rng.standard_normal((1, n, heads, 16)), jnp.float32) for n, heads in ((1, 4), (40, 2), (40, 2))
+    )
+    table, lengths = jnp.arange(1, 9, dtype=jnp.int32).reshape(1, 2, 4), jnp.full((1, 2), 40)
+
+    def attention(pool, key, value):
+        pool = write_blocks(pool, key, value, table, jnp.zeros_like(lengths), jnp.array([40]))
+        decoded = paged_attention(query[:, 0], pool, table, lengths)[0]
+        return decoded, prefill_attention(query, query[:, :, :2], query[:, :, 2:], pool, table, lengths)[0]
+
+    got = attention(cache.pool, key, value)
+    rounded = (x.astype(jnp.bfloat16).astype(jnp.float32) for x in (key, value))
+    expected = attention(jnp.zeros(cache.pool.shape, jnp.float32), *rounded)
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -29,18 +29,18 @@ ONLY = {"expected": ("chunk", "finish"), "lean-kv": TIERED, "mixed": TIERED}
 """Steps in which a policy differs from the others."""
 
 
-def empty_cache(policy):
+def empty_cache(policy, dtype):
     """Its pools are far larger than what a step works on."""
-    sizes = CacheConfig.for_model(tiny.CONFIG, batch=BATCH, max_context=256, num_blocks=40_000)
+    sizes = CacheConfig.for_model(tiny.CONFIG, batch=BATCH, max_context=256, num_blocks=40_000, dtype=dtype)
     if isinstance(policy, TierPolicy):
         sizes = replace(sizes, tiers=TierConfig(layout=policy.layout(tiny.CONFIG.head_dim), num_blocks=80_000))
     return init_cache(sizes)
 
 
-def programs(policy):
+def programs(policy, dtype):
     """Step name -> (function of (state, …), arguments)."""
     model = tiny.MODEL
-    cache = empty_cache(policy)
+    cache = empty_cache(policy, dtype)
     ids, row = jnp.zeros((BATCH, 64), jnp.int32), jnp.zeros(BATCH, jnp.int32)
     one = jnp.array([1])
 
@@ -70,8 +70,17 @@ def programs(policy):
 @pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_step_updates_the_pool_in_place(name):
-    steps = programs(POLICIES[name])
-    for step in ONLY.get(name, steps):
+    check(POLICIES[name], ONLY.get(name))
+
+
+@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
+def test_a_pool_of_bfloat16_is_updated_in_place():
+    check(POLICIES["continual"], ("chunk", "finish", "decode_step", "decode", "own", "compress"), dtype=jnp.bfloat16)
+
+
+def check(policy, names=None, dtype=jnp.float32):
+    steps = programs(policy, dtype)
+    for step in names or steps:
         function, arguments = steps[step]
         cache = arguments[0] if hasattr(arguments[0], "pool") else arguments[0].cache
         pools = [cache.pool.nbytes] + ([] if cache.tiers is None else [cache.tiers.pool.nbytes])
