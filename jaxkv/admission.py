@@ -43,8 +43,7 @@ def plan_reading(request: Request, config: CacheConfig) -> Reading | None:
     most = (blocks - kept) // config.heads * config.block_size
     if most < least_part(config, policy):
         return None
-    even = -(-tokens // -(-tokens // most))
-    part = min(-(-even // config.block_size) * config.block_size, most)
+    part = -(-tokens // -(-tokens // most))  # so many parts as there must be, as equal as can be
     return Reading(part=part, peak=kept + config.full_blocks(part))
 
 

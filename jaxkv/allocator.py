@@ -9,9 +9,10 @@ from jaxkv import tiers
 from jaxkv.cache import PagedCache, num_blocks
 
 
-def blocks_needed(cache: PagedCache, lengths: Array) -> Array:
-    """``i32[]``: blocks to allocate before the heads can hold ``lengths`` KVs, ``i32[layers, batch, kv_heads]``."""
-    return jnp.sum(jnp.maximum(num_blocks(lengths, cache.block_size) - cache.blocks_held(), 0))
+def has_room(cache: PagedCache, lengths: Array) -> Array:
+    """``bool[]``: whether ``grow`` can give the heads ``lengths`` KVs, ``i32[layers, batch, kv_heads]``."""
+    need = num_blocks(lengths, cache.block_size) - cache.blocks_held()
+    return (jnp.sum(need) <= cache.num_free) & jnp.all(lengths <= cache.capacity)
 
 
 def grow(cache: PagedCache, lengths: Array, *, most: int) -> tuple[PagedCache, Array]:
@@ -29,7 +30,7 @@ def grow(cache: PagedCache, lengths: Array, *, most: int) -> tuple[PagedCache, A
     size = cache.block_size
     have = cache.blocks_held()
     need = num_blocks(lengths, size) - have
-    granted = (jnp.sum(need) <= cache.num_free) & jnp.all(lengths <= cache.capacity)
+    granted = has_room(cache, lengths)
     place = jnp.arange(-(-most // size))
     wanted = granted & (place < need[..., None])
     cache, block = take(cache, wanted)

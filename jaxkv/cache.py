@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import jax
@@ -190,6 +190,8 @@ class PagedCache:
     """``i32[]``."""
     tiers: Tiers | None = None
     """The quantised part. Its KVs come before the unquantised ones wherever all of a head's are counted."""
+    head_dim: int = field(metadata={"static": True})
+    """Values of K, and of V, of a KV; a half of the row may be wider."""
 
     @property
     def block_size(self) -> int:
@@ -236,6 +238,7 @@ def init_cache(config: CacheConfig) -> PagedCache:
         # Popped from the end: the lowest blocks go first. The last entry is spare, since the null block is never free.
         free_blocks=(config.num_blocks - 1 - jnp.arange(config.num_blocks)).astype(jnp.int32),
         num_free=jnp.int32(config.num_blocks - 1),
+        head_dim=config.head_dim,
         tiers=None
         if config.tiers is None
         else init_tiers(

@@ -45,7 +45,7 @@ def stats(cache: PagedCache) -> CacheStats:
     """Reads the cache's sizes back to the host."""
     lengths, tokens, free = jax.device_get((cache.lengths, cache.num_tokens, cache.num_free))
     layers, _, kv_heads = lengths.shape
-    size, width = cache.block_size, cache.pool.shape[2]
+    size = cache.block_size
     blocks = -(-lengths // size)
     slots, kvs = int(blocks.sum()) * size, int(lengths.sum())
     blocks_full = int((-(-tokens // size)).sum()) * layers * kv_heads
@@ -66,7 +66,7 @@ def stats(cache: PagedCache) -> CacheStats:
         bytes_allocated=sum(leaf.nbytes for leaf in jax.tree.leaves(cache)),
         bytes_held=held,
         bytes_full=blocks_full * cache.block_bytes + table_bytes,
-        bytes_full_16bit=2 * kvs_full * width,
+        bytes_full_16bit=2 * kvs_full * 2 * cache.head_dim,
         kvs_held=kvs + high + low,
         kvs_high=high,
         kvs_low=low,

@@ -36,6 +36,9 @@ def compress(
 ) -> PagedCache:
     """Evicts from each sequence what the policy's budget doesn't leave room for.
 
+    A policy with tiers needs free blocks to quantise to; a sequence for which there are too few stays as it is, and
+    ``room_to_step`` then says so where it can't be decoded.
+
     Args:
       cache: donated.
       policy: what decides which KVs stay.
@@ -107,6 +110,9 @@ def decode_step(
     Returns:
       The cache and ``f32[batch, vocab]``. Where the pool can't serve all active rows, the cache stays as it was and
       the logits are NaN: ask ``room_to_step`` first.
+
+    Raises:
+      ValueError: a cache with quantised tiers, and a policy without.
     """
     if cache.tiers is not None:
         if not isinstance(policy, TierPolicy):
@@ -141,10 +147,13 @@ def decode_step(
 
 
 def room_to_step(cache: PagedCache, active: Array, policy: Policy | None = None) -> Array:
-    """``bool[]``: whether enough blocks are free for the next decode step of the active rows, ``bool[batch]``."""
+    """``bool[]``: whether blocks and table rows suffice for a decode step of the active rows, ``bool[batch]``.
+
+    Where the policy quantises what it decodes, nothing of these rows may have stayed unquantised.
+    """
     if cache.tiers is not None and isinstance(policy, TierPolicy):
         return tier_steps.room_to_step(cache, active, policy)
-    return allocator.blocks_needed(cache, cache.lengths + active[None, :, None]) <= cache.num_free
+    return allocator.has_room(cache, cache.lengths + active[None, :, None])
 
 
 class Decoded(NamedTuple):
@@ -251,7 +260,12 @@ def generate(
 
     Arguments as for ``prefill`` and ``decode``; ``max_tokens`` is static. Where the pool is too small for the prompts
     no token is made; where it runs dry, decoding stops early: ``active`` tells.
+
+    Raises:
+      ValueError: ``max_tokens`` below 1, or as ``decode_step``.
     """
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
     sampler = Greedy() if sampler is None else sampler
     cache, logits = prefill(model, cache, tokens, lengths, policy)
     first, logprob = _choose(sampler, logits, cache.num_tokens)

@@ -51,7 +51,7 @@ def prefill(
 
     Returns:
       The cache and the logits of each row's last token, ``f32[batch, vocab]``. Where the pool or a table row is too
-      small for a chunk, nothing of it is written and the logits are NaN.
+      small for a chunk, nothing of it or what follows is written and the logits of all rows are NaN.
     """
     length = tokens.shape[1]
     chunk = min(chunk, length)
@@ -87,7 +87,9 @@ class PromptState:
     hidden: Array
     """``[batch, hidden]`` of the last token read."""
     granted: Array
-    """``bool[]``: all chunks so far found room."""
+    """``bool[]``: all chunks so far found room. What comes after one that did not is read no more."""
+    reads: Array
+    """``bool[batch]``: sequences that this prompt adds to."""
     queries: QueryMoments | None = None
     """Of this prompt's queries so far, where a policy expects others like them."""
     fresh: bool = field(default=False, metadata={"static": True})
@@ -106,12 +108,14 @@ def start_prompt(
         end=cache.num_tokens + lengths,
         hidden=jnp.zeros((batch, model.config.hidden_size)),
         granted=jnp.bool_(True),
+        reads=lengths > 0,
         queries=QueryMoments.none(model.config, batch) if policy is not None and policy.expected_queries else None,
         fresh=fresh,
     )
 
 
 def observes_prompt(policy: Policy | None) -> bool:
+    """Whether attention to the prompt's KVs is added up while it is read."""
     return policy is not None and (policy.observed_queries != 0 or policy.rereads)
 
 
@@ -119,6 +123,7 @@ def prefill_chunk(model: Llama, state: PromptState, tokens: Array, counts: Array
     """Reads one chunk, ``i32[batch, chunk]``, of which the first ``i32[batch]`` counts are real."""
     cache, chunk, end = state.cache, tokens.shape[1], state.end
     place = jnp.arange(chunk)
+    counts = jnp.where(state.granted, counts, 0)
     positions = cache.num_tokens[:, None] + place
     starts = cache.lengths
     cache, granted = allocator.grow(cache, starts + counts[None, :, None], most=chunk)
@@ -155,6 +160,7 @@ def prefill_chunk(model: Llama, state: PromptState, tokens: Array, counts: Array
         end=end,
         hidden=jnp.where((counts > 0)[:, None], last, state.hidden),
         granted=state.granted & granted,
+        reads=state.reads,
         queries=None if queries is None else queries.plus(typical),
         fresh=state.fresh,
     )
@@ -262,9 +268,13 @@ def score_prompt(state: PromptState, policy: Policy | None) -> PagedCache:
     scores = jnp.where(held, scores, 0.0)
     adds = policy.observed_queries is ALL_QUERIES or policy.rereads
     if where is not None:
-        since = where.positions if adds else policy.since(where.positions, cache.num_tokens)
-        return tiering.put_scores(cache, scores + where.scores if adds else scores, since)
-    table = cache.block_table, cache.lengths
+        scores, since = scores + where.scores if adds else scores, where.positions
+        if not adds:
+            since = policy.since(since, cache.num_tokens)
+        reads = state.reads[:, None, None]
+        scores, since = jnp.where(reads, scores, where.scores), jnp.where(reads, since, where.positions)
+        return tiering.put_scores(cache, scores, since)
+    table = cache.block_table, jnp.where(state.reads[:, None], cache.lengths, 0)
     if adds:
         scores += in_table_order(cache.scores, *table, cache.block_size)
     return replace(cache, scores=to_slots(cache.scores, *table, scores))

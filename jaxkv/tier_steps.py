@@ -39,10 +39,14 @@ def room_to_step(cache: PagedCache, active: Array, policy: TierPolicy) -> Array:
     """As ``generation.room_to_step``."""
     step = policy.step(cache.quantised, cache.num_tokens)
     if step is None:
-        return allocator.blocks_needed(cache, cache.lengths + active[None, :, None]) <= cache.num_free
+        return allocator.has_room(cache, cache.lengths + active[None, :, None])
     lengths = jnp.where(active[None, :, None, None], step.lengths, cache.quantised.lengths)
-    need = tiers.num_blocks(lengths, cache.quantised.tokens) - cache.quantised.blocks_held()
-    return jnp.sum(need) <= cache.quantised.free.count
+    return _all_quantised(cache, active) & tiers.has_room(cache.quantised, lengths)
+
+
+def _all_quantised(cache: PagedCache, active: Array) -> Array:
+    """``bool[]``: whether active rows hold nothing unquantised; a step that quantises would not attend to it."""
+    return ~jnp.any(active[None, :, None] & (cache.lengths > 0))
 
 
 class Compacted(NamedTuple):
@@ -82,7 +86,9 @@ def decode_step(
     step = policy.step(cache.quantised, positions)
     if step is None:
         return _unquantised_step(model, cache, tokens, active)
-    quantised, new_blocks, new_offsets, granted = compact(cache.quantised, step, active)
+    ready = _all_quantised(cache, active)
+    quantised, new_blocks, new_offsets, granted = compact(cache.quantised, step, active & ready)
+    granted &= ready
     acts = active & granted
     seen = jnp.where(acts[None, :, None, None], quantised.lengths, 0)
     layout, kv_heads = quantised.layout, seen.shape[2]

@@ -100,6 +100,13 @@ def columns(tier: Array | int, index: Array, max_blocks: int) -> Array:
     return jnp.where(jnp.asarray(tier) == HIGH, index, max_blocks - 1 - index)
 
 
+def has_room(tiers: Tiers, lengths: Array) -> Array:
+    """``bool[]``: whether ``grow`` can give each head and tier ``lengths`` KVs."""
+    want = num_blocks(lengths, tiers.tokens)
+    enough = jnp.sum(want - tiers.blocks_held()) <= tiers.free.count
+    return enough & jnp.all(want.sum(-1) <= tiers.block_table.shape[-1])
+
+
 def grow(tiers: Tiers, lengths: Array, *, most: int) -> tuple[Tiers, Array]:
     """Gives each head and tier the blocks for ``lengths`` KVs, ``i32[layers, batch, kv_heads, 2]``, all or none.
 
@@ -114,7 +121,7 @@ def grow(tiers: Tiers, lengths: Array, *, most: int) -> tuple[Tiers, Array]:
     """
     have, want = tiers.blocks_held(), num_blocks(lengths, tiers.tokens)
     width = tiers.block_table.shape[-1]
-    granted = (jnp.sum(want - have) <= tiers.free.count) & jnp.all(want.sum(-1) <= width)
+    granted = has_room(tiers, lengths)
     need = jnp.where(granted, want - have, 0)
     free, blocks, real = tiers.free.pop(need, most)
     column = columns(jnp.arange(2)[:, None], have[..., None] + jnp.arange(most), width)

@@ -32,7 +32,7 @@ class Policy:
     sinks: int = 0
     """First tokens of the text that are never evicted."""
     compress_every: int | None = None
-    """Compress again whenever a sequence has grown by so many tokens; None: once, after the prompt."""
+    """Compress again whenever a sequence's tokens are a multiple of this; None: once, after the prompt."""
 
     def __post_init__(self) -> None:
         if self.protected_window < 1:
@@ -41,6 +41,11 @@ class Policy:
             raise ValueError(f"sinks must not be negative, got {self.sinks}")
         if self.compress_every is not None and self.compress_every < 1:
             raise ValueError(f"compress_every must be at least 1 token, got {self.compress_every}")
+        if self.compress_every is not None and not self.ranks_decoded:
+            raise ValueError(
+                f"compress_every={self.compress_every}: {type(self).__name__} doesn't rank what is decoded, so just "
+                "that would be evicted; leave it out, or take kv-compress, h2o, streaming-llm or leankv"
+            )
 
     def for_model(self, model: LlamaConfig) -> Policy:
         """The policy with what it leaves to the model filled in; ``jaxkv.LLM`` asks."""
@@ -60,6 +65,11 @@ class Policy:
     def observes_decoding(self) -> bool:
         """Whether each decoded token's attention is added to the scores."""
         return False
+
+    @property
+    def ranks_decoded(self) -> bool:
+        """Whether ``rank`` can order KVs that no prompt scored, so that a sequence can be compressed again."""
+        return self.observes_decoding
 
     @property
     def expected_queries(self) -> int:

@@ -23,7 +23,8 @@ class Mixed(TierPolicy):
     """All heads of all layers compete for whole blocks of a byte budget, first for high ones and then for low ones.
 
     A block's price is the highest rank among the KVs that it would hold, as in KV-Compress (section 4), so what is
-    allocated is also filled. Tokens decoded later are kept unquantised until they are compressed (``compress_every``).
+    allocated is also filled. Tokens decoded later are kept unquantised until they are compressed (``compress_every``),
+    which takes a ranking by position, since decoding adds to no score.
     """
 
     scoring: Policy
@@ -69,6 +70,11 @@ class Mixed(TierPolicy):
     @property
     def reads_kvs(self) -> bool:
         return self.scoring.reads_kvs
+
+    @property
+    def ranks_decoded(self) -> bool:
+        """Scores stay as they are while tokens are decoded."""
+        return self.scoring.ranks_decoded and not self.scoring.observes_decoding
 
     def of_kvs(self, scores: Array, keys: Array, values: Array, positions: Array, held: Array) -> Array:
         return self.scoring.of_kvs(scores, keys, values, positions, held)

@@ -1,5 +1,6 @@
 """Policies by the names that command lines and job files use."""
 
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -100,4 +101,7 @@ def make_policy(name: str, budget: Budget | None, **settings) -> Policy | None:
     try:
         return POLICIES[name](budget=budget, **settings)
     except TypeError as error:
-        raise ValueError(f"policy {name}: {error}") from None
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None:
+            raise
+        raise ValueError(f"policy {name} has no {unknown[1]}") from None

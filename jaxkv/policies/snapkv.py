@@ -19,6 +19,13 @@ class SnapKV(Policy):
     """Width of the mean-pool along the keys; what lies past either end counts as 0."""
     shares: Shares = PerHead()
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window is None or self.window < 1:
+            raise ValueError(f"window must be at least 1 query, got {self.window or 0}; kv-compress can observe all")
+        if self.pool < 1 or self.pool % 2 == 0:
+            raise ValueError(f"pool must be odd and at least 1, got {self.pool}")
+
     @property
     def observed_queries(self) -> int:
         return self.window

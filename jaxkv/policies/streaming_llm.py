@@ -15,5 +15,9 @@ class StreamingLLM(Policy):
     sinks: int = 4
     shares: Shares = PerHead()
 
+    @property
+    def ranks_decoded(self) -> bool:
+        return True
+
     def rank(self, scores: Array, positions: Array) -> Array:
         return positions.astype(scores.dtype)

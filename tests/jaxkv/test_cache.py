@@ -95,6 +95,12 @@ def test_stats_are_of_bytes_really_held():
     assert got.fragmentation == pytest.approx(1 - 33 / 48)
 
 
+def test_full_bytes_at_16_bits_count_no_padding():
+    config = replace(CacheConfig.for_model(tiny.CONFIG, batch=1, max_context=64), padded_head_dim=64)
+    cache = replace(init_cache(config), num_tokens=jnp.array([10]))
+    assert stats(cache).bytes_full_16bit == 10 * 4 * 2 * 16 * 2
+
+
 def test_rows_taken_out_and_put_back():
     cache = tiny.empty_cache(batch=4, max_context=64)
     rng = np.random.default_rng(0)

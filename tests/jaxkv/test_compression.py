@@ -249,6 +249,45 @@ def test_decoding_stops_before_the_pool_runs_dry():
     assert np.isnan(refused).all()
 
 
+def test_decoding_stops_before_the_table_ends():
+    """With free blocks left, and for all rows: none gets a token that nothing was read for."""
+    prompts = [tiny.prompt(28), tiny.prompt(10, 1)]
+    cache = tiny.empty_cache(batch=2, max_context=32, num_blocks=200)
+    made = answer(cache, *tiny.padded(prompts), 12)
+    assert made.counts.tolist() == [1 + 32 - 28] * 2
+    assert made.active.tolist() == [True, True]
+    for row, ids in enumerate(prompts):
+        assert made.tokens[row, :5].tolist() == tiny.dense_greedy(ids, 5)
+    assert np.isfinite(made.logprobs).all()
+
+
+def test_no_tokens_is_no_answer():
+    with pytest.raises(ValueError, match="max_tokens must be at least 1, got 0"):
+        answer(tiny.empty_cache(), *tiny.padded([tiny.prompt(20)]), 0)
+
+
+def test_what_follows_a_chunk_that_finds_no_room_is_not_read():
+    policy = KVCompress(budget=Ratio(ratio=4), protected_window=8)
+    tokens, lengths = tiny.padded([tiny.prompt(140)])
+    cache, logits = prefill(tiny.MODEL, tiny.empty_cache(num_blocks=1 + HEADS * 6), tokens, lengths, policy, chunk=64)
+    assert np.isnan(logits).all()
+    assert cache.num_tokens.tolist() == [64]
+    assert (np.asarray(cache.lengths) == 64).all()
+
+
+def test_a_row_without_a_prompt_stays_as_it_is():
+    policy = KVCompress(budget=Ratio(ratio=4), protected_window=8)
+    prompts = tiny.padded([tiny.prompt(60), tiny.prompt(40, 1)])
+    before, _ = read(tiny.empty_cache(batch=2), *prompts, policy)
+    before = jax.tree.map(jnp.copy, before)
+    after, _ = read(jax.tree.map(jnp.copy, before), *tiny.padded([tiny.prompt(0), tiny.prompt(50, 2)]), policy)
+    assert after.num_tokens.tolist() == [60, 90]
+    for layer, head in np.ndindex(tiny.CONFIG.num_layers, tiny.CONFIG.num_kv_heads):
+        now, then = (tiny.by_position(c, c.scores, layer, 0, head) for c in (after, before))
+        assert now == then
+        assert sum(then.values()) > 0
+
+
 def test_a_prompt_that_finds_no_room_writes_nothing():
     cache, logits = read(tiny.empty_cache(num_blocks=5), *tiny.padded([tiny.prompt(100)]), None)
     assert np.isnan(logits).all()

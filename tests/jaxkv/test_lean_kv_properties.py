@@ -14,7 +14,8 @@ from tiny import CONFIG, MODEL, answers, dense_run, padded, prompt
 
 from jaxkv import LLM, SamplingParams, stats
 from jaxkv.allocator import release_sequences
-from jaxkv.cache import put_sequences, take_sequences
+from jaxkv.cache import CacheConfig, init_cache, put_sequences, take_sequences
+from jaxkv.generation import decode_step, generate
 from jaxkv.policies import LeanKV
 from jaxkv.prompt import prefill_chunk, start_prompt
 from jaxkv.tiers import HIGH, LOW
@@ -184,6 +185,18 @@ def test_no_trace_of_prompts_steps_and_ends_loses_a_block(trace):
         assert not np.asarray(cache.lengths).any()  # nothing stays unquantised
     cache = free_row(cache, jnp.ones(2, bool))
     assert int(cache.tiers.free.count) == total
+
+
+def test_where_a_prompt_cannot_be_quantised_nothing_is_decoded_from_it():
+    """A step of the policy attends to quantised KVs alone, so it would answer as if there had been no prompt."""
+    policy = LeanKV(high_threshold=0.0, low_threshold=0.0, block_tokens=8, protected_window=8)
+    sizes = CacheConfig.for_model(CONFIG, batch=1, max_context=256, layout=policy.layout(CONFIG.head_dim))
+    sizes = replace(sizes, tiers=replace(sizes.tiers, num_blocks=12))
+    made = generate(MODEL, init_cache(sizes), *padded([prompt(100)]), max_tokens=6, policy=policy)
+    assert made.counts.tolist() == [1]
+    assert made.active.tolist() == [True]
+    _, logits = decode_step(MODEL, made.cache, made.tokens[:, 0], made.active, policy)
+    assert np.isnan(logits).all()
 
 
 def test_a_prompt_of_no_more_than_the_window_is_all_high():

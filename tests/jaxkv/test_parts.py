@@ -148,5 +148,4 @@ def test_parts_cover_the_prompt_within_the_pool(tokens, blocks, ratio, window):
     else:
         assert reading.peak <= blocks
         parts = -(-tokens // reading.part)
-        assert parts == 1 or reading.part % 16 == 0
-        assert reading.part * parts >= tokens
+        assert 0 <= reading.part * parts - tokens < parts  # as equal as can be

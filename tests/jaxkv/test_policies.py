@@ -180,8 +180,18 @@ def test_names_and_budgets_that_make_no_policy_say_why():
     ):
         with pytest.raises(ValueError, match=said):
             make_policy(name, budget)
-    with pytest.raises(ValueError, match=r"streaming-llm: .*window"):
+    with pytest.raises(ValueError, match=r"^policy streaming-llm has no window$"):
         make_policy("streaming-llm", Ratio(ratio=2), window=3)
+    for name, setting, said in (
+        ("snapkv", {"window": None}, "window must be at least 1 query, got 0"),
+        ("ada-kv", {"window": -3}, "window must be at least 1 query, got -3"),
+        ("snapkv", {"pool": 4}, "pool must be odd"),
+        ("auto", {"compress_every": 8}, "KVzip doesn't rank what is decoded"),
+        ("mixed", {"compress_every": 8}, "Mixed doesn't rank what is decoded"),
+        ("knorm", {"compress_every": 8}, "KNorm doesn't rank what is decoded"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            make_policy(name, Ratio(ratio=2), **setting)
 
 
 @pytest.mark.parametrize("name", ["kvzip", "auto", "expected-attention"])

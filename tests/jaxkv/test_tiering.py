@@ -15,7 +15,7 @@ from tiny import CONFIG, MODEL, answers, assert_no_block_is_lost_or_shared, by_p
 
 from jaxkv import LLM, KVCompress, MaxTokens, Ratio, SamplingParams, stats
 from jaxkv.cache import CacheConfig, init_cache
-from jaxkv.policies import LeanKV, Mixed
+from jaxkv.policies import LeanKV, Mixed, StreamingLLM
 from jaxkv.prompt import look_ahead, prefill
 from jaxkv.report import tier_mix
 from jaxkv.tiering import GONE, RAW, Held
@@ -259,8 +259,8 @@ def test_thresholds_are_the_models_own_where_they_are_not_given():
     "policy",
     [
         LeanKV(budget=MaxTokens(tokens=40), **SMALL),
-        mixed(3.0, compress_every=16),
-        mixed(3.0, compress_every=16, unquantised_window=True),
+        Mixed.over(StreamingLLM, budget=Ratio(ratio=3), compress_every=16, **SMALL),
+        Mixed.over(StreamingLLM, budget=Ratio(ratio=3), compress_every=16, unquantised_window=True, **SMALL),
     ],
     ids=["leankv", "mixed", "mixed, unquantised window"],
 )
