@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +32,7 @@ class BatchJob:
     Args:
       source: the input; read line by line, twice.
       params: what a line doesn't say.
+      settings: by name, what else the answers depend on; every record has it.
       retry_failed: whether lines with error records are tried again.
 
     Raises:
@@ -39,8 +40,16 @@ class BatchJob:
       ValueError: files that don't belong together, or an output that another process writes.
     """
 
-    def __init__(self, source: Path, output: Path, params: SamplingParams, *, retry_failed: bool = False):
-        self.source, self.params = source, params
+    def __init__(
+        self,
+        source: Path,
+        output: Path,
+        params: SamplingParams,
+        settings: Mapping[str, Any] | None = None,
+        *,
+        retry_failed: bool = False,
+    ):
+        self.source, self.params, self.settings = source, params, dict(settings or {})
         try:
             regular = stat.S_ISREG(source.stat().st_mode)
             with source.open("rb"):
@@ -92,7 +101,7 @@ class BatchJob:
             for event in model.run(self._requests(model, progress), max_context=max_context):
                 match event:
                     case Finished(request=request, completion=completion):
-                        self.output.write(_record(self.waiting.pop(request), completion))
+                        self.output.write(_record(self.waiting.pop(request), completion, self.settings))
                         self.answered += 1
                         progress.answered(completion)
                     case Refused(request=request, error=error):
@@ -139,11 +148,19 @@ class BatchJob:
         return 1 if self.failed or self.failed_before else 0
 
     def _check(self) -> int:
-        """Counts the requests, and compares those done with their lines.
+        """Counts the requests, and compares those done with their lines and with the settings.
 
         Raises:
-          ValueError: the output belongs to another input.
+          ValueError: the output belongs to another input, or to other settings.
         """
+        for line, done in self.output.done.items():
+            then = self.settings if done.settings is None else done.settings
+            if other := [name for name in {**then, **self.settings} if then.get(name) != self.settings.get(name)]:
+                now, before = (json.dumps({n: s[n] for n in other if n in s}) for s in (self.settings, then))
+                raise ValueError(
+                    f"{self.output.path} was written with other settings: line {line} with {before}, not {now}; go on "
+                    "with those, or give another --output"
+                )
         total, missing = 0, set(self.output.done)
         for line, data in input_lines(self.source):
             total += 1
@@ -199,11 +216,12 @@ class BatchJob:
         )
 
 
-def _record(job: Job, completion: Completion) -> dict[str, Any]:
+def _record(job: Job, completion: Completion, settings: dict[str, Any]) -> dict[str, Any]:
     record = {
         "id": job.id,
         "line": job.line,
         "digest": job.digest,
+        "settings": settings,
         "text": completion.text,
         "token_ids": completion.token_ids,
         "finish_reason": completion.finish_reason,

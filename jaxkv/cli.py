@@ -9,16 +9,23 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from tqdm import tqdm
 
 from jaxkv.llm import LLM
-from jaxkv.policies import POLICIES, policy_from
+from jaxkv.plot import check_drawable, head_map
+from jaxkv.policies import POLICIES, Policy, policy_from
+from jaxkv.policies.registry import BUDGETS, SETTINGS
 from jaxkv.report import as_dict, summary
 from jaxkv.requests import Completion, Finished, PromptRead, SamplingParams, TextMade
 from models.hub import cache_directory
 
+DTYPES = ("float32", "bfloat16")
+SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "logprobs")
+ANSWER = ("model", "dtype", "cache_dtype", "compression", *BUDGETS, *SETTINGS, *SAMPLING)
+"""Options that a batch job's answers depend on."""
 CRASHED = 70
 """Exit status of a fault of ours, apart from 1 (some lines of a batch job failed) and 2 (bad input)."""
 
@@ -83,6 +90,21 @@ def add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", required=True, help="smollm2-135m, a directory, or a .gguf file")
     command.add_argument("--cache-memory", type=byte_count, metavar="BYTES", help="for the whole cache: 500M, 2G, …")
     command.add_argument("--block-size", type=int, help="token slots a block (default: 16; 64 on a TPU)")
+    command.add_argument("--dtype", choices=DTYPES, help="of weights (default: float32 on a CPU, else bfloat16)")
+    command.add_argument("--cache-dtype", choices=DTYPES, help="of the unquantised cache (default: as --dtype)")
+
+
+def load(options: argparse.Namespace, policy: Policy | None, **settings: Any) -> LLM:
+    """The model that ``add_model`` asked for."""
+    return LLM(
+        options.model,
+        compression=policy,
+        cache_memory=options.cache_memory,
+        block_size=options.block_size,
+        dtype=options.dtype,
+        cache_dtype=options.cache_dtype,
+        **settings,
+    )
 
 
 def add_compression(command: argparse.ArgumentParser) -> None:
@@ -91,7 +113,7 @@ def add_compression(command: argparse.ArgumentParser) -> None:
         "--compression", choices=[*POLICIES, "none"], help="default: kv-compress where a budget is given"
     )
     budget = group.add_mutually_exclusive_group()
-    budget.add_argument("--ratio", type=float, help="divide the full cache by this")
+    budget.add_argument("--ratio", type=float, help="divide the full cache by this: of its own dtype, or with tiers of 16 bits a value")
     budget.add_argument("--max-cache-tokens", type=int, metavar="N", help="KVs a head, on average")
     budget.add_argument("--max-cache-bytes", type=byte_count, metavar="BYTES", help="for the sequence")
     group.add_argument("--protected-window", type=int, metavar="N", help="newest tokens never evicted (default: 32)")
@@ -185,17 +207,15 @@ def run_generate(options: argparse.Namespace) -> int:
     prompt, policy, params = read_prompt(options), policy_from(vars(options)), sampling_from(options)
     if options.system is not None and not options.chat:
         raise ValueError("--system needs --chat")
-    if options.plot is not None and not options.plot.parent.is_dir():
-        raise ValueError(f"can't write {options.plot}: {options.plot.parent} is not a directory")
-    llm = LLM(options.model, compression=policy, cache_memory=options.cache_memory, block_size=options.block_size)
+    if options.plot is not None:
+        check_drawable(options.plot)
+    llm = load(options, policy)
     if options.chat:
         system = [{"role": "system", "content": options.system}] if options.system is not None else []
         prompt = llm.chat_prompt([*system, {"role": "user", "content": prompt}])
 
     completion = answer(llm, prompt, params, quiet=options.json)
     if options.plot is not None:
-        from jaxkv.plot import head_map
-
         head_map(completion.cache, options.plot)
     if options.json:
         print(json.dumps(as_dict(completion)))
@@ -208,17 +228,12 @@ def run_batch(options: argparse.Namespace) -> int:
     from jaxkv.batch import BatchJob  # locks files, which generate can do without where a system can't
 
     policy, params = policy_from(vars(options)), sampling_from(options)
-    with BatchJob(options.input, options.output, params, retry_failed=options.retry_failed) as job:
+    usual = parser().parse_args(["batch", "--model", "", "--input", "", "--output", ""])
+    settings = {name: given for name in ANSWER if (given := getattr(options, name)) != getattr(usual, name)}
+    with BatchJob(options.input, options.output, params, settings, retry_failed=options.retry_failed) as job:
         if not job.left:
             return job.finish()
-        llm = LLM(
-            options.model,
-            compression=policy,
-            cache_memory=options.cache_memory,
-            block_size=options.block_size,
-            max_batch=options.max_batch,
-            share_prefixes=options.share_prefixes,
-        )
+        llm = load(options, policy, max_batch=options.max_batch, share_prefixes=options.share_prefixes)
         return job.run(llm, max_context=options.max_context)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxkv.admission import refusal
 from jaxkv.answers import Answer
@@ -28,14 +29,16 @@ class LLM:
     """A loaded model.
 
     Args:
-      model: a built-in name, a directory, a ``.gguf`` file, or a ``models.Llama``.
-      tokenizer: for a ``models.Llama``; without one, prompts are token ids and answers have no text.
+      model: a built-in name, a directory, a ``.gguf`` file, or a loaded model: a ``models.Llama`` or one ported like it
+        (``docs/functional.md``).
+      tokenizer: for a loaded model; without one, prompts are token ids and answers have no text.
       cache_memory: bytes for the whole cache; None: what the prompts of a call need uncompressed.
       compression: a policy, or None for the full cache; a prompt's ``SamplingParams`` may say otherwise.
       block_size: token slots a block; None: what suits the platform's kernels.
       max_batch: sequences that are decoded together.
       share_prefixes: whether a prefix with which several prompts begin is read once, and held once while uncompressed.
-      dtype: of weights and cache.
+      dtype: of weights; None: float32 on a CPU, else bfloat16.
+      cache_dtype: of K and V in the cache; None: as ``dtype``.
 
     Raises:
       CheckpointError: the model can't be found or read.
@@ -52,25 +55,27 @@ class LLM:
         block_size: int | None = None,
         max_batch: int = 16,
         share_prefixes: bool = True,
-        dtype: jnp.dtype = jnp.float32,  # pyright: ignore[reportArgumentType]
+        dtype: DTypeLike | None = None,
+        cache_dtype: DTypeLike | None = None,
     ):
         if max_batch < 1:
             raise ValueError(f"max_batch must be at least 1, got {max_batch}")
         began = time.perf_counter()
-        if isinstance(model, Llama):
-            self.model, self.tokenizer = model, tokenizer
-        else:
+        self.dtype = jnp.dtype(usual_dtype() if dtype is None else dtype)
+        self.cache_dtype = self.dtype if cache_dtype is None else jnp.dtype(cache_dtype)
+        if isinstance(model, str | Path):
             path = resolve(str(model))
-            self.model, self.tokenizer = load_model(path, dtype=dtype), tokenizer or load_tokenizer(path)
+            self.model, self.tokenizer = load_model(path, dtype=self.dtype), tokenizer or load_tokenizer(path)
             if _compiles_stacked_layers_well():
                 self.model = stack_layers(self.model)
+        else:
+            self.model, self.tokenizer = model, tokenizer
         self.load_seconds = time.perf_counter() - began
         self.cache_memory = cache_memory
         self.compression = compression and compression.for_model(self.model.config)
         self.block_size = default_block_size() if block_size is None else block_size
         self.max_batch = max_batch
         self.share_prefixes = share_prefixes
-        self.dtype = dtype
         self._cache: tuple[CacheConfig, PagedCache] | None = None
         self._steps: CompiledSteps | None = None
         self.engine: Engine | None = None
@@ -125,15 +130,15 @@ class LLM:
             try:
                 requests.append(self._request(i, *job))
             except ValueError as error:
-                raise _numbered(error, i) from None
+                raise _of_prompt(error, i, len(prompts)) from None
         longest = max((len(r.prompt) + r.limit for r in requests), default=1)
         config = self._cache_config(longest, rows=len(requests))
         for request in requests:
             if error := refusal(request, config):
-                raise _numbered(error, request.index)
+                raise _of_prompt(error, request.index, len(prompts))
         for event in self._serve(requests, config):
             if isinstance(event, Refused):
-                raise _numbered(event.error, event.request)
+                raise _of_prompt(event.error, event.request, len(prompts))
             yield event
 
     def run(self, jobs: Iterable[tuple[Prompt, SamplingParams]], *, max_context: int | None = None) -> Iterator[Event]:
@@ -223,7 +228,7 @@ class LLM:
                 max_context=_rounded_up(longest),
                 memory=self.cache_memory,
                 block_size=self.block_size,
-                dtype=self.dtype,
+                dtype=self.cache_dtype,
                 **self._tiers(),
             )
         if self.compression is not None:
@@ -244,9 +249,9 @@ class LLM:
         return tuple(sorted({*self.model.config.eos_token_ids, *known}))
 
 
-def _numbered(error: object, index: int) -> ValueError:
+def _of_prompt(error: object, index: int, prompts: int) -> ValueError:
     """What is wrong with one of a call's prompts."""
-    return ValueError(f"prompt {index}: {error}")
+    return ValueError(f"prompt {index}: {error}" if prompts > 1 else str(error))
 
 
 def _rounded_up(tokens: int) -> int:
@@ -255,6 +260,11 @@ def _rounded_up(tokens: int) -> int:
     while size < tokens:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return size
+
+
+def usual_dtype() -> jnp.dtype:
+    """Of weights and cache where nobody says otherwise: what the platform is fast at."""
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
 def _compiles_stacked_layers_well() -> bool:

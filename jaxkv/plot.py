@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from jaxkv.cache_stats import CacheStats
 from jaxkv.report import blocks, tier_mix
 
 
-def head_map(cache: CacheStats, path: Path) -> None:
-    """Draws blocks kept, layers across and KV heads down, into an image file.
+def check_drawable(path: Path) -> None:
+    """Raises ValueError where ``head_map`` could not draw into that file, before there is anything to draw."""
+    if find_spec("matplotlib") is None:
+        raise ValueError("a plot needs matplotlib: pip install 'jaxkv[plot]'")
+    if not path.parent.is_dir():
+        raise ValueError(f"can't write {path}: {path.parent} is not a directory")
 
-    Raises:
-      ValueError: matplotlib is missing; the extra ``jaxkv[plot]`` has it.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ValueError("a plot needs matplotlib: pip install 'jaxkv[plot]'") from error
+
+def head_map(cache: CacheStats, path: Path) -> None:
+    """Draws blocks kept, layers across and KV heads down, into an image file; needs the extra ``jaxkv[plot]``."""
+    from matplotlib.figure import Figure
+
     kept = cache.blocks_per_head.T
     heads, layers = kept.shape
     figure = Figure(figsize=(max(4.0, 2.4 + 0.2 * layers), max(2.0, 1.3 + 0.32 * heads)), layout="constrained")

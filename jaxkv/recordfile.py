@@ -29,6 +29,8 @@ class Done:
     failed: bool
     digest: str | None
     """Of the line; None in error records, and in those of versions that wrote none."""
+    settings: dict[str, Any] | None
+    """Of the job; None likewise."""
 
 
 class OutputFile:
@@ -202,5 +204,8 @@ def _understood(raw: bytes) -> tuple[int, Done | None]:
         line, name = record["line"], record["id"]
     except (ValueError, TypeError, KeyError, RecursionError):
         return 0, None
+    digest, settings = record.get("digest"), record.get("settings")
     right = type(line) is int and isinstance(name, str | int | float | None) and ("error" in record or "text" in record)
-    return (line, Done(id=name, failed="error" in record, digest=record.get("digest"))) if right else (0, None)
+    if not right or not isinstance(settings, dict | None):
+        return 0, None
+    return line, Done(id=name, failed="error" in record, digest=digest, settings=settings)

@@ -71,6 +71,7 @@ def test_every_line_is_answered_with_its_own_settings(tmp_path, capsys):
         "id": 2.5,
         "line": 4,
         "digest": digest(source.read_bytes().splitlines()[3]),
+        "settings": {},
         "text": want.text,
         "token_ids": want.token_ids,
         "finish_reason": "length",
@@ -393,8 +394,14 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
     assert cli.main([*arguments, *options]) == 0
     assert (given["max_batch"], given["cache_memory"], given["compression"].budget.ratio) == (3, 2_000_000, 4)
     assert [r["logprobs"] for r in records(output)] == [[-0.5] * 5] * 3
+    assert records(output)[0]["settings"] == {"model": "m", "ratio": 4.0, "max_tokens": 5, "logprobs": True}
     given.clear()
-    assert cli.main(arguments) == 0
+    capsys.readouterr()
+    assert cli.main([*arguments, *options, "--cache-memory", "3M"]) == 0
+    assert cli.main([*arguments, *options, "--ratio", "2"]) == 2
+    said = capsys.readouterr().err
+    assert "was written with other settings: line" in said
+    assert 'with {"ratio": 4.0}, not {"ratio": 2.0}; go on with those, or give another --output' in said
     assert not given, "no model is loaded where nothing is left to do"
 
     def stop(*_, **__):
