@@ -52,8 +52,9 @@ class BatchJob:
         self.source, self.params, self.settings = source, params, dict(settings or {})
         try:
             regular = stat.S_ISREG(source.stat().st_mode)
-            with source.open("rb"):
-                pass
+            if regular:
+                with source.open("rb"):
+                    pass
         except OSError as error:
             raise OSError(f"can't read {source}: {error.strerror}") from None
         if not regular:

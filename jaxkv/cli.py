@@ -24,7 +24,7 @@ from models.hub import cache_directory
 
 DTYPES = ("float32", "bfloat16")
 SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "logprobs")
-ANSWER = ("model", "dtype", "cache_dtype", "compression", *BUDGETS, *SETTINGS, *SAMPLING)
+ANSWER = ("model", "dtype", "cache_dtype", "block_size", "max_context", "compression", *BUDGETS, *SETTINGS, *SAMPLING)
 """Options that a batch job's answers depend on."""
 CRASHED = 70
 """Exit status of a fault of ours, apart from 1 (some lines of a batch job failed) and 2 (bad input)."""
@@ -113,7 +113,9 @@ def add_compression(command: argparse.ArgumentParser) -> None:
         "--compression", choices=[*POLICIES, "none"], help="default: kv-compress where a budget is given"
     )
     budget = group.add_mutually_exclusive_group()
-    budget.add_argument("--ratio", type=float, help="divide the full cache by this: of its own dtype, or with tiers of 16 bits a value")
+    budget.add_argument(
+        "--ratio", type=float, help="divide the full cache by this: of its own dtype, or with tiers of 16 bits a value"
+    )
     budget.add_argument("--max-cache-tokens", type=int, metavar="N", help="KVs a head, on average")
     budget.add_argument("--max-cache-bytes", type=byte_count, metavar="BYTES", help="for the sequence")
     group.add_argument("--protected-window", type=int, metavar="N", help="newest tokens never evicted (default: 32)")
@@ -215,12 +217,12 @@ def run_generate(options: argparse.Namespace) -> int:
         prompt = llm.chat_prompt([*system, {"role": "user", "content": prompt}])
 
     completion = answer(llm, prompt, params, quiet=options.json)
-    if options.plot is not None:
-        head_map(completion.cache, options.plot)
     if options.json:
         print(json.dumps(as_dict(completion)))
     else:
         print(f"\n\n{summary(completion)}", file=sys.stderr)
+    if options.plot is not None:  # last: the answer is out, whatever a full disk does to the picture
+        head_map(completion.cache, options.plot)
     return 0
 
 
@@ -230,6 +232,8 @@ def run_batch(options: argparse.Namespace) -> int:
     policy, params = policy_from(vars(options)), sampling_from(options)
     usual = parser().parse_args(["batch", "--model", "", "--input", "", "--output", ""])
     settings = {name: given for name in ANSWER if (given := getattr(options, name)) != getattr(usual, name)}
+    if Path(options.model).exists():
+        settings["model"] = str(Path(options.model).resolve())
     with BatchJob(options.input, options.output, params, settings, retry_failed=options.retry_failed) as job:
         if not job.left:
             return job.finish()

@@ -352,6 +352,12 @@ class Engine:
 
     def _accept(self, row: int, tokens: list[int], logprobs: list[float]) -> Iterator[Event]:
         answer = self._answer(row)
+        if not np.all(np.isfinite(logprobs)):
+            self._leave(row)
+            self.locked = False
+            error = "the model's logits are not finite: its weights are damaged, or too large for their dtype"
+            yield Refused(request=answer.index, error=error)
+            return
         yield from answer.take(tokens, logprobs)
         if answer.finish_reason is not None:
             at_end = stats(take_sequences(self.cache, jnp.array([row])))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,8 @@ class LLM:
       model: a built-in name, a directory, a ``.gguf`` file, or a loaded model: a ``models.Llama`` or one ported like it
         (``docs/functional.md``).
       tokenizer: for a loaded model; without one, prompts are token ids and answers have no text.
-      cache_memory: bytes for the whole cache; None: what the prompts of a call need uncompressed.
+      cache_memory: bytes for the whole cache; None: what the prompts of a call need uncompressed, of ``run`` as many
+        whole contexts as there may be rows, but no more than the device has left, or half of the memory beside a CPU.
       compression: a policy, or None for the full cache; a prompt's ``SamplingParams`` may say otherwise.
       block_size: token slots a block; None: what suits the platform's kernels.
       max_batch: sequences that are decoded together.
@@ -171,14 +174,15 @@ class LLM:
         ends = self._ends()
         if self._steps is None:
             self._steps = CompiledSteps(self.model, ends)
-        kept, self._cache = self._cache, None
-        cache = kept[1] if kept is not None and kept[0] == config else init_cache(config)
-        self.engine = Engine(self._steps, config, cache, share_prefixes=self.share_prefixes)
+        kept = self._cache[1] if self._cache is not None and self._cache[0] == config else None
+        self._cache = self.engine = None  # an old cache goes before there is a new one, also that of a call cut short
+        engine = Engine(self._steps, config, kept or init_cache(config), share_prefixes=self.share_prefixes)
+        self.engine, kept = engine, None
         answers = (
             Answer(r, self.tokenizer, ends, self.load_seconds) if isinstance(r, Request) else r for r in requests
         )
-        yield from self.engine.run(answers)
-        self._cache = (config, self.engine.cache)  # only now: what is cut short leaves a cache that was given away
+        yield from engine.run(answers)
+        self._cache = (config, engine.cache)  # only now: what is cut short leaves a cache that is not empty
 
     def _request(self, index: int, prompt: Prompt, params: SamplingParams, context: int | None = None) -> Request:
         """A request for these tokens.
@@ -209,8 +213,15 @@ class LLM:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("this LLM has no tokenizer; give prompts as token ids")
+            try:
+                prompt.encode("utf-8")
+            except UnicodeEncodeError as error:
+                lone = prompt[error.start]
+                raise ValueError(f"the prompt must be Unicode text, got half a surrogate pair {lone!a}") from None
             prompt = self.tokenizer.encode(prompt)
         ids = np.asarray(prompt)
+        if ids.ndim != 1 or ids.dtype == object:
+            raise ValueError(f"a prompt must be a text or a list of token ids, got {str(prompt)[:60]}")
         if len(ids) and not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(f"token ids must be whole numbers, got {ids.dtype}: {ids[:4].tolist()}")
         return ids
@@ -222,15 +233,25 @@ class LLM:
         if kept is not None and kept.batch == rows and longest <= kept.max_context:
             config = kept
         else:
-            config = CacheConfig.for_model(
+            sizes = partial(
+                CacheConfig.for_model,
                 self.model.config,
                 batch=rows,
                 max_context=_rounded_up(longest),
-                memory=self.cache_memory,
                 block_size=self.block_size,
                 dtype=self.cache_dtype,
                 **self._tiers(),
             )
+            most = cache_memory_limit()
+            if self.cache_memory is not None:
+                config = sizes(memory=self.cache_memory)
+            elif (config := sizes()).bytes_with(config.num_blocks) > most:
+                config = sizes(memory=most)
+            if (need := config.bytes_with(config.num_blocks)) > most:
+                raise ValueError(
+                    f"a cache of {need} bytes for {rows} sequences of {config.max_context} tokens is more than the "
+                    f"{most} that this machine can give it; give less cache_memory, a smaller max_context or max_batch"
+                )
         if self.compression is not None:
             self.compression.budget.check(config, self.compression.protected_window)
         return config
@@ -245,8 +266,8 @@ class LLM:
 
     def _ends(self) -> tuple[int, ...]:
         """Tokens that end an answer."""
-        known = self.tokenizer.eos_ids if self.tokenizer is not None else ()
-        return tuple(sorted({*self.model.config.eos_token_ids, *known}))
+        known = {*self.model.config.eos_token_ids, *(self.tokenizer.eos_ids if self.tokenizer is not None else ())}
+        return tuple(sorted(known & set(range(self.model.config.vocab_size))))  # some files say -1 for none
 
 
 def _of_prompt(error: object, index: int, prompts: int) -> ValueError:
@@ -265,6 +286,14 @@ def _rounded_up(tokens: int) -> int:
 def usual_dtype() -> jnp.dtype:
     """Of weights and cache where nobody says otherwise: what the platform is fast at."""
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+
+def cache_memory_limit() -> int:
+    """Bytes that a cache may take here: most of what is free on an accelerator, or half of a CPU's memory."""
+    used = jax.devices()[0].memory_stats()
+    if used is not None and "bytes_limit" in used:
+        return (used["bytes_limit"] - used["bytes_in_use"]) * 9 // 10
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def _compiles_stacked_layers_well() -> bool:

@@ -13,8 +13,14 @@ def check_drawable(path: Path) -> None:
     """Raises ValueError where ``head_map`` could not draw into that file, before there is anything to draw."""
     if find_spec("matplotlib") is None:
         raise ValueError("a plot needs matplotlib: pip install 'jaxkv[plot]'")
+    from matplotlib.backend_bases import FigureCanvasBase
+
     if not path.parent.is_dir():
         raise ValueError(f"can't write {path}: {path.parent} is not a directory")
+    if path.is_dir():
+        raise ValueError(f"can't write {path}: it is a directory")
+    if path.suffix[1:].lower() not in (kinds := FigureCanvasBase.get_supported_filetypes()):
+        raise ValueError(f"can't draw into {path}: its name must end in one of {', '.join(sorted(kinds))}")
 
 
 def head_map(cache: CacheStats, path: Path) -> None:

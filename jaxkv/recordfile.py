@@ -178,7 +178,8 @@ class OutputFile:
             for number, raw in enumerate(file, 1):
                 if not raw.endswith(b"\n"):
                     # Anything else is no torn record, but somebody's file, which must stay as it is.
-                    if not (raw.startswith(FIRST_BYTES) or FIRST_BYTES.startswith(raw)):
+                    # Zeros are what a file system may leave where the power failed.
+                    if not (raw.startswith(FIRST_BYTES) or FIRST_BYTES.startswith(raw) or not raw.strip(b"\0")):
                         raise self._foreign(number, raw)
                     break
                 line, record = _understood(raw)

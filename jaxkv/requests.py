@@ -47,8 +47,8 @@ class SamplingParams:
         for name in ("max_tokens", "top_k", "seed"):
             check(type(getattr(self, name)) is int, name, "a whole number")
         check(self.max_tokens >= 1, "max_tokens", "at least 1")
-        check(0 <= self.temperature < float("inf"), "temperature", "0 (greedy) or a positive number")
-        check(self.top_k >= 0, "top_k", "0 (all) or positive")
+        check(0 <= self.temperature <= 1e6, "temperature", "0 (greedy) or a positive number up to 1e6")
+        check(0 <= self.top_k < 2**31, "top_k", "0 (all) or positive, below 2**31")
         check(0 < self.top_p <= 1, "top_p", "in (0, 1]")
         check(0 <= self.min_p <= 1, "min_p", "in [0, 1]")
         check(0 <= self.seed < 2**32, "seed", "in [0, 2**32)")

@@ -48,7 +48,8 @@ class Random(Sampler):
 
     def __call__(self, logits: Array, position: Array) -> Array:
         greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        scaled = logits / jnp.where(self.temperature > 0, self.temperature, 1.0)[:, None]
+        below = logits - logits.max(axis=-1, keepdims=True)  # so that no quotient is infinite but those that lose
+        scaled = below / jnp.where(self.temperature > 0, self.temperature, 1.0)[:, None]
         kept = restrict(scaled, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
 
         def draw(seed: Array, position: Array, row: Array) -> Array:

@@ -22,6 +22,9 @@ from jaxkv.prompt import PromptState, finish_prompt, prefill_chunk, reread_chunk
 from jaxkv.sampling import Sampler, logprobs_of
 from models import Llama
 
+MOST_PROGRAMS = 128
+"""Compiled programs that are kept: a job whose lines each bring a policy of their own must not fill the memory."""
+
 
 class CompiledSteps:
     """Prompt chunks, compression and decoding for one row or for the whole batch.
@@ -117,11 +120,15 @@ class CompiledSteps:
     def _call(self, step: Any, *args: Any, static: tuple[Any, ...] = ()) -> Any:
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(args))
         key = (step, shapes, jax.tree.structure(args), static)
-        if key not in self._programs:
+        program = self._programs.pop(key, None)
+        if program is None:
             began = time.perf_counter()
-            self._programs[key] = step.lower(*args, *static).compile()
+            program = step.lower(*args, *static).compile()
             self.compile_seconds += time.perf_counter() - began
-        return self._programs[key](*args)
+        self._programs[key] = program  # the latest used is the last
+        while len(self._programs) > MOST_PROGRAMS:
+            self._programs.pop(next(iter(self._programs)))
+        return program(*args)
 
     def start(
         self, cache: PagedCache, row: int, length: int, policy: Policy | None, *, fresh: bool = False

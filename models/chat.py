@@ -43,7 +43,7 @@ def render_chat(
         return environment.from_string(template).render(
             messages=list(messages), add_generation_prompt=add_generation_prompt, **special_tokens
         )
-    except TemplateError as error:
+    except Exception as error:  # a template is a program, and may fail as one
         raise CheckpointError(f"the model's chat template can't take this conversation: {error}") from error
 
 

@@ -28,7 +28,10 @@ def resolve(model: str) -> Path:
     """
     if model in BUILT_IN:
         return BUILT_IN[model]()
-    path = Path(model).expanduser()
+    try:
+        path = Path(model).expanduser()
+    except RuntimeError as error:  # ~somebody who isn't there
+        raise CheckpointError(f"unknown model {model!r}: {error}") from error
     if not path.exists():
         raise CheckpointError(
             f"unknown model {model!r}: expected a built-in name ({', '.join(BUILT_IN)}), or the path of a .gguf file "

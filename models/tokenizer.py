@@ -130,9 +130,13 @@ def _from_directory(path: Path) -> Tokenizer:
     config = _json(path / "tokenizer_config.json")
     template = config.get("chat_template")
     if isinstance(template, list):  # several by name
-        template = next((t["template"] for t in template if t.get("name") == "default"), None)
+        named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+        template = named[0].get("template") if named else None
     if (path / "chat_template.jinja").exists():
-        template = (path / "chat_template.jinja").read_text(encoding="utf-8")
+        try:
+            template = (path / "chat_template.jinja").read_text(encoding="utf-8")
+        except ValueError as error:
+            raise CheckpointError(f"{path / 'chat_template.jinja'} isn't UTF-8: {error}. Download it again.") from error
     ends = [core.token_to_id(token) for token in [_content(config.get("eos_token"))] if token]
     more = _json(path / "generation_config.json").get("eos_token_id")
     ends += more if isinstance(more, list) else [more]

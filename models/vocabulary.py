@@ -38,6 +38,16 @@ def tokenizer_from_gguf(path: Path) -> GgufTokenizer:
         CheckpointError: the file can't be read, has no vocabulary, or one of an unknown kind.
     """
     values = GgufFile(path).metadata(lambda key: key.startswith("tokenizer."))
+    try:
+        return _tokenizer(path, values)
+    except CheckpointError:
+        raise
+    except Exception as error:  # of a missing or wrong value; the library raises bare Exception
+        said = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path}: its tokenizer can't be read ({said}). Download it again.") from error
+
+
+def _tokenizer(path: Path, values: Mapping[str, Any]) -> GgufTokenizer:
     kind = values.get("tokenizer.ggml.model")
     tokens = values.get("tokenizer.ggml.tokens")
     if not tokens:

@@ -13,6 +13,8 @@ from jaxkv.shares import Global, Shares
 if TYPE_CHECKING:
     from models import LlamaConfig
 
+MANY = 2**31
+"""Tokens: more than an ``i32`` counts."""
 ALL_QUERIES = None
 """Value of ``observed_queries``: every query of the prompt."""
 
@@ -41,6 +43,9 @@ class Policy:
             raise ValueError(f"sinks must not be negative, got {self.sinks}")
         if self.compress_every is not None and self.compress_every < 1:
             raise ValueError(f"compress_every must be at least 1 token, got {self.compress_every}")
+        for name in ("protected_window", "sinks", "compress_every", "window"):
+            if (getattr(self, name, None) or 0) >= MANY:
+                raise ValueError(f"{name} must be below 2**31, got {getattr(self, name)}")
         if self.compress_every is not None and not self.ranks_decoded:
             raise ValueError(
                 f"compress_every={self.compress_every}: {type(self).__name__} doesn't rank what is decoded, so just "

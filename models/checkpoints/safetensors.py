@@ -86,7 +86,7 @@ class _SafetensorsFiles:
     def read(self, name: str) -> np.ndarray:
         try:
             return self._files[name].get_tensor(name)
-        except (SafetensorError, TypeError) as error:
+        except (SafetensorError, TypeError, AttributeError) as error:  # the last: numpy has no such dtype
             raise CheckpointError(
                 f"{self.origin}: can't read tensor {name!r} ({error}). Expected F32, F16 or BF16; use the unquantised "
                 "checkpoint."

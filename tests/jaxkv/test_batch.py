@@ -134,7 +134,10 @@ BROKEN = [
     ({"prompt": "x", "max_tokens": 0}, 7, "max_tokens must be at least 1, got 0"),
     ({"prompt": "x", "seed": True}, 7, "seed must be a whole number, got true"),
     ({"prompt": "x", "temperature": True}, 7, "temperature must be a number, got true"),
-    ({"prompt": "x", "temperature": -1}, 7, "temperature must be 0 (greedy) or a positive number, got -1"),
+    ({"prompt": "x", "temperature": -1}, 7, "temperature must be 0 (greedy) or a positive number up to 1e6, got -1"),
+    ({"prompt": "x", "temperature": 10**400}, 7, "temperature must be 0 (greedy)"),
+    ({"prompt": "x", "top_k": 3 * 10**9}, 7, "top_k must be 0 (all) or positive, below 2**31, got 3000000000"),
+    ({"prompt": "x", "ratio": 2, "sinks": 2**31}, 7, "sinks must be below 2**31, got 2147483648"),
     ({"prompt": "x", "top_p": 2}, 7, "top_p must be in (0, 1], got 2"),
     ({"prompt": "x", "stop": 5}, 7, "stop must be a text or a list of texts, got 5"),
     ({"prompt": "x", "stop": ["a", 5]}, 7, "stop must be a text, got 5"),
@@ -413,7 +416,7 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     cases = [
         (["--input", str(tmp_path / "none"), "--output", str(output)], "can't read", "No such file"),
-        (["--input", str(tmp_path), "--output", str(output)], "can't read", "irectory"),
+        (["--input", str(tmp_path), "--output", str(output)], "can't read", "must be a regular file"),
         (["--input", str(source), "--output", str(tmp_path)], "can't write", "Is a directory"),
         (["--input", str(source), "--output", str(tmp_path / "no" / "o")], "can't write", "No such file"),
         (["--input", str(source), "--output", "/dev/full"], "can't write /dev/full", "must be a regular file"),

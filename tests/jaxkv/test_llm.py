@@ -1,5 +1,9 @@
 """Prompts in, answers out: as the dense model would say, alone or in company, and with clear refusals."""
 
+import weakref
+from dataclasses import replace
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,6 +12,7 @@ from flax import nnx
 
 from jaxkv import LLM, CacheConfig, KVCompress, MaxBytes, MaxTokens, Ratio, SamplingParams, init_cache, stats
 from jaxkv.requests import Finished, PromptRead
+from models import Llama
 
 pytestmark = pytest.mark.once
 
@@ -256,6 +261,54 @@ def test_the_caches_dtype_may_differ_from_the_weights():
     assert answer.cache.bytes_held < answer.cache.blocks_held * (block + 100)
 
 
+def test_calls_on_one_model_may_overlap(llm):
+    """Each has a cache of its own until it ends."""
+    prompts, params = [tiny.prompt(40, n).tolist() for n in range(3)], SamplingParams(max_tokens=24, ignore_eos=True)
+    expected = [llm.generate(p, params)[0].token_ids for p in prompts]
+    first, second = (llm.events([p], params) for p in prompts[:2])
+    next(first), next(second)
+    next(second)  # and is never gone on with
+    [ended] = [e for e in first if isinstance(e, Finished)]
+    assert ended.completion.token_ids == expected[0]
+    assert llm.generate(prompts[2], params)[0].token_ids == expected[2]
+
+
+def test_an_old_cache_is_gone_before_there_is_a_new_one(monkeypatch):
+    llm = LLM(tiny.MODEL)
+    llm.generate([1, 2, 3], SamplingParams(max_tokens=2))
+    old = weakref.ref(llm.engine.cache.pool)
+    abandoned = weakref.ref(llm.engine)
+
+    def none_left(config):
+        assert old() is None
+        assert abandoned() is None
+        return init_cache(config)
+
+    monkeypatch.setattr("jaxkv.llm.init_cache", none_left)
+    llm.generate([[1, 2, 3]] * 3, SamplingParams(max_tokens=2))
+
+
+def test_a_cache_is_no_larger_than_the_machine_can_give(monkeypatch):
+    monkeypatch.setattr("jaxkv.llm.cache_memory_limit", lambda: 300_000)
+    free = LLM(tiny.MODEL)
+    free.generate([[1, 2, 3]] * 16, SamplingParams(max_tokens=2))
+    assert 250_000 < sum(leaf.nbytes for leaf in jax.tree.leaves(free.engine.cache)) <= 300_000
+    with pytest.raises(ValueError, match=r"more than the 300000 that this machine can give it; give less cache_memory"):
+        LLM(tiny.MODEL, cache_memory=500_000).generate([1, 2, 3])
+
+
+def test_logits_that_are_not_finite_are_no_answer():
+    graph, weights = nnx.split(tiny.MODEL)
+    damaged = LLM(nnx.merge(graph, jax.tree.map(lambda x: x * jnp.nan, weights)))
+    with pytest.raises(ValueError, match="the model's logits are not finite"):
+        damaged.generate([1, 2, 3])
+
+
+def test_end_tokens_outside_the_vocabulary_are_none():
+    config = replace(tiny.CONFIG, eos_token_ids=(2**32 - 1, 100))
+    assert LLM(Llama(config, rngs=nnx.Rngs(0)))._ends() == (100,)
+
+
 def test_a_conversation_takes_the_models_format(texts):
     assert texts.chat_prompt([{"role": "user", "content": "hi"}]) == "user:hi;"
 
@@ -270,6 +323,7 @@ def test_a_conversation_takes_the_models_format(texts):
         ([[2**40]], None, r"outside 0\.\.100"),
         ([[1.7, 2.2]], None, "whole numbers, got float64"),
         ([[True]], None, "whole numbers, got bool"),
+        ([[[1, 2]]], None, "must be a text or a list of token ids"),
         (["text"], None, "no tokenizer"),
         ([[1]], [SamplingParams(), SamplingParams()], "1 prompts, 2 params"),
         ([[1]], SamplingParams(stop=("x",)), "stop texts need a tokenizer"),
