@@ -97,13 +97,15 @@ class LeanKV(TierPolicy):
         base = jnp.where(held.home == RAW, held.positions, since) + 1 if self.by_position else tokens
         relative = mean * base
         exists = held.home != GONE
-        recent = exists & (held.positions >= tokens - self.protected_window)
+        # No quantised KV's stored position lies further back than the queries that were averaged over.
+        clamped = (held.home != RAW) & (self.protected_window >= QUERIES)
+        recent = exists & (held.positions >= tokens - self.protected_window + clamped)
 
         def home(factor: Array) -> Array:
             high, low = self._raised(factor)
             worth = jnp.where(relative >= high, HIGH, jnp.where(relative >= low, LOW, GONE))
-            worth = jnp.where(recent, HIGH, jnp.maximum(worth, jnp.where(held.home == LOW, LOW, HIGH)))
-            return jnp.where(exists, worth, GONE)
+            worth = jnp.maximum(jnp.where(recent, HIGH, worth), jnp.where(held.home == LOW, LOW, HIGH))
+            return jnp.where(exists, worth, GONE)  # nothing is promoted
 
         most = most_blocks(self.budget, held, tiers)
         goal = home(_least_factor(lambda factor: _blocks(home(factor), tiers) <= most))

@@ -160,6 +160,30 @@ def test_blocks_are_conserved_and_a_second_compression_changes_nothing():
         np.testing.assert_allclose(a.key[stay][: len(b.key)], b.key, atol=1e-3)
 
 
+def quantised(held: Held, policy: LeanKV) -> Held:
+    """What a sequence holds once it is compressed."""
+    goal = assign(policy, held)
+    return replace(held, home=goal.home, positions=goal.positions)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 2.0])
+def test_a_second_compression_promotes_nothing_and_keeps_to_the_budget(ratio):
+    """At the default window, within which the stored positions of all of a prompt's KVs lie."""
+    policy = LeanKV(high_threshold=1.0, low_threshold=0.1, block_tokens=8, budget=Ratio(ratio=ratio))
+    tiers = tiers_of(policy)
+    budget = 250 * LAYERS * HEADS * 64 / ratio - tiers.row_bytes
+    once = quantised(a_prompt(7, 250), policy)
+    before = np.asarray(once.home)
+    assert (before == LOW).any()
+    for _ in range(2):
+        once = quantised(once, policy)
+        after = np.asarray(once.home)
+        assert (after >= before).all()
+        assert blocks_of(after, policy) * tiers.layout.block_bytes <= budget
+        assert (after != before)[..., :186].sum() == 0  # older than the window: judged as before
+        before = after
+
+
 @pytest.mark.parametrize("ratio", [2.0, 4.0])
 def test_sinks_and_window_may_stay_unquantised(ratio):
     """To the bit, and within the same bytes; what is decoded then joins them, and a later compression quantises it."""
