@@ -84,6 +84,8 @@ class PromptState:
     """``f32[layers, batch, heads, capacity]``: observed attention on each KV so far; no KVs wide without a policy."""
     end: Array
     """``i32[batch]``: position after the prompt's last token."""
+    observed: Array
+    """``i32[batch]``: how many of the prompt's queries the policy observes; all, without a policy."""
     hidden: Array
     """``[batch, hidden]`` of the last token read."""
     granted: Array
@@ -100,10 +102,12 @@ def start_prompt(
     """Before the first chunk of prompts of ``i32[batch]`` lengths; ``fresh`` where the sequences hold nothing."""
     layers, batch, _ = cache.lengths.shape
     width = cache.capacity if observes_prompt(policy) else 0
+    window = None if policy is None else policy.observed_queries
     return PromptState(
         cache=cache,
         mass=jnp.zeros((layers, batch, model.config.num_heads, width)),
         end=cache.num_tokens + lengths,
+        observed=jnp.minimum(lengths, lengths if window is None else window),
         hidden=jnp.zeros((batch, model.config.hidden_size)),
         granted=jnp.bool_(True),
         queries=QueryMoments.none(model.config, batch) if policy is not None and policy.expected_queries else None,
@@ -153,6 +157,7 @@ def prefill_chunk(model: Llama, state: PromptState, tokens: Array, counts: Array
         cache=replace(cache, pool=pool, num_tokens=cache.num_tokens + counts),
         mass=mass,
         end=end,
+        observed=state.observed,
         hidden=jnp.where((counts > 0)[:, None], last, state.hidden),
         granted=state.granted & granted,
         queries=None if queries is None else queries.plus(typical),
@@ -262,8 +267,10 @@ def score_prompt(state: PromptState, policy: Policy | None) -> PagedCache:
     scores = jnp.where(held, scores, 0.0)
     adds = policy.observed_queries is ALL_QUERIES or policy.rereads
     if where is not None:
-        since = where.positions if adds else policy.since(where.positions, cache.num_tokens)
-        return tiering.put_scores(cache, scores + where.scores if adds else scores, since)
+        if adds:
+            return tiering.put_scores(cache, scores + where.scores, where.positions)
+        scores = policy.of_fewer(scores, where.positions, cache.num_tokens, state.observed)
+        return tiering.put_scores(cache, scores, policy.since(where.positions, cache.num_tokens))
     table = cache.block_table, cache.lengths
     if adds:
         scores += in_table_order(cache.scores, *table, cache.block_size)

@@ -109,6 +109,17 @@ class Policy:
         """
         return scores
 
+    def of_fewer(self, scores: Array, positions: Array, num_tokens: Array, observed: Array) -> Array:
+        """Scores where a text was read on, from those that the new prompt alone gave; ``since`` comes after.
+
+        Args:
+          scores: ``f32[layers, batch, kv_heads, kvs]``.
+          positions: ``i32`` like ``scores``.
+          num_tokens: ``i32[batch]``: tokens of the text so far.
+          observed: ``i32[batch]``: how many queries were observed, fewer than ``observed_queries`` of a short prompt.
+        """
+        return scores
+
     def since(self, positions: Array, num_tokens: Array) -> Array:
         """What a quantised KV's position becomes once a prompt's last queries have given it a new score."""
         return positions

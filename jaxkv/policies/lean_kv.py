@@ -87,6 +87,13 @@ class LeanKV(TierPolicy):
     def of_prompt(self, mass: Array, held: Array) -> Array:
         return mass.max(-2)
 
+    def of_fewer(self, scores: Array, positions: Array, num_tokens: Array, observed: Array) -> Array:
+        # The mean over those that were observed is kept, and weighs as much as one over ``QUERIES``. An exact ``since``
+        # would instead put all that came before the prompt within the window, where nothing can be given up.
+        age = num_tokens[None, :, None, None] - positions
+        seen = jnp.minimum(age, observed[None, :, None, None])
+        return scores * (jnp.minimum(age, QUERIES) / jnp.maximum(seen, 1))
+
     def since(self, positions: Array, num_tokens: Array) -> Array:
         return jnp.maximum(positions, num_tokens[None, :, None, None] - QUERIES)
 
