@@ -25,9 +25,14 @@ class Budget(ABC):
     def most_bytes(self, tokens: Array, bytes_a_token: int) -> Array:
         """Bytes that a sequence of so many tokens may hold where a policy quantises, ``f32`` like tokens.
 
-        ``bytes_a_token`` is what a token takes in the full cache at 16 bits a value, all heads together.
+        ``bytes_a_token`` is what a token takes in the full cache at 16 bits a value, all heads together. Not asked
+        where there are ``fixed_bytes``.
         """
         raise NotImplementedError(f"{type(self).__name__} doesn't bound bytes, which a policy that quantises needs")
+
+    def fixed_bytes(self, bytes_a_token: int) -> int | None:
+        """The same where it is one number for every text, exact at any size; None: it isn't."""
+        return None
 
     def check(self, config: CacheConfig, protected_window: int) -> None:  # noqa: B027  # most can hold anything
         """Raises ValueError where the budget can't hold what is protected, or a block a head."""
@@ -69,8 +74,8 @@ class MaxTokens(Budget):
         keep = -(-self.tokens // cache.block_size) * _heads(cache)
         return jnp.maximum(_held(cache) - keep, 0)
 
-    def most_bytes(self, tokens: Array, bytes_a_token: int) -> Array:
-        return jnp.full(tokens.shape, float(self.tokens * bytes_a_token))
+    def fixed_bytes(self, bytes_a_token: int) -> int:
+        return self.tokens * bytes_a_token
 
     def check(self, config: CacheConfig, protected_window: int) -> None:
         if self.tokens < max(config.block_size, protected_window):
@@ -135,8 +140,8 @@ class MaxBytes(Budget):
         block = cache.pool.nbytes // cache.pool.shape[0] + 8 * cache.block_size
         return jnp.maximum(_held(cache) - self.size // block, 0)
 
-    def most_bytes(self, tokens: Array, bytes_a_token: int) -> Array:
-        return jnp.full(tokens.shape, float(self.size))
+    def fixed_bytes(self, bytes_a_token: int) -> int:
+        return self.size
 
     def check(self, config: CacheConfig, protected_window: int) -> None:
         tokens = self.size // config.block_bytes * config.block_size / config.heads

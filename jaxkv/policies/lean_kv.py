@@ -119,10 +119,12 @@ class LeanKV(TierPolicy):
         return Goal(goal, since, _worth(held.scores, since, tokens, self.protected_window))
 
     def _raised(self, factor: Array) -> tuple[Array, Array]:
-        """Both thresholds times a factor; where nothing was pruned, pruning begins at a fiftieth of the high one."""
+        """Both thresholds times a factor. A high one of 0 rises from there as one of 1 does from 1; a low one of 0
+        follows the high one's rise at a fiftieth."""
         high, low = self.thresholds
-        least = low * factor if low else (factor - 1) * high / 50
-        return jnp.maximum(high * factor, least), jnp.asarray(least)
+        least = low * factor if low else (factor - 1) * (high or 1.0) / 50
+        most = high * factor if high else factor - 1
+        return jnp.maximum(most, least), jnp.asarray(least)
 
     def step(self, tiers: Tiers, position: Array) -> Step:
         """One of four actions in each head, by the KV of each tier that is worth least (the authors' code):

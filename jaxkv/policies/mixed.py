@@ -87,27 +87,27 @@ class Mixed(TierPolicy):
         protected &= ~stays
         rank = sort_keys(-self.scoring.rank(held.scores, held.positions))  # the highest first
         keys = jnp.where(exists, jnp.where(protected, jnp.iinfo(jnp.int32).min, rank), KEPT)
-        order = jnp.argsort(keys, axis=-1)
-        ascending = jnp.take_along_axis(keys, order, axis=-1)
-        place = jnp.argsort(order, axis=-1)
+        rises = exists & (held.home != LOW)  # what is in the low tier already is not brought back
 
         high_tokens, low_tokens = (int(n) for n in tiers.tokens)
         most = most_blocks(self.budget, held, tiers, unquantised=stays)
-        needed = jnp.sum(-(-protected.sum(-1) // high_tokens))
+        needed = jnp.sum(-(-(protected & rises).sum(-1) // high_tokens))
         high_blocks = jnp.clip(jnp.round(most * self.high_share).astype(jnp.int32), needed, jnp.maximum(most, needed))
-        high = high_tokens * _blocks(ascending, jnp.zeros_like(exists.sum(-1)), high_tokens, high_blocks)
-        left = jnp.maximum(most - jnp.sum(-(-jnp.minimum(high, exists.sum(-1)) // high_tokens)), 0)
-        low = low_tokens * _blocks(ascending, high, low_tokens, left)
-        goal = jnp.where(place < high[..., None], HIGH, jnp.where(place < (high + low)[..., None], LOW, GONE))
-        goal = jnp.where(held.home == LOW, jnp.maximum(goal, LOW), goal)
-        goal = jnp.where(stays, RAW, jnp.where(exists, goal, GONE))
+        high = _best(jnp.where(rises, keys, KEPT), high_tokens, high_blocks)
+        left = jnp.maximum(most - jnp.sum(-(-high.sum(-1) // high_tokens)), 0)
+        low = _best(jnp.where(high, KEPT, keys), low_tokens, left)
+        goal = jnp.where(stays, RAW, jnp.where(high, HIGH, jnp.where(low, LOW, GONE)))
         return Goal(goal, held.positions, jnp.full(held.scores.shape, jnp.inf))
 
 
-def _blocks(ascending: Array, start: Array, tokens: int, count: Array) -> Array:
-    """Blocks that each head gets of ``count``, for its KVs from ``start`` on: the cheapest by their first key."""
-    kvs = ascending.shape[-1]
-    index = start[..., None] + jnp.arange(-(-kvs // tokens)) * tokens
-    price = jnp.where(index < kvs, jnp.take_along_axis(ascending, jnp.minimum(index, kvs - 1), axis=-1), KEPT)
-    taken = take_cheapest(price.reshape(1, -1), count[None])
-    return taken.reshape(price.shape).sum(-1, dtype=jnp.int32)
+def _best(keys: Array, tokens: int, count: Array) -> Array:
+    """``bool`` like keys: the KVs that ``count`` blocks of a tier hold, the lowest keys of each head first.
+
+    The heads get the blocks that are cheapest by their first key; a key of ``KEPT`` is no KV.
+    """
+    ascending = jnp.sort(keys, axis=-1)
+    price = ascending[..., ::tokens]
+    blocks = take_cheapest(price.reshape(1, -1), count[None]).reshape(price.shape).sum(-1, dtype=jnp.int32)
+    kvs = keys.shape[-1]
+    taken = take_cheapest(keys.reshape(-1, kvs), tokens * blocks.reshape(-1), ascending.reshape(-1, kvs))
+    return taken.reshape(keys.shape)

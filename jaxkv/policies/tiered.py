@@ -53,12 +53,18 @@ def most_blocks(budget: Budget, held: Held, tiers: Tiers, unquantised: Array | N
     ``unquantised``: ``bool`` like ``held.home``, the KVs that stay so; their blocks are paid for too.
     """
     layers, _, kv_heads, width = tiers.block_table.shape
-    full = layers * kv_heads * 4 * tiers.layout.head_dim
-    room = budget.most_bytes(held.whole, full)[0] - tiers.row_bytes - held.table_bytes
+    heads, size = layers * kv_heads, tiers.layout.block_bytes
+    full, tables = heads * 4 * tiers.layout.head_dim, tiers.row_bytes + held.table_bytes
+    taken = 0
     if unquantised is not None:
-        room -= held.block_bytes * jnp.sum(-(-unquantised.sum(-1) // held.block_size))
-    blocks = jnp.floor(room / tiers.layout.block_bytes)
-    return jnp.clip(blocks, layers * kv_heads, layers * kv_heads * width).astype(jnp.int32)
+        taken = held.block_bytes * jnp.sum(-(-unquantised.sum(-1) // held.block_size))
+    fixed = budget.fixed_bytes(full)
+    if fixed is None:
+        blocks = jnp.floor((budget.most_bytes(held.whole, full)[0] - tables - taken) / size)
+    else:  # in whole numbers: float32 may round a block up
+        whole, rest = divmod(fixed - tables, size)
+        blocks = max(min(whole, jnp.iinfo(jnp.int32).max), -heads) + (rest - taken) // size
+    return jnp.clip(blocks, heads, heads * width).astype(jnp.int32)
 
 
 @dataclass(frozen=True, kw_only=True)

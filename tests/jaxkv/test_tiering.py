@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from test_lean_kv import compressed, empty, read, shrink, step, tier_tokens
 from tiny import CONFIG, MODEL, answers, assert_no_block_is_lost_or_shared, by_position, dense_run, padded, prompt
 
-from jaxkv import LLM, KVCompress, MaxTokens, Ratio, SamplingParams, stats
+from jaxkv import LLM, KVCompress, MaxBytes, MaxTokens, Ratio, SamplingParams, stats
 from jaxkv.cache import CacheConfig, init_cache
 from jaxkv.policies import LeanKV, Mixed
+from jaxkv.policies.tiered import most_blocks
 from jaxkv.prompt import look_ahead, prefill
 from jaxkv.report import tier_mix
 from jaxkv.tiering import GONE, RAW, Held
@@ -99,10 +100,12 @@ def test_higher_thresholds_keep_no_more():
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**31), ratio=st.sampled_from([2.0, 4.0, 8.0]), tokens=st.integers(150, KVS))
-@pytest.mark.parametrize("kind", ["thresholds", "never prunes", "mixed"])
+@pytest.mark.parametrize("kind", ["thresholds", "never prunes", "no thresholds", "mixed"])
 def test_a_budget_in_bytes_is_never_passed(kind, seed, ratio, tokens):
-    low = 0.0 if kind == "never prunes" else 0.1
-    policy = mixed(ratio) if kind == "mixed" else LeanKV(budget=Ratio(ratio=ratio), low_threshold=low, **SMALL)
+    low = 0.1 if kind == "thresholds" else 0.0
+    high = 0.0 if kind == "no thresholds" else 1.0
+    policy = LeanKV(budget=Ratio(ratio=ratio), high_threshold=high, low_threshold=low, **SMALL)
+    policy = mixed(ratio) if kind == "mixed" else policy
     home = np.asarray(assign(policy, a_prompt(seed, tokens)).home)
     tiers = tiers_of(policy)
     most = tokens * LAYERS * HEADS * 64 / ratio - tiers.row_bytes
@@ -111,6 +114,35 @@ def test_a_budget_in_bytes_is_never_passed(kind, seed, ratio, tokens):
     assert (home[..., tokens - 7 : tokens] == HIGH).all()
     if kind == "mixed":
         assert blocks_of(home, policy) == most or (home[..., :tokens] != GONE).all()
+
+
+def test_mixed_keeps_to_its_budget_where_some_kvs_are_low_already():
+    policy, rng = mixed(2.0), np.random.default_rng(0)
+    tiers = tiers_of(policy)
+    for seed in range(20):
+        held = a_prompt(seed, 250)
+        low = rng.random(held.home.shape) < rng.choice([0.1, 0.3, 0.5])
+        before = np.where(np.asarray(held.home) == GONE, GONE, np.where(low, LOW, HIGH))
+        after = np.asarray(assign(policy, replace(held, home=jnp.asarray(before))).home)
+        assert (after >= before).all()
+        most = int(most_blocks(policy.budget, held, tiers))
+        assert blocks_of(after, policy) == most or (after[before < GONE] != GONE).all()
+        assert blocks_of(after, policy) <= most
+
+
+@pytest.mark.parametrize("less", [0, 1, 64])
+@pytest.mark.parametrize("blocks", [7000, 70_001, 70_004])
+def test_a_budget_of_bytes_is_counted_exactly(blocks, less):
+    """Beyond what float32 can tell apart."""
+    layout = LeanKV().layout(128)
+    config = TierConfig(layout=layout, num_blocks=2)
+    tiers = init_tiers(config, layers=32, batch=1, kv_heads=8, max_context=32768)
+    held = replace(a_prompt(0, 9), table_bytes=12345, block_size=16, block_bytes=30_000)
+    size = tiers.row_bytes + held.table_bytes + blocks * layout.block_bytes - less
+    assert int(most_blocks(MaxBytes(size=size), held, tiers)) == blocks - (less > 0)
+    raw = jnp.zeros((1, 1, 2, 40), bool).at[0, 0, 0, :17].set(True)  # two blocks
+    size += 2 * held.block_bytes
+    assert int(most_blocks(MaxBytes(size=size), held, tiers, unquantised=raw)) == blocks - (less > 0)
 
 
 @pytest.mark.parametrize("policy", [mixed(4.0), LeanKV(budget=Ratio(ratio=4), **SMALL)], ids=["mixed", "leankv"])
