@@ -227,7 +227,7 @@ class LLM:
                 **self._tiers(),
             )
         if self.compression is not None:
-            self.compression.budget.check(config, self.compression.protected_window)
+            self.compression.check(config)
         return config
 
     def _tiers(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from jaxkv.policies.budget import Budget
 from jaxkv.shares import Global, Shares
 
 if TYPE_CHECKING:
+    from jaxkv.cache import CacheConfig
     from models import LlamaConfig
 
 ALL_QUERIES = None
@@ -41,6 +42,10 @@ class Policy:
             raise ValueError(f"sinks must not be negative, got {self.sinks}")
         if self.compress_every is not None and self.compress_every < 1:
             raise ValueError(f"compress_every must be at least 1 token, got {self.compress_every}")
+
+    def check(self, config: CacheConfig) -> None:
+        """Raises ValueError where a cache of these sizes can't keep the budget, whatever the text."""
+        self.budget.check(config, self.protected_window)
 
     def for_model(self, model: LlamaConfig) -> Policy:
         """The policy with what it leaves to the model filled in; ``jaxkv.LLM`` asks."""

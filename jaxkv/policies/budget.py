@@ -35,7 +35,7 @@ class Budget(ABC):
         return None
 
     def check(self, config: CacheConfig, protected_window: int) -> None:  # noqa: B027  # most can hold anything
-        """Raises ValueError where the budget can't hold what is protected, or a block a head."""
+        """Raises ValueError where the budget can't hold what is protected, or a block a head, unquantised."""
 
 
 def _held(cache: PagedCache) -> Array:
@@ -74,13 +74,16 @@ class MaxTokens(Budget):
         keep = -(-self.tokens // cache.block_size) * _heads(cache)
         return jnp.maximum(_held(cache) - keep, 0)
 
+    def __str__(self) -> str:
+        return f"max_cache_tokens={self.tokens}"
+
     def fixed_bytes(self, bytes_a_token: int) -> int:
         return self.tokens * bytes_a_token
 
     def check(self, config: CacheConfig, protected_window: int) -> None:
         if self.tokens < max(config.block_size, protected_window):
             raise _impossible(
-                f"max_cache_tokens={self.tokens}", self.tokens, config, protected_window, "give more tokens"
+                str(self), self.tokens, config, protected_window, "give more tokens"
             )
 
 
@@ -140,10 +143,13 @@ class MaxBytes(Budget):
         block = cache.pool.nbytes // cache.pool.shape[0] + 8 * cache.block_size
         return jnp.maximum(_held(cache) - self.size // block, 0)
 
+    def __str__(self) -> str:
+        return f"max_cache_bytes={self.size}"
+
     def fixed_bytes(self, bytes_a_token: int) -> int:
         return self.size
 
     def check(self, config: CacheConfig, protected_window: int) -> None:
         tokens = self.size // config.block_bytes * config.block_size / config.heads
         if tokens < max(config.block_size, protected_window):
-            raise _impossible(f"max_cache_bytes={self.size}", tokens, config, protected_window, "give more bytes")
+            raise _impossible(str(self), tokens, config, protected_window, "give more bytes")

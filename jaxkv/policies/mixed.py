@@ -51,6 +51,10 @@ class Mixed(TierPolicy):
         return cls(budget=budget, scoring=ranking, **shared, **own)
 
     @property
+    def protected_tokens(self) -> int:
+        return self.protected_window - 1 + self.sinks  # the newest token isn't cached yet
+
+    @property
     def observed_queries(self) -> int | None:
         return self.scoring.observed_queries
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -15,6 +15,9 @@ from jaxkv.tiers import Tiers
 from pallas_kernels.dispatch import block_tile
 from pallas_kernels.tiered_attention import Significance
 from pallas_kernels.tiers import BlockLayout, Format
+
+if TYPE_CHECKING:
+    from jaxkv.cache import CacheConfig
 
 K8V4 = Format(key_bits=8, value_bits=4)
 K4V2 = Format(key_bits=4, value_bits=2)
@@ -88,6 +91,27 @@ class TierPolicy(Policy):
     def quantises_decoding(self) -> bool:
         """Whether a decoded token is quantised at once (``step``) or cached unquantised."""
         return False
+
+    @property
+    def protected_tokens(self) -> int:
+        """KVs that a head keeps of any text, at high precision, or unquantised where there is such a window."""
+        return self.protected_window
+
+    def check(self, config: CacheConfig) -> None:
+        layout, heads, protected = self.layout(config.head_dim), config.heads, self.protected_tokens
+        budget = self.budget.fixed_bytes(heads * 4 * config.head_dim)
+        if budget is None:
+            return
+        quantised, window = max(1, -(-protected // layout.tokens)), 0
+        if self.unquantised_window:
+            quantised, window = 1, -(-protected // config.block_size)
+        tables = config.table_bytes // config.batch
+        need = tables + heads * (quantised * layout.block_bytes + window * config.block_bytes)
+        if budget < need:
+            raise ValueError(
+                f"{self.budget} leaves a sequence {budget} bytes, but tables ({tables} bytes), a block a head and the "
+                f"protected {protected} tokens take {need}; give more, or a smaller protected_window"
+            )
 
     def assign(self, held: Held, tiers: Tiers) -> Goal:
         """Where each KV of one sequence shall live."""

@@ -331,6 +331,39 @@ def test_the_engine_answers_as_if_each_were_alone(policy):
     conserved(llm.engine.cache)
 
 
+@pytest.mark.parametrize("window", [64, 65])
+def test_a_budget_is_checked_with_the_quantised_sizes(window):
+    """A window of 64 takes a block of each of SmolLM2's 90 heads, one of 65 two."""
+    leankv = LeanKV(protected_window=window)
+    mixed = Mixed.over(KVCompress, budget=leankv.budget, protected_window=window + 1)
+    layout = leankv.layout(64)
+    config = CacheConfig.for_model(SHAPES["smollm2-135m"], batch=4, max_context=2048, layout=layout)
+    need = config.table_bytes // 4 + 90 * (1 + (window > 64)) * layout.block_bytes
+    assert need < 2_000_000
+    for policy in (leankv, mixed):
+        replace(policy, budget=MaxBytes(size=need)).check(config)
+        with pytest.raises(ValueError, match=rf"max_cache_bytes={need - 1} leaves .* take {need}; give more"):
+            replace(policy, budget=MaxBytes(size=need - 1)).check(config)
+    with pytest.raises(ValueError, match=r"max_cache_tokens=8 leaves"):
+        replace(leankv, budget=MaxTokens(tokens=8)).check(config)
+    replace(leankv, budget=Ratio(ratio=100)).check(config)  # what that leaves depends on the text
+
+
+def test_a_budget_pays_for_an_unquantised_window():
+    policy = mixed(1.0, unquantised_window=True)
+    config = CacheConfig.for_model(CONFIG, batch=1, max_context=256, layout=policy.layout(16))
+    need = config.table_bytes + 4 * (policy.layout(16).block_bytes + config.block_bytes)
+    replace(policy, budget=MaxBytes(size=need)).check(config)
+    with pytest.raises(ValueError, match=f"take {need}"):
+        replace(policy, budget=MaxBytes(size=need - 1)).check(config)
+
+
+def test_a_window_beyond_the_budget_is_refused():
+    llm = LLM(MODEL, compression=LeanKV(budget=MaxBytes(size=15_000), block_tokens=8))
+    with pytest.raises(ValueError, match="max_cache_bytes=15000 leaves a sequence 15000 bytes"):
+        llm.generate(prompt(200), SamplingParams(max_tokens=8))
+
+
 def test_a_memory_that_holds_no_quantised_block_is_refused():
     with pytest.raises(ValueError, match="it must be at least"):
         LLM(MODEL, compression=UNIFORM, cache_memory=100_000).generate(prompt(200), SamplingParams(max_tokens=8))
