@@ -125,7 +125,11 @@ def prefill_chunk(model: Llama, state: PromptState, tokens: Array, counts: Array
     place = jnp.arange(chunk)
     positions = cache.num_tokens[:, None] + place
     starts = cache.lengths
-    cache, granted = allocator.grow(cache, starts + counts[None, :, None], most=chunk)
+    within = jnp.bool_(True)  # of what is unquantised alone the table row is the bound
+    if cache.tiers is not None and not state.fresh:
+        within = tiering.within_capacity(cache, tiering.total(cache) + counts[None, :, None], counts > 0)
+    cache, granted = allocator.grow(cache, starts + jnp.where(within, counts, 0)[None, :, None], most=chunk)
+    granted &= within
     counts = jnp.where(granted, counts, 0)
     cache = stamp_slots(cache, starts, positions, counts)
 

@@ -38,11 +38,17 @@ def compress(cache: PagedCache, policy: TierPolicy, tokens: Array) -> PagedCache
 def room_to_step(cache: PagedCache, active: Array, policy: TierPolicy) -> Array:
     """As ``generation.room_to_step``."""
     step = policy.step(cache.quantised, cache.num_tokens)
+    within = _within_capacity(cache, step, active)
     if step is None:
-        return allocator.blocks_needed(cache, cache.lengths + active[None, :, None]) <= cache.num_free
+        return within & (allocator.blocks_needed(cache, cache.lengths + active[None, :, None]) <= cache.num_free)
     lengths = jnp.where(active[None, :, None, None], step.lengths, cache.quantised.lengths)
     need = tiers.num_blocks(lengths, cache.quantised.tokens) - cache.quantised.blocks_held()
-    return jnp.sum(need) <= cache.quantised.free.count
+    return within & (jnp.sum(need) <= cache.quantised.free.count)
+
+
+def _within_capacity(cache: PagedCache, step: Step | None, active: Array) -> Array:
+    kvs = tiering.total(cache) + 1 if step is None else cache.lengths + step.lengths.sum(-1)
+    return tiering.within_capacity(cache, kvs, active)
 
 
 class Compacted(NamedTuple):
@@ -80,9 +86,11 @@ def decode_step(
     precision, and then it attends, to itself as it is stored, and scores are added to."""
     positions = cache.num_tokens
     step = policy.step(cache.quantised, positions)
+    within = _within_capacity(cache, step, active)
     if step is None:
-        return _unquantised_step(model, cache, tokens, active)
-    quantised, new_blocks, new_offsets, granted = compact(cache.quantised, step, active)
+        return _unquantised_step(model, cache, tokens, active, within)
+    quantised, new_blocks, new_offsets, granted = compact(cache.quantised, step, active & within)
+    granted &= within
     acts = active & granted
     seen = jnp.where(acts[None, :, None, None], quantised.lengths, 0)
     layout, kv_heads = quantised.layout, seen.shape[2]
@@ -118,10 +126,13 @@ def decode_step(
     return cache, jnp.where(granted, model.logits(hidden[:, 0]), jnp.nan)
 
 
-def _unquantised_step(model: Llama, cache: PagedCache, tokens: Array, active: Array) -> tuple[PagedCache, Array]:
+def _unquantised_step(
+    model: Llama, cache: PagedCache, tokens: Array, active: Array, within: Array
+) -> tuple[PagedCache, Array]:
     """The new token is cached unquantised; scores stay as they are."""
     starts, positions = cache.lengths, cache.num_tokens[:, None]
-    cache, granted = allocator.grow(cache, starts + active[None, :, None], most=1)
+    cache, granted = allocator.grow(cache, starts + (active & within)[None, :, None], most=1)
+    granted &= within
     counts = (active & granted).astype(jnp.int32)
     cache = stamp_slots(cache, starts, positions, counts)
     lengths = jnp.where(counts[None, :, None] > 0, cache.lengths, 0)

@@ -60,6 +60,12 @@ def total(cache: PagedCache) -> Array:
     return cache.lengths if cache.tiers is None else cache.lengths + cache.tiers.lengths.sum(-1)
 
 
+def within_capacity(cache: PagedCache, kvs: Array, rows: Array) -> Array:
+    """``bool[]``: whether ``i32[layers, batch, kv_heads]`` KVs, in all homes, are no more than ``held`` reads of the
+    rows, ``bool[batch]``. Blocks alone would allow more: of the low tier, and quantised beside unquantised."""
+    return jnp.all((kvs <= cache.capacity) | ~rows[None, :, None])
+
+
 def held(cache: PagedCache) -> Held:
     """Reads scores and positions of a cache of one sequence."""
     quantised = cache.quantised

@@ -82,9 +82,7 @@ class MaxTokens(Budget):
 
     def check(self, config: CacheConfig, protected_window: int) -> None:
         if self.tokens < max(config.block_size, protected_window):
-            raise _impossible(
-                str(self), self.tokens, config, protected_window, "give more tokens"
-            )
+            raise _impossible(str(self), self.tokens, config, protected_window, "give more tokens")
 
 
 @dataclass(frozen=True, kw_only=True)

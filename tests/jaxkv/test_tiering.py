@@ -15,11 +15,12 @@ from tiny import CONFIG, MODEL, answers, assert_no_block_is_lost_or_shared, by_p
 
 from jaxkv import LLM, KVCompress, MaxBytes, MaxTokens, Ratio, SamplingParams, stats
 from jaxkv.cache import CacheConfig, init_cache
+from jaxkv.generation import decode_step, room_to_step
 from jaxkv.policies import LeanKV, Mixed
 from jaxkv.policies.tiered import most_blocks
 from jaxkv.prompt import look_ahead, prefill
 from jaxkv.report import tier_mix
-from jaxkv.tiering import GONE, RAW, Held
+from jaxkv.tiering import GONE, RAW, Held, total
 from jaxkv.tiers import HIGH, LOW, TierConfig, grow, init_tiers
 from models.shapes import SHAPES
 from pallas_kernels.tiers import Format
@@ -255,6 +256,34 @@ def test_where_blocks_are_short_the_prompt_stays_as_it_is():
     assert (np.asarray(after.lengths) == 100).all()
     assert not np.asarray(after.tiers.lengths).any()
     assert int(after.tiers.free.count) == 3
+
+
+@pytest.mark.parametrize("policy", [UNIFORM, replace(mixed(1.0), budget=MaxBytes(size=10**6))], ids=["leankv", "mixed"])
+def test_a_head_grows_to_the_context_and_not_beyond(policy):
+    """Though blocks are free: what lay beyond it would be lost when the sequence is compressed again."""
+    layout = policy.layout(CONFIG.head_dim)
+    cache = init_cache(CacheConfig.for_model(CONFIG, batch=2, max_context=32, layout=layout))
+    tokens, _ = padded([prompt(30, seed=1), prompt(30, seed=2)])
+    cache, _ = read(cache, tokens, jnp.array([30, 0]), policy)
+    cache = shrink(cache, policy)
+    active = jnp.array([True, False])
+    advance = jax.jit(lambda c: decode_step(MODEL, c, jnp.array([3, 4]), active, policy))
+    room = jax.jit(lambda c: room_to_step(c, active, policy))
+    for _ in range(2):
+        assert room(cache)
+        cache, logits = advance(cache)
+        assert np.isfinite(logits[0]).all()
+    assert not room(cache)
+    full = np.asarray(total(cache))
+    assert (full[:, 0] == 32).all()
+    refused, logits = advance(jax.tree.map(jnp.copy, cache))
+    assert np.isnan(logits[0]).all()
+    later, logits = read(jax.tree.map(jnp.copy, cache), tokens, jnp.array([1, 0]), policy)
+    assert np.isnan(logits[0]).all()
+    for after in (refused, later, shrink(cache, policy)):
+        np.testing.assert_array_equal(total(after), full)
+        assert int(after.num_tokens[0]) == 32
+        conserved(after)
 
 
 def test_tokens_read_later_see_what_is_quantised():
