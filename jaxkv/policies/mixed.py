@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax.numpy as jnp
 from jax import Array
@@ -28,6 +28,10 @@ class Mixed(TierPolicy):
 
     scoring: Policy
     """What ranks and protects KVs; its own budget and shares mean nothing here."""
+    protected_window: int = field(init=False)
+    """That of ``scoring``."""
+    sinks: int = field(init=False)
+    """Those of ``scoring``."""
     high_share: float = 0.5
     """Part of the budget's blocks that are of the high tier; at least those of what is protected."""
     unquantised_window: bool = False  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -35,6 +39,8 @@ class Mixed(TierPolicy):
     pays for; what has been quantised is not brought back."""
 
     def __post_init__(self) -> None:
+        for name in ("protected_window", "sinks"):
+            object.__setattr__(self, name, getattr(self.scoring, name))  # the one way into a frozen dataclass
         super().__post_init__()
         if not 0 <= self.high_share <= 1:
             raise ValueError(f"high_share is a part of the budget, from 0 to 1, got {self.high_share}")
@@ -47,8 +53,7 @@ class Mixed(TierPolicy):
         """
         own = with_formats({name: settings.pop(name) for name in TIER_SETTINGS if name in settings})
         ranking = scoring(budget=budget, **settings)
-        shared = {name: getattr(ranking, name) for name in ("protected_window", "sinks", "compress_every")}
-        return cls(budget=budget, scoring=ranking, **shared, **own)
+        return cls(budget=budget, scoring=ranking, compress_every=ranking.compress_every, **own)
 
     @property
     def protected_tokens(self) -> int:

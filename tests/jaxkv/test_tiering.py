@@ -217,11 +217,22 @@ def test_a_second_compression_promotes_nothing_and_keeps_to_the_budget(ratio):
         before = after
 
 
+def test_mixed_protects_what_its_scoring_does():
+    scoring = KVCompress(budget=Ratio(ratio=2), protected_window=100, sinks=5)
+    policy = Mixed(budget=Ratio(ratio=2), scoring=scoring, unquantised_window=True, block_tokens=8)
+    assert (policy.protected_window, policy.sinks) == (100, 5)
+    assert replace(policy, scoring=replace(scoring, sinks=0)).sinks == 0
+    with pytest.raises(ValueError, match="protected_window"):
+        replace(policy, protected_window=8)
+    [answer] = LLM(MODEL, compression=policy).generate([prompt(200).tolist()], SamplingParams(max_tokens=2))
+    assert answer.cache.kvs_held > answer.cache.kvs_high + answer.cache.kvs_low
+
+
 @pytest.mark.parametrize("ratio", [2.0, 4.0])
 def test_sinks_and_window_may_stay_unquantised(ratio):
     """To the bit, and within the same bytes; what is decoded then joins them, and a later compression quantises it."""
     policy = mixed(ratio, unquantised_window=True)
-    policy = replace(policy, sinks=3, scoring=replace(policy.scoring, sinks=3))
+    policy = replace(policy, scoring=replace(policy.scoring, sinks=3))
     tokens = prompt(230, seed=4)
     before, logits = read(empty(policy, 1), *padded([tokens]), policy)
     cache = shrink(jax.tree.map(jnp.copy, before), policy)
