@@ -15,7 +15,7 @@ from tiny import CONFIG, MODEL, answers, assert_no_block_is_lost_or_shared, by_p
 
 from jaxkv import LLM, KVCompress, MaxBytes, MaxTokens, Ratio, SamplingParams, stats
 from jaxkv.cache import CacheConfig, init_cache
-from jaxkv.generation import decode_step, room_to_step
+from jaxkv.generation import compress, decode_step, room_to_step
 from jaxkv.policies import LeanKV, Mixed
 from jaxkv.policies.tiered import most_blocks
 from jaxkv.prompt import look_ahead, prefill
@@ -402,6 +402,11 @@ def test_a_window_beyond_the_budget_is_refused():
     llm = LLM(MODEL, compression=LeanKV(budget=MaxBytes(size=15_000), block_tokens=8))
     with pytest.raises(ValueError, match="max_cache_bytes=15000 leaves a sequence 15000 bytes"):
         llm.generate(prompt(200), SamplingParams(max_tokens=8))
+
+
+def test_a_number_of_blocks_to_evict_is_refused():
+    with pytest.raises(ValueError, match="LeanKV has blocks of two precisions; give a budget, not evict_blocks"):
+        compress(empty(UNIFORM, 1), UNIFORM, evict_blocks=jnp.array([3]))
 
 
 def test_a_memory_that_holds_no_quantised_block_is_refused():
