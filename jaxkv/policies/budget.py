@@ -133,7 +133,10 @@ class KeepFraction(Budget):
 
 @dataclass(frozen=True, kw_only=True)
 class MaxBytes(Budget):
-    """At most ``size`` bytes a sequence, of blocks with their scores and positions; tables come on top."""
+    """At most ``size`` bytes a sequence, of blocks with their scores and positions.
+
+    Tables come on top, but where a policy quantises: then they are inside.
+    """
 
     size: int
 
