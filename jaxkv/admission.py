@@ -74,7 +74,7 @@ def refusal(request: Request, config: CacheConfig) -> str | None:
         )
     if policy is not None:
         try:
-            policy.budget.check(config, policy.protected_window)
+            policy.check(config)
         except ValueError as error:
             return str(error)
     if policy is None:

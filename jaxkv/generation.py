@@ -46,8 +46,13 @@ def compress(
       tokens: ``i32[batch]`` whose budget to apply; None: those seen so far. A prompt that is read in parts gives the
         whole prompt's, so that each part leaves what the end will.
       evict_blocks: ``i32[batch]`` blocks to give up, whatever the budget says; None: as it says.
+
+    Raises:
+      ValueError: ``evict_blocks`` for a policy of quantised tiers.
     """
     if isinstance(policy, TierPolicy):
+        if evict_blocks is not None:
+            raise ValueError(f"{type(policy).__name__} has blocks of two precisions; give a budget, not evict_blocks")
         every = jnp.ones(cache.num_tokens.shape, bool)
         return _retier(
             cache, policy, every if select is None else select, cache.num_tokens if tokens is None else tokens

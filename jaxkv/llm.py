@@ -253,7 +253,7 @@ class LLM:
                     f"{most} that this machine can give it; give less cache_memory, a smaller max_context or max_batch"
                 )
         if self.compression is not None:
-            self.compression.budget.check(config, self.compression.protected_window)
+            self.compression.check(config)
         return config
 
     def _tiers(self) -> dict[str, Any]:

@@ -84,6 +84,8 @@ class PromptState:
     """``f32[layers, batch, heads, capacity]``: observed attention on each KV so far; no KVs wide without a policy."""
     end: Array
     """``i32[batch]``: position after the prompt's last token."""
+    observed: Array
+    """``i32[batch]``: how many of the prompt's queries the policy observes; all, without a policy."""
     hidden: Array
     """``[batch, hidden]`` of the last token read."""
     granted: Array
@@ -102,10 +104,12 @@ def start_prompt(
     """Before the first chunk of prompts of ``i32[batch]`` lengths; ``fresh`` where the sequences hold nothing."""
     layers, batch, _ = cache.lengths.shape
     width = cache.capacity if observes_prompt(policy) else 0
+    window = None if policy is None else policy.observed_queries
     return PromptState(
         cache=cache,
         mass=jnp.zeros((layers, batch, model.config.num_heads, width)),
         end=cache.num_tokens + lengths,
+        observed=jnp.minimum(lengths, lengths if window is None else window),
         hidden=jnp.zeros((batch, model.config.hidden_size)),
         granted=jnp.bool_(True),
         reads=lengths > 0,
@@ -126,7 +130,11 @@ def prefill_chunk(model: Llama, state: PromptState, tokens: Array, counts: Array
     counts = jnp.where(state.granted, counts, 0)
     positions = cache.num_tokens[:, None] + place
     starts = cache.lengths
-    cache, granted = allocator.grow(cache, starts + counts[None, :, None], most=chunk)
+    within = jnp.bool_(True)  # of what is unquantised alone the table row is the bound
+    if cache.tiers is not None and not state.fresh:
+        within = tiering.within_capacity(cache, tiering.total(cache) + counts[None, :, None], counts > 0)
+    cache, granted = allocator.grow(cache, starts + jnp.where(within, counts, 0)[None, :, None], most=chunk)
+    granted &= within
     counts = jnp.where(granted, counts, 0)
     cache = stamp_slots(cache, starts, positions, counts)
 
@@ -158,6 +166,7 @@ def prefill_chunk(model: Llama, state: PromptState, tokens: Array, counts: Array
         cache=replace(cache, pool=pool, num_tokens=cache.num_tokens + counts),
         mass=mass,
         end=end,
+        observed=state.observed,
         hidden=jnp.where((counts > 0)[:, None], last, state.hidden),
         granted=state.granted & granted,
         reads=state.reads,
@@ -270,6 +279,7 @@ def score_prompt(state: PromptState, policy: Policy | None) -> PagedCache:
     if where is not None:
         scores, since = scores + where.scores if adds else scores, where.positions
         if not adds:
+            scores = policy.of_fewer(scores, since, cache.num_tokens, state.observed)
             since = policy.since(since, cache.num_tokens)
         reads = state.reads[:, None, None]
         scores, since = jnp.where(reads, scores, where.scores), jnp.where(reads, since, where.positions)

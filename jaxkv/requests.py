@@ -42,7 +42,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, expected: str) -> None:
             if not ok:
-                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r:.60}")
 
         for name in ("max_tokens", "top_k", "seed"):
             check(type(getattr(self, name)) is int, name, "a whole number")

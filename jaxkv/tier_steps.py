@@ -38,15 +38,22 @@ def compress(cache: PagedCache, policy: TierPolicy, tokens: Array) -> PagedCache
 def room_to_step(cache: PagedCache, active: Array, policy: TierPolicy) -> Array:
     """As ``generation.room_to_step``."""
     step = policy.step(cache.quantised, cache.num_tokens)
+    ready = _ready(cache, step, active)
     if step is None:
-        return allocator.has_room(cache, cache.lengths + active[None, :, None])
+        return ready & allocator.has_room(cache, cache.lengths + active[None, :, None])
     lengths = jnp.where(active[None, :, None, None], step.lengths, cache.quantised.lengths)
-    return _all_quantised(cache, active) & tiers.has_room(cache.quantised, lengths)
+    return ready & tiers.has_room(cache.quantised, lengths)
 
 
-def _all_quantised(cache: PagedCache, active: Array) -> Array:
-    """``bool[]``: whether active rows hold nothing unquantised; a step that quantises would not attend to it."""
-    return ~jnp.any(active[None, :, None] & (cache.lengths > 0))
+def _ready(cache: PagedCache, step: Step | None, active: Array) -> Array:
+    """``bool[]``: whether the heads of active rows stay within their capacity.
+
+    And where the step quantises, hold nothing unquantised: it would not attend to that.
+    """
+    if step is None:
+        return tiering.within_capacity(cache, tiering.total(cache) + 1, active)
+    within = tiering.within_capacity(cache, cache.lengths + step.lengths.sum(-1), active)
+    return within & ~jnp.any(active[None, :, None] & (cache.lengths > 0))
 
 
 class Compacted(NamedTuple):
@@ -84,9 +91,9 @@ def decode_step(
     precision, and then it attends, to itself as it is stored, and scores are added to."""
     positions = cache.num_tokens
     step = policy.step(cache.quantised, positions)
+    ready = _ready(cache, step, active)
     if step is None:
-        return _unquantised_step(model, cache, tokens, active)
-    ready = _all_quantised(cache, active)
+        return _unquantised_step(model, cache, tokens, active, ready)
     quantised, new_blocks, new_offsets, granted = compact(cache.quantised, step, active & ready)
     granted &= ready
     acts = active & granted
@@ -124,10 +131,13 @@ def decode_step(
     return cache, jnp.where(granted, model.logits(hidden[:, 0]), jnp.nan)
 
 
-def _unquantised_step(model: Llama, cache: PagedCache, tokens: Array, active: Array) -> tuple[PagedCache, Array]:
+def _unquantised_step(
+    model: Llama, cache: PagedCache, tokens: Array, active: Array, within: Array
+) -> tuple[PagedCache, Array]:
     """The new token is cached unquantised; scores stay as they are."""
     starts, positions = cache.lengths, cache.num_tokens[:, None]
-    cache, granted = allocator.grow(cache, starts + active[None, :, None], most=1)
+    cache, granted = allocator.grow(cache, starts + (active & within)[None, :, None], most=1)
+    granted &= within
     counts = (active & granted).astype(jnp.int32)
     cache = stamp_slots(cache, starts, positions, counts)
     lengths = jnp.where(counts[None, :, None] > 0, cache.lengths, 0)

@@ -29,8 +29,8 @@ RAW, GONE = 2, 3
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """All KVs of a sequence's heads, ``[layers, 1, kv_heads, kvs]``: first the high tier's, then the low one's, then
-    the unquantised ones."""
+    """All KVs of the sequences' heads, ``[layers, batch, kv_heads, kvs]``: first the high tier's, then the low one's,
+    then the unquantised ones. A policy's ``assign`` is given one sequence's."""
 
     home: Array
     """``i32``: ``HIGH``, ``LOW``, ``RAW``, or ``GONE`` past a head's end."""
@@ -39,11 +39,11 @@ class Held:
     scores: Array
     positions: Array
     num_tokens: Array
-    """``i32[1]``: tokens of the text so far."""
+    """``i32[batch]``: tokens of each text so far."""
     whole: Array
-    """``i32[1]``: tokens whose budget applies; more than those so far where a prompt is read in parts."""
+    """``i32[batch]``: tokens whose budget applies; more than those so far where a prompt is read in parts."""
     table_bytes: int = field(default=0, metadata={"static": True})
-    """Of the sequence's unquantised table row."""
+    """Of a sequence's unquantised table row."""
     block_size: int = field(default=1, metadata={"static": True})
     """KVs in an unquantised block."""
     block_bytes: int = field(default=0, metadata={"static": True})
@@ -51,7 +51,7 @@ class Held:
 
     @property
     def lengths(self) -> Array:
-        """``i32[layers, 1, kv_heads]``: KVs of each head."""
+        """``i32[layers, batch, kv_heads]``: KVs of each head."""
         return jnp.sum(self.home != GONE, axis=-1, dtype=jnp.int32)
 
 
@@ -60,8 +60,14 @@ def total(cache: PagedCache) -> Array:
     return cache.lengths if cache.tiers is None else cache.lengths + cache.tiers.lengths.sum(-1)
 
 
+def within_capacity(cache: PagedCache, kvs: Array, rows: Array) -> Array:
+    """``bool[]``: whether ``i32[layers, batch, kv_heads]`` KVs, in all homes, are no more than ``held`` reads of the
+    rows, ``bool[batch]``. Blocks alone would allow more: of the low tier, and quantised beside unquantised."""
+    return jnp.all((kvs <= cache.capacity) | ~rows[None, :, None])
+
+
 def held(cache: PagedCache) -> Held:
-    """Reads scores and positions of a cache of one sequence."""
+    """Reads scores and positions of all that a cache holds."""
     quantised = cache.quantised
     place = jnp.arange(cache.capacity)
     high, low = quantised.lengths[..., HIGH, None], quantised.lengths[..., LOW, None]

@@ -11,6 +11,7 @@ from jaxkv.policies.budget import Budget
 from jaxkv.shares import Global, Shares
 
 if TYPE_CHECKING:
+    from jaxkv.cache import CacheConfig
     from models import LlamaConfig
 
 MANY = 2**31
@@ -51,6 +52,10 @@ class Policy:
                 f"compress_every={self.compress_every}: {type(self).__name__} doesn't rank what is decoded, so just "
                 "that would be evicted; leave it out, or take kv-compress, h2o, streaming-llm or leankv"
             )
+
+    def check(self, config: CacheConfig) -> None:
+        """Raises ValueError where a cache of these sizes can't keep the budget, whatever the text."""
+        self.budget.check(config, self.protected_window)
 
     def for_model(self, model: LlamaConfig) -> Policy:
         """The policy with what it leaves to the model filled in; ``jaxkv.LLM`` asks."""
@@ -121,6 +126,17 @@ class Policy:
 
         Returns:
           Like ``scores``.
+        """
+        return scores
+
+    def of_fewer(self, scores: Array, positions: Array, num_tokens: Array, observed: Array) -> Array:
+        """Scores where a text was read on, from those that the new prompt alone gave; ``since`` comes after.
+
+        Args:
+          scores: ``f32[layers, batch, kv_heads, kvs]``.
+          positions: ``i32`` like ``scores``.
+          num_tokens: ``i32[batch]``: tokens of the text so far.
+          observed: ``i32[batch]``: how many queries were observed, fewer than ``observed_queries`` of a short prompt.
         """
         return scores
 

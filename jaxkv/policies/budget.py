@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from jaxkv.cache import PagedCache
 
 
+MOST = 2**31 - 1
+"""Blocks: what an ``i32`` counts."""
+
+
 class Budget(ABC):
     """Says how many blocks each sequence gives up. The budget is the sequence's: heads share it as they need."""
 
@@ -25,12 +29,17 @@ class Budget(ABC):
     def most_bytes(self, tokens: Array, bytes_a_token: int) -> Array:
         """Bytes that a sequence of so many tokens may hold where a policy quantises, ``f32`` like tokens.
 
-        ``bytes_a_token`` is what a token takes in the full cache at 16 bits a value, all heads together.
+        ``bytes_a_token`` is what a token takes in the full cache at 16 bits a value, all heads together. Not asked
+        where there are ``fixed_bytes``.
         """
         raise NotImplementedError(f"{type(self).__name__} doesn't bound bytes, which a policy that quantises needs")
 
+    def fixed_bytes(self, bytes_a_token: int) -> int | None:
+        """The same where it is one number for every text, exact at any size; None: it isn't."""
+        return None
+
     def check(self, config: CacheConfig, protected_window: int) -> None:  # noqa: B027  # most can hold anything
-        """Raises ValueError where the budget can't hold what is protected, or a block a head."""
+        """Raises ValueError where the budget can't hold what is protected, or a block a head, unquantised."""
 
 
 def _held(cache: PagedCache) -> Array:
@@ -65,18 +74,23 @@ class MaxTokens(Budget):
 
     tokens: int
 
+    def __post_init__(self) -> None:
+        if not self.tokens >= 1:
+            raise ValueError(f"max_cache_tokens must be at least 1, got {self.tokens}")
+
     def evict_blocks(self, cache: PagedCache, protected_window: int) -> Array:
         keep = -(-self.tokens // cache.block_size) * _heads(cache)
-        return jnp.maximum(_held(cache) - keep, 0)
+        return jnp.maximum(_held(cache) - min(keep, MOST), 0)
 
-    def most_bytes(self, tokens: Array, bytes_a_token: int) -> Array:
-        return jnp.full(tokens.shape, float(self.tokens * bytes_a_token))
+    def __str__(self) -> str:
+        return f"max_cache_tokens={self.tokens}"
+
+    def fixed_bytes(self, bytes_a_token: int) -> int:
+        return self.tokens * bytes_a_token
 
     def check(self, config: CacheConfig, protected_window: int) -> None:
         if self.tokens < max(config.block_size, protected_window):
-            raise _impossible(
-                f"max_cache_tokens={self.tokens}", self.tokens, config, protected_window, "give more tokens"
-            )
+            raise _impossible(str(self), self.tokens, config, protected_window, "give more tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +103,10 @@ class Ratio(Budget):
     ratio: float
 
     def __post_init__(self) -> None:
-        if not self.ratio >= 1:
-            raise ValueError(f"ratio must be at least 1 (1 keeps everything, 8 keeps an eighth), got {self.ratio}")
+        if not 1 <= self.ratio <= 1e9:
+            said = f"got {self.ratio}" if self.ratio <= 1e9 else "got more than 1e9"
+            raise ValueError(f"ratio must be at least 1 (1 keeps everything, 8 keeps an eighth) and finite, {said}")
+        object.__setattr__(self, "ratio", float(self.ratio))
 
     def evict_blocks(self, cache: PagedCache, protected_window: int) -> Array:
         full = num_blocks(cache.num_tokens, cache.block_size) * _heads(cache)
@@ -127,18 +143,27 @@ class KeepFraction(Budget):
 
 @dataclass(frozen=True, kw_only=True)
 class MaxBytes(Budget):
-    """At most ``size`` bytes a sequence, of blocks with their scores and positions; tables come on top."""
+    """At most ``size`` bytes a sequence, of blocks with their scores and positions.
+
+    Tables come on top, but where a policy quantises: then they are inside.
+    """
 
     size: int
 
-    def evict_blocks(self, cache: PagedCache, protected_window: int) -> Array:
-        block = cache.pool.nbytes // cache.pool.shape[0] + 8 * cache.block_size
-        return jnp.maximum(_held(cache) - self.size // block, 0)
+    def __post_init__(self) -> None:
+        if not self.size >= 1:
+            raise ValueError(f"max_cache_bytes must be at least 1, got {self.size}")
 
-    def most_bytes(self, tokens: Array, bytes_a_token: int) -> Array:
-        return jnp.full(tokens.shape, float(self.size))
+    def evict_blocks(self, cache: PagedCache, protected_window: int) -> Array:
+        return jnp.maximum(_held(cache) - min(self.size // cache.block_bytes, MOST), 0)
+
+    def __str__(self) -> str:
+        return f"max_cache_bytes={self.size}"
+
+    def fixed_bytes(self, bytes_a_token: int) -> int:
+        return self.size
 
     def check(self, config: CacheConfig, protected_window: int) -> None:
         tokens = self.size // config.block_bytes * config.block_size / config.heads
         if tokens < max(config.block_size, protected_window):
-            raise _impossible(f"max_cache_bytes={self.size}", tokens, config, protected_window, "give more bytes")
+            raise _impossible(str(self), tokens, config, protected_window, "give more bytes")

@@ -87,6 +87,13 @@ class LeanKV(TierPolicy):
     def of_prompt(self, mass: Array, held: Array) -> Array:
         return mass.max(-2)
 
+    def of_fewer(self, scores: Array, positions: Array, num_tokens: Array, observed: Array) -> Array:
+        # The mean over those that were observed is kept, and weighs as much as one over ``QUERIES``. An exact ``since``
+        # would instead put all that came before the prompt within the window, where nothing can be given up.
+        age = num_tokens[None, :, None, None] - positions
+        seen = jnp.minimum(age, observed[None, :, None, None])
+        return scores * (jnp.minimum(age, QUERIES) / jnp.maximum(seen, 1))
+
     def since(self, positions: Array, num_tokens: Array) -> Array:
         return jnp.maximum(positions, num_tokens[None, :, None, None] - QUERIES)
 
@@ -97,23 +104,27 @@ class LeanKV(TierPolicy):
         base = jnp.where(held.home == RAW, held.positions, since) + 1 if self.by_position else tokens
         relative = mean * base
         exists = held.home != GONE
-        recent = exists & (held.positions >= tokens - self.protected_window)
+        # No quantised KV's stored position lies further back than the queries that were averaged over.
+        clamped = (held.home != RAW) & (self.protected_window >= QUERIES)
+        recent = exists & (held.positions >= tokens - self.protected_window + clamped)
 
         def home(factor: Array) -> Array:
             high, low = self._raised(factor)
             worth = jnp.where(relative >= high, HIGH, jnp.where(relative >= low, LOW, GONE))
-            worth = jnp.where(recent, HIGH, jnp.maximum(worth, jnp.where(held.home == LOW, LOW, HIGH)))
-            return jnp.where(exists, worth, GONE)
+            worth = jnp.maximum(jnp.where(recent, HIGH, worth), jnp.where(held.home == LOW, LOW, HIGH))
+            return jnp.where(exists, worth, GONE)  # nothing is promoted
 
         most = most_blocks(self.budget, held, tiers)
         goal = home(_least_factor(lambda factor: _blocks(home(factor), tiers) <= most))
         return Goal(goal, since, _worth(held.scores, since, tokens, self.protected_window))
 
     def _raised(self, factor: Array) -> tuple[Array, Array]:
-        """Both thresholds times a factor; where nothing was pruned, pruning begins at a fiftieth of the high one."""
+        """Both thresholds times a factor. A high one of 0 rises from there as one of 1 does from 1; a low one of 0
+        follows the high one's rise at a fiftieth."""
         high, low = self.thresholds
-        least = low * factor if low else (factor - 1) * high / 50
-        return jnp.maximum(high * factor, least), jnp.asarray(least)
+        least = low * factor if low else (factor - 1) * (high or 1.0) / 50
+        most = high * factor if high else factor - 1
+        return jnp.maximum(most, least), jnp.asarray(least)
 
     def step(self, tiers: Tiers, position: Array) -> Step:
         """One of four actions in each head, by the KV of each tier that is worth least (the authors' code):

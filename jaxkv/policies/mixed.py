@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax.numpy as jnp
 from jax import Array
@@ -29,6 +29,10 @@ class Mixed(TierPolicy):
 
     scoring: Policy
     """What ranks and protects KVs; its own budget and shares mean nothing here."""
+    protected_window: int = field(init=False)
+    """That of ``scoring``."""
+    sinks: int = field(init=False)
+    """Those of ``scoring``."""
     high_share: float = 0.5
     """Part of the budget's blocks that are of the high tier; at least those of what is protected."""
     unquantised_window: bool = False  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -36,6 +40,8 @@ class Mixed(TierPolicy):
     pays for; what has been quantised is not brought back."""
 
     def __post_init__(self) -> None:
+        for name in ("protected_window", "sinks"):
+            object.__setattr__(self, name, getattr(self.scoring, name))  # the one way into a frozen dataclass
         super().__post_init__()
         if not 0 <= self.high_share <= 1:
             raise ValueError(f"high_share is a part of the budget, from 0 to 1, got {self.high_share}")
@@ -48,8 +54,11 @@ class Mixed(TierPolicy):
         """
         own = with_formats({name: settings.pop(name) for name in TIER_SETTINGS if name in settings})
         ranking = scoring(budget=budget, **settings)
-        shared = {name: getattr(ranking, name) for name in ("protected_window", "sinks", "compress_every")}
-        return cls(budget=budget, scoring=ranking, **shared, **own)
+        return cls(budget=budget, scoring=ranking, compress_every=ranking.compress_every, **own)
+
+    @property
+    def protected_tokens(self) -> int:
+        return self.protected_window - 1 + self.sinks  # the newest token isn't cached yet
 
     @property
     def observed_queries(self) -> int | None:
@@ -93,27 +102,27 @@ class Mixed(TierPolicy):
         protected &= ~stays
         rank = sort_keys(-self.scoring.rank(held.scores, held.positions))  # the highest first
         keys = jnp.where(exists, jnp.where(protected, jnp.iinfo(jnp.int32).min, rank), KEPT)
-        order = jnp.argsort(keys, axis=-1)
-        ascending = jnp.take_along_axis(keys, order, axis=-1)
-        place = jnp.argsort(order, axis=-1)
+        rises = exists & (held.home != LOW)  # what is in the low tier already is not brought back
 
         high_tokens, low_tokens = (int(n) for n in tiers.tokens)
         most = most_blocks(self.budget, held, tiers, unquantised=stays)
-        needed = jnp.sum(-(-protected.sum(-1) // high_tokens))
+        needed = jnp.sum(-(-(protected & rises).sum(-1) // high_tokens))
         high_blocks = jnp.clip(jnp.round(most * self.high_share).astype(jnp.int32), needed, jnp.maximum(most, needed))
-        high = high_tokens * _blocks(ascending, jnp.zeros_like(exists.sum(-1)), high_tokens, high_blocks)
-        left = jnp.maximum(most - jnp.sum(-(-jnp.minimum(high, exists.sum(-1)) // high_tokens)), 0)
-        low = low_tokens * _blocks(ascending, high, low_tokens, left)
-        goal = jnp.where(place < high[..., None], HIGH, jnp.where(place < (high + low)[..., None], LOW, GONE))
-        goal = jnp.where(held.home == LOW, jnp.maximum(goal, LOW), goal)
-        goal = jnp.where(stays, RAW, jnp.where(exists, goal, GONE))
+        high = _best(jnp.where(rises, keys, KEPT), high_tokens, high_blocks)
+        left = jnp.maximum(most - jnp.sum(-(-high.sum(-1) // high_tokens)), 0)
+        low = _best(jnp.where(high, KEPT, keys), low_tokens, left)
+        goal = jnp.where(stays, RAW, jnp.where(high, HIGH, jnp.where(low, LOW, GONE)))
         return Goal(goal, held.positions, jnp.full(held.scores.shape, jnp.inf))
 
 
-def _blocks(ascending: Array, start: Array, tokens: int, count: Array) -> Array:
-    """Blocks that each head gets of ``count``, for its KVs from ``start`` on: the cheapest by their first key."""
-    kvs = ascending.shape[-1]
-    index = start[..., None] + jnp.arange(-(-kvs // tokens)) * tokens
-    price = jnp.where(index < kvs, jnp.take_along_axis(ascending, jnp.minimum(index, kvs - 1), axis=-1), KEPT)
-    taken = take_cheapest(price.reshape(1, -1), count[None])
-    return taken.reshape(price.shape).sum(-1, dtype=jnp.int32)
+def _best(keys: Array, tokens: int, count: Array) -> Array:
+    """``bool`` like keys: the KVs that ``count`` blocks of a tier hold, the lowest keys of each head first.
+
+    The heads get the blocks that are cheapest by their first key; a key of ``KEPT`` is no KV.
+    """
+    ascending = jnp.sort(keys, axis=-1)
+    price = ascending[..., ::tokens]
+    blocks = take_cheapest(price.reshape(1, -1), count[None]).reshape(price.shape).sum(-1, dtype=jnp.int32)
+    kvs = keys.shape[-1]
+    taken = take_cheapest(keys.reshape(-1, kvs), tokens * blocks.reshape(-1), ascending.reshape(-1, kvs))
+    return taken.reshape(keys.shape)

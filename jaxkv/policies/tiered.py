@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -15,6 +15,9 @@ from jaxkv.tiers import Tiers
 from pallas_kernels.dispatch import block_tile
 from pallas_kernels.tiered_attention import Significance
 from pallas_kernels.tiers import BlockLayout, Format
+
+if TYPE_CHECKING:
+    from jaxkv.cache import CacheConfig
 
 K8V4 = Format(key_bits=8, value_bits=4)
 K4V2 = Format(key_bits=4, value_bits=2)
@@ -53,12 +56,18 @@ def most_blocks(budget: Budget, held: Held, tiers: Tiers, unquantised: Array | N
     ``unquantised``: ``bool`` like ``held.home``, the KVs that stay so; their blocks are paid for too.
     """
     layers, _, kv_heads, width = tiers.block_table.shape
-    full = layers * kv_heads * 4 * tiers.layout.head_dim
-    room = budget.most_bytes(held.whole, full)[0] - tiers.row_bytes - held.table_bytes
+    heads, size = layers * kv_heads, tiers.layout.block_bytes
+    full, tables = heads * 4 * tiers.layout.head_dim, tiers.row_bytes + held.table_bytes
+    taken = 0
     if unquantised is not None:
-        room -= held.block_bytes * jnp.sum(-(-unquantised.sum(-1) // held.block_size))
-    blocks = jnp.floor(room / tiers.layout.block_bytes)
-    return jnp.clip(blocks, layers * kv_heads, layers * kv_heads * width).astype(jnp.int32)
+        taken = held.block_bytes * jnp.sum(-(-unquantised.sum(-1) // held.block_size))
+    fixed = budget.fixed_bytes(full)
+    if fixed is None:
+        blocks = jnp.floor((budget.most_bytes(held.whole, full)[0] - tables - taken) / size)
+    else:  # in whole numbers: float32 may round a block up
+        whole, rest = divmod(fixed - tables, size)
+        blocks = max(min(whole, jnp.iinfo(jnp.int32).max), -heads) + (rest - taken) // size
+    return jnp.clip(blocks, heads, heads * width).astype(jnp.int32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +91,27 @@ class TierPolicy(Policy):
     def quantises_decoding(self) -> bool:
         """Whether a decoded token is quantised at once (``step``) or cached unquantised."""
         return False
+
+    @property
+    def protected_tokens(self) -> int:
+        """KVs that a head keeps of any text, at high precision, or unquantised where there is such a window."""
+        return self.protected_window
+
+    def check(self, config: CacheConfig) -> None:
+        layout, heads, protected = self.layout(config.head_dim), config.heads, self.protected_tokens
+        budget = self.budget.fixed_bytes(heads * 4 * config.head_dim)
+        if budget is None:
+            return
+        quantised, window = max(1, -(-protected // layout.tokens)), 0
+        if self.unquantised_window:
+            quantised, window = 1, -(-protected // config.block_size)
+        tables = config.table_bytes // config.batch
+        need = tables + heads * (quantised * layout.block_bytes + window * config.block_bytes)
+        if budget < need:
+            raise ValueError(
+                f"{self.budget} leaves a sequence {budget} bytes, but tables ({tables} bytes), a block a head and the "
+                f"protected {protected} tokens take {need}; give more, or a smaller protected_window"
+            )
 
     def assign(self, held: Held, tiers: Tiers) -> Goal:
         """Where each KV of one sequence shall live."""

@@ -86,7 +86,8 @@ class BlockLayout:
     """The two formats of a block, and its size: what ``tokens`` of the high tier take, in whole rows or tiles of rows.
 
     Raises:
-      ValueError: a head dimension that the groups don't divide; tokens that don't fill whole words.
+      ValueError: a head dimension that isn't whole, or that the groups don't divide; tokens that don't fill whole
+        words; a low tier that takes more room than the high one.
     """
 
     head_dim: int
@@ -98,6 +99,8 @@ class BlockLayout:
     """A block's rows are a multiple of this. A TPU keeps arrays in tiles of 8 rows, part-filled ones too."""
 
     def __post_init__(self) -> None:
+        if self.head_dim % 16:
+            raise ValueError(f"quantised tiers need a head dimension that is a multiple of 16, got {self.head_dim}")
         for tier in (self.high, self.low):
             for groups in (tier.key_groups, tier.value_groups):
                 if self.head_dim % groups:
@@ -107,6 +110,12 @@ class BlockLayout:
             raise ValueError(f"a block of {self.high} holds a multiple of {step} tokens, got {self.tokens}")
         if self.low.bits > self.high.bits:
             raise ValueError(f"the low tier takes more bits than the high one: {self.low} below {self.high}")
+        low = self.tiers[1].tokens
+        if low < self.tokens:  # a table row has room for every KV in the high tier
+            raise ValueError(
+                f"the low tier's groups take what its codes save: a block holds {self.tokens} tokens at {self.high}, "
+                f"but {low} at {self.low}; cut the low tier into fewer groups"
+            )
 
     @cached_property
     def rows(self) -> int:
@@ -157,4 +166,4 @@ class BlockLayout:
 
 def _words(tier: Format, head_dim: int, tokens: int) -> int:
     """Words that so many tokens take."""
-    return tokens * (tier.bits * head_dim // 32 + tier.key_groups + tier.value_groups + 2)
+    return tokens * tier.bits * head_dim // 32 + tokens * (tier.key_groups + tier.value_groups + 2)

@@ -9,6 +9,7 @@ import pytest
 from oracles.lean_kv import Head
 from tiny import CONFIG, MODEL, dense_run, padded, prompt
 
+from jaxkv import tiering
 from jaxkv.cache import CacheConfig, init_cache
 from jaxkv.generation import compress, decode_step
 from jaxkv.policies import LeanKV
@@ -17,6 +18,7 @@ from jaxkv.tiers import HIGH, LOW
 from pallas_kernels.tiers import Format, blocks
 
 POLICY = LeanKV(high_threshold=1.2, low_threshold=0.3, protected_window=16, block_tokens=8)
+EVERYTHING = LeanKV(high_threshold=0.0, low_threshold=0.0, protected_window=16, block_tokens=8)
 GROUP = CONFIG.num_heads // CONFIG.num_kv_heads
 
 
@@ -136,6 +138,26 @@ def assert_same(cache, heads, row: int) -> None:
                     off = np.abs(held.key - np.stack([t.key for t in expected]))
                     assert (off > 2e-3).mean() < 2e-3
                     assert off.max() < 0.5
+
+
+def test_a_short_second_prompt_counts_only_its_own_queries():
+    """Whatever it follows, quantised or not yet: the mean is over these, not over the 64 that a longer one has."""
+    tokens = prompt(208, seed=1)
+    mass = dense_run(tokens)[1][:, :, -8:].sum(2).reshape(CONFIG.num_layers, CONFIG.num_kv_heads, GROUP, -1).max(2)
+    age = 208 - np.arange(208)
+    cache = empty(POLICY, 1)
+    for part in (tokens[:200], tokens[200:]):
+        cache, _ = read(cache, *padded([part]), POLICY)
+    held = jax.jit(tiering.held)(cache)
+    np.testing.assert_allclose(
+        held.scores[:, 0, :, :208] / np.minimum(age, 64), mass / np.minimum(age, 8), rtol=1e-3, atol=1e-6
+    )
+    cache, _ = compressed(EVERYTHING, [tokens[:200]])
+    cache, _ = read(cache, *padded([tokens[200:]]), EVERYTHING)
+    held = jax.jit(tiering.held)(cache)
+    assert (np.asarray(held.positions)[..., :136] == 144).all()  # 64 before the end
+    mean = np.asarray(held.scores)[:, 0, :, :208] / np.minimum(age, 64)
+    assert 0.9 < mean[..., :200].sum() / (mass[..., :200] / 8).sum() < 1.1  # but for what quantising did
 
 
 @pytest.mark.parametrize(

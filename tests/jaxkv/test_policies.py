@@ -1,5 +1,6 @@
 """Each policy's score as its paper gives it, in plain numpy over a dense run of the model, and memory really freed."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 import tiny
 
 from jaxkv import LLM, SamplingParams, compress, decode, prefill, stats, tiering
-from jaxkv.policies import POLICIES, Ratio, TierPolicy, make_policy
+from jaxkv.policies import POLICIES, MaxBytes, MaxTokens, Ratio, TierPolicy, make_policy
 from jaxkv.prompt import look_ahead
 from models import causal_attention
 
@@ -169,6 +170,24 @@ def test_scores_are_those_of_the_paper_and_memory_is_freed(name):
             now = tiering.held(after)
             kept = set(np.array(now.positions)[layer, 0, head][np.array(now.home)[layer, 0, head] != tiering.GONE])
         assert kept >= set(range(policy.sinks)) | set(range(LENGTH - policy.protected_window + 1, LENGTH))
+
+
+def test_budgets_beyond_any_cache_keep_all_and_impossible_ones_are_refused():
+    cache = tiny.empty_cache()
+    cache = replace(cache, lengths=jnp.full_like(cache.lengths, 200), num_tokens=jnp.array([200]))
+    for budget in (MaxTokens(tokens=10**10), MaxBytes(size=10**15)):
+        assert budget.evict_blocks(cache, 8).tolist() == [0]
+    assert Ratio(ratio=3 * 10**8).evict_blocks(cache, 8).tolist() == [4 * 13 - 4]
+    for make, said in (
+        (lambda: Ratio(ratio=0.5), "got 0.5"),
+        (lambda: Ratio(ratio=float("inf")), "more than 1e9"),
+        (lambda: Ratio(ratio=10**400), "more than 1e9"),
+        (lambda: Ratio(ratio=float("nan")), "ratio must be at least 1"),
+        (lambda: MaxTokens(tokens=-5), "at least 1, got -5"),
+        (lambda: MaxBytes(size=0), "at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            make()
 
 
 def test_names_and_budgets_that_make_no_policy_say_why():

@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from test_lean_kv import compressed, empty, read, shrink, step, tier_tokens
 from tiny import CONFIG, MODEL, answers, assert_no_block_is_lost_or_shared, by_position, dense_run, padded, prompt
 
-from jaxkv import LLM, KVCompress, MaxTokens, Ratio, SamplingParams, stats
+from jaxkv import LLM, KVCompress, MaxBytes, MaxTokens, Ratio, SamplingParams, stats
 from jaxkv.cache import CacheConfig, init_cache
+from jaxkv.generation import compress, decode_step, room_to_step
 from jaxkv.policies import LeanKV, Mixed, StreamingLLM
+from jaxkv.policies.tiered import most_blocks
 from jaxkv.prompt import look_ahead, prefill
 from jaxkv.report import tier_mix
-from jaxkv.tiering import GONE, RAW, Held
+from jaxkv.tiering import GONE, RAW, Held, total
 from jaxkv.tiers import HIGH, LOW, TierConfig, grow, init_tiers
 from models.shapes import SHAPES
 from pallas_kernels.tiers import Format
@@ -99,10 +101,12 @@ def test_higher_thresholds_keep_no_more():
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**31), ratio=st.sampled_from([2.0, 4.0, 8.0]), tokens=st.integers(150, KVS))
-@pytest.mark.parametrize("kind", ["thresholds", "never prunes", "mixed"])
+@pytest.mark.parametrize("kind", ["thresholds", "never prunes", "no thresholds", "mixed"])
 def test_a_budget_in_bytes_is_never_passed(kind, seed, ratio, tokens):
-    low = 0.0 if kind == "never prunes" else 0.1
-    policy = mixed(ratio) if kind == "mixed" else LeanKV(budget=Ratio(ratio=ratio), low_threshold=low, **SMALL)
+    low = 0.1 if kind == "thresholds" else 0.0
+    high = 0.0 if kind == "no thresholds" else 1.0
+    policy = LeanKV(budget=Ratio(ratio=ratio), high_threshold=high, low_threshold=low, **SMALL)
+    policy = mixed(ratio) if kind == "mixed" else policy
     home = np.asarray(assign(policy, a_prompt(seed, tokens)).home)
     tiers = tiers_of(policy)
     most = tokens * LAYERS * HEADS * 64 / ratio - tiers.row_bytes
@@ -111,6 +115,35 @@ def test_a_budget_in_bytes_is_never_passed(kind, seed, ratio, tokens):
     assert (home[..., tokens - 7 : tokens] == HIGH).all()
     if kind == "mixed":
         assert blocks_of(home, policy) == most or (home[..., :tokens] != GONE).all()
+
+
+def test_mixed_keeps_to_its_budget_where_some_kvs_are_low_already():
+    policy, rng = mixed(2.0), np.random.default_rng(0)
+    tiers = tiers_of(policy)
+    for seed in range(20):
+        held = a_prompt(seed, 250)
+        low = rng.random(held.home.shape) < rng.choice([0.1, 0.3, 0.5])
+        before = np.where(np.asarray(held.home) == GONE, GONE, np.where(low, LOW, HIGH))
+        after = np.asarray(assign(policy, replace(held, home=jnp.asarray(before))).home)
+        assert (after >= before).all()
+        most = int(most_blocks(policy.budget, held, tiers))
+        assert blocks_of(after, policy) == most or (after[before < GONE] != GONE).all()
+        assert blocks_of(after, policy) <= most
+
+
+@pytest.mark.parametrize("less", [0, 1, 64])
+@pytest.mark.parametrize("blocks", [7000, 70_001, 70_004])
+def test_a_budget_of_bytes_is_counted_exactly(blocks, less):
+    """Beyond what float32 can tell apart."""
+    layout = LeanKV().layout(128)
+    config = TierConfig(layout=layout, num_blocks=2)
+    tiers = init_tiers(config, layers=32, batch=1, kv_heads=8, max_context=32768)
+    held = replace(a_prompt(0, 9), table_bytes=12345, block_size=16, block_bytes=30_000)
+    size = tiers.row_bytes + held.table_bytes + blocks * layout.block_bytes - less
+    assert int(most_blocks(MaxBytes(size=size), held, tiers)) == blocks - (less > 0)
+    raw = jnp.zeros((1, 1, 2, 40), bool).at[0, 0, 0, :17].set(True)  # two blocks
+    size += 2 * held.block_bytes
+    assert int(most_blocks(MaxBytes(size=size), held, tiers, unquantised=raw)) == blocks - (less > 0)
 
 
 @pytest.mark.parametrize("policy", [mixed(4.0), LeanKV(budget=Ratio(ratio=4), **SMALL)], ids=["mixed", "leankv"])
@@ -160,11 +193,46 @@ def test_blocks_are_conserved_and_a_second_compression_changes_nothing():
         np.testing.assert_allclose(a.key[stay][: len(b.key)], b.key, atol=1e-3)
 
 
+def quantised(held: Held, policy: LeanKV) -> Held:
+    """What a sequence holds once it is compressed."""
+    goal = assign(policy, held)
+    return replace(held, home=goal.home, positions=goal.positions)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 2.0])
+def test_a_second_compression_promotes_nothing_and_keeps_to_the_budget(ratio):
+    """At the default window, within which the stored positions of all of a prompt's KVs lie."""
+    policy = LeanKV(high_threshold=1.0, low_threshold=0.1, block_tokens=8, budget=Ratio(ratio=ratio))
+    tiers = tiers_of(policy)
+    budget = 250 * LAYERS * HEADS * 64 / ratio - tiers.row_bytes
+    once = quantised(a_prompt(7, 250), policy)
+    before = np.asarray(once.home)
+    assert (before == LOW).any()
+    for _ in range(2):
+        once = quantised(once, policy)
+        after = np.asarray(once.home)
+        assert (after >= before).all()
+        assert blocks_of(after, policy) * tiers.layout.block_bytes <= budget
+        assert (after != before)[..., :186].sum() == 0  # older than the window: judged as before
+        before = after
+
+
+def test_mixed_protects_what_its_scoring_does():
+    scoring = KVCompress(budget=Ratio(ratio=2), protected_window=100, sinks=5)
+    policy = Mixed(budget=Ratio(ratio=2), scoring=scoring, unquantised_window=True, block_tokens=8)
+    assert (policy.protected_window, policy.sinks) == (100, 5)
+    assert replace(policy, scoring=replace(scoring, sinks=0)).sinks == 0
+    with pytest.raises(ValueError, match="protected_window"):
+        replace(policy, protected_window=8)
+    [answer] = LLM(MODEL, compression=policy).generate([prompt(200).tolist()], SamplingParams(max_tokens=2))
+    assert answer.cache.kvs_held > answer.cache.kvs_high + answer.cache.kvs_low
+
+
 @pytest.mark.parametrize("ratio", [2.0, 4.0])
 def test_sinks_and_window_may_stay_unquantised(ratio):
     """To the bit, and within the same bytes; what is decoded then joins them, and a later compression quantises it."""
     policy = mixed(ratio, unquantised_window=True)
-    policy = replace(policy, sinks=3, scoring=replace(policy.scoring, sinks=3))
+    policy = replace(policy, scoring=replace(policy.scoring, sinks=3))
     tokens = prompt(230, seed=4)
     before, logits = read(empty(policy, 1), *padded([tokens]), policy)
     cache = shrink(jax.tree.map(jnp.copy, before), policy)
@@ -199,6 +267,34 @@ def test_where_blocks_are_short_the_prompt_stays_as_it_is():
     assert (np.asarray(after.lengths) == 100).all()
     assert not np.asarray(after.tiers.lengths).any()
     assert int(after.tiers.free.count) == 3
+
+
+@pytest.mark.parametrize("policy", [UNIFORM, replace(mixed(1.0), budget=MaxBytes(size=10**6))], ids=["leankv", "mixed"])
+def test_a_head_grows_to_the_context_and_not_beyond(policy):
+    """Though blocks are free: what lay beyond it would be lost when the sequence is compressed again."""
+    layout = policy.layout(CONFIG.head_dim)
+    cache = init_cache(CacheConfig.for_model(CONFIG, batch=2, max_context=32, layout=layout))
+    tokens, _ = padded([prompt(30, seed=1), prompt(30, seed=2)])
+    cache, _ = read(cache, tokens, jnp.array([30, 0]), policy)
+    cache = shrink(cache, policy)
+    active = jnp.array([True, False])
+    advance = jax.jit(lambda c: decode_step(MODEL, c, jnp.array([3, 4]), active, policy))
+    room = jax.jit(lambda c: room_to_step(c, active, policy))
+    for _ in range(2):
+        assert room(cache)
+        cache, logits = advance(cache)
+        assert np.isfinite(logits[0]).all()
+    assert not room(cache)
+    full = np.asarray(total(cache))
+    assert (full[:, 0] == 32).all()
+    refused, logits = advance(jax.tree.map(jnp.copy, cache))
+    assert np.isnan(logits[0]).all()
+    later, logits = read(jax.tree.map(jnp.copy, cache), tokens, jnp.array([1, 0]), policy)
+    assert np.isnan(logits[0]).all()
+    for after in (refused, later, shrink(cache, policy)):
+        np.testing.assert_array_equal(total(after), full)
+        assert int(after.num_tokens[0]) == 32
+        conserved(after)
 
 
 def test_tokens_read_later_see_what_is_quantised():
@@ -273,6 +369,44 @@ def test_the_engine_answers_as_if_each_were_alone(policy):
     assert together == {i: answers(llm, [p], params)[0] for i, p in enumerate(prompts)}
     assert (llm.engine.room.free == llm.engine.room.total).all()
     conserved(llm.engine.cache)
+
+
+@pytest.mark.parametrize("window", [64, 65])
+def test_a_budget_is_checked_with_the_quantised_sizes(window):
+    """A window of 64 takes a block of each of SmolLM2's 90 heads, one of 65 two."""
+    leankv = LeanKV(protected_window=window)
+    mixed = Mixed.over(KVCompress, budget=leankv.budget, protected_window=window + 1)
+    layout = leankv.layout(64)
+    config = CacheConfig.for_model(SHAPES["smollm2-135m"], batch=4, max_context=2048, layout=layout)
+    need = config.table_bytes // 4 + 90 * (1 + (window > 64)) * layout.block_bytes
+    assert need < 2_000_000
+    for policy in (leankv, mixed):
+        replace(policy, budget=MaxBytes(size=need)).check(config)
+        with pytest.raises(ValueError, match=rf"max_cache_bytes={need - 1} leaves .* take {need}; give more"):
+            replace(policy, budget=MaxBytes(size=need - 1)).check(config)
+    with pytest.raises(ValueError, match=r"max_cache_tokens=8 leaves"):
+        replace(leankv, budget=MaxTokens(tokens=8)).check(config)
+    replace(leankv, budget=Ratio(ratio=100)).check(config)  # what that leaves depends on the text
+
+
+def test_a_budget_pays_for_an_unquantised_window():
+    policy = mixed(1.0, unquantised_window=True)
+    config = CacheConfig.for_model(CONFIG, batch=1, max_context=256, layout=policy.layout(16))
+    need = config.table_bytes + 4 * (policy.layout(16).block_bytes + config.block_bytes)
+    replace(policy, budget=MaxBytes(size=need)).check(config)
+    with pytest.raises(ValueError, match=f"take {need}"):
+        replace(policy, budget=MaxBytes(size=need - 1)).check(config)
+
+
+def test_a_window_beyond_the_budget_is_refused():
+    llm = LLM(MODEL, compression=LeanKV(budget=MaxBytes(size=15_000), block_tokens=8))
+    with pytest.raises(ValueError, match="max_cache_bytes=15000 leaves a sequence 15000 bytes"):
+        llm.generate(prompt(200), SamplingParams(max_tokens=8))
+
+
+def test_a_number_of_blocks_to_evict_is_refused():
+    with pytest.raises(ValueError, match="LeanKV has blocks of two precisions; give a budget, not evict_blocks"):
+        compress(empty(UNIFORM, 1), UNIFORM, evict_blocks=jnp.array([3]))
 
 
 def test_a_memory_that_holds_no_quantised_block_is_refused():

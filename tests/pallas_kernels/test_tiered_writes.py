@@ -176,11 +176,22 @@ def test_both_tiers_fit_in_a_block(head_dim, tokens, tile):
         ({"tokens": 0}, "holds a multiple of 16 tokens, got 0"),
         ({"high": Format.named("K8V4/3,1")}, "groups must divide the head dimension"),
         ({"low": Format.named("K8V8")}, "takes more bits than the high one"),
+        ({"low": Format.named("K4V4/16,16")}, "a block holds 64 tokens at K8V4, but 32 at K4V4/16,16"),
+        ({"low": Format.named("K4V2/32,32")}, "but 0 at K4V2/32,32"),
+        ({"head_dim": 8}, "a multiple of 16, got 8"),
+        ({"head_dim": 40}, "a multiple of 16, got 40"),
     ],
 )
 def test_layouts_that_do_not_work_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         BlockLayout(**{"head_dim": 64, "high": Format.named("K8V4"), "low": Format.named("K4V2"), **options})
+
+
+@pytest.mark.parametrize("head_dim", [16, 48, 64, 128])
+@pytest.mark.parametrize("bits", ["K8V4", "K8V1", "K4V1", "K2V1"])
+def test_what_a_block_holds_does_not_overrun_it(bits, head_dim):
+    layout = BlockLayout(head_dim=head_dim, high=Format.named("K8V8"), low=Format.named(bits))
+    assert all(tier.end <= layout.words for tier in layout.tiers)
 
 
 def test_what_does_not_belong_together_is_refused():
