@@ -62,7 +62,7 @@ def move_kvs(
 
     def move(values: Array) -> Array:
         """One scatter: a loop's turn costs more on a GPU than the whole list."""
-        moved = values.reshape(-1)[source]
+        moved = lax.optimization_barrier(values.reshape(-1)[source])  # else it reads while it writes, from a copy
         target = jnp.where(jnp.arange(size) < count, hole, values.size)
         return values.reshape(-1).at[target].set(moved, mode="drop").reshape(values.shape)
 
