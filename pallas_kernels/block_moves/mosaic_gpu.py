@@ -1,4 +1,4 @@
-"""Survivors into the holes, for NVIDIA GPUs from Hopper on: K and V in place by a kernel, the rest by XLA.
+"""Survivors into the holes, for NVIDIA Hopper GPUs: K and V in place by a kernel, the rest by XLA.
 
 The moves of all rows are one flat list. A fixed number of programs goes through it, so the cost follows the KVs that
 move; each keeps the loads of a whole batch under way. A KV is short, and survivors lie scattered: loads by all threads

@@ -1,4 +1,4 @@
-"""New KVs into their slots, for NVIDIA GPUs from Hopper on: in place, row by row, moved by the copy engine."""
+"""New KVs into their slots, for NVIDIA Hopper GPUs: in place, row by row, moved by the copy engine."""
 
 from __future__ import annotations
 

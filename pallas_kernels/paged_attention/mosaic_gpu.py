@@ -1,4 +1,4 @@
-"""Decode attention for NVIDIA GPUs from Hopper on: long heads are split over programs, partial results are merged.
+"""Decode attention for NVIDIA Hopper GPUs: long heads are split over programs, partial results are merged.
 
 The KVs of all rows (a row: one KV head of one sequence) are cut into segments of about equal length, one program each,
 which streams its segment through shared memory, several tiles ahead of the arithmetic: on the tensor cores for

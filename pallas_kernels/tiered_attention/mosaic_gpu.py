@@ -1,4 +1,4 @@
-"""Attention over both tiers for NVIDIA GPUs from Hopper on: a kernel a tier, and XLA joins what they give.
+"""Attention over both tiers for NVIDIA Hopper GPUs: a kernel a tier, and XLA joins what they give.
 
 As in ``paged_attention.mosaic_gpu`` the blocks of all rows (a row: one KV head of one sequence) are cut into segments
 of about equal length, one program each. Where significance is asked for the kernels write their logits, and the
