@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 BATCH = 32
 """KVs that a program moves at once: they and their slots fit the registers."""
-PROGRAMS = 1056
-"""Eight for each multiprocessor of the largest Hopper GPUs."""
+PROGRAMS = {2: 5 * 132, 4: 4 * 132}
+"""By the bytes of a value: as many as the 132 multiprocessors of a large Hopper GPU have registers for at once."""
 
 
 def move_kvs(
@@ -35,10 +35,10 @@ def move_kvs(
     block_table: Array,
     moves: Moves,
     *,
-    programs: int = PROGRAMS,
+    programs: int | None = None,
     interpret: Any = False,
 ) -> tuple[Array, Array, Array]:
-    """See ``api.move_kvs``; ``interpret`` takes ``InterpretGPUParams``.
+    """See ``api.move_kvs``; ``interpret`` takes ``InterpretGPUParams``, ``programs`` how many there are at most.
 
     Raises:
       ValueError: a shape or dtype that the kernel can't take, or a jax that would copy the pool.
@@ -51,7 +51,7 @@ def move_kvs(
     source, hole = (jnp.pad(slots.astype(jnp.int32), (0, size - slots.shape[0])) for slots in (source, hole))
     kernel = plgpu.kernel(
         move_kernel(block_size, width, bool(interpret)),
-        grid=(min(programs, size // BATCH),),
+        grid=(min(programs or PROGRAMS[pool.dtype.itemsize], size // BATCH),),
         grid_names=("program",),
         # A thread stores what it loaded itself, and no source is a hole: the threads need not wait for each other.
         compiler_params=plgpu.CompilerParams(lowering_semantics=LANE, unsafe_no_auto_barriers=True),

@@ -112,7 +112,7 @@ def test_moves(model):
     program = compile_for_h200(moves_gpu.move_kvs, *arguments, moves, donate=(0, 1, 2))
     assert_no_copy(program, pool, written=True)
     assert_not_copied(program, arguments[1])
-    a_list = 4 * marks.size
+    a_list = 4 * marks.size // 2  # the most that can move
     assert program.memory_analysis().temp_size_in_bytes < 6 * a_list
 
 
