@@ -174,7 +174,7 @@ def check_writes(run, *, length, counts, head_dim=64, half=None, size=16, dtype=
 
 
 @in_place
-@pytest.mark.parametrize(("length", "counts"), [(1, [1, 0, 1]), (7, [7, 3]), (32, [32, 17])])
+@pytest.mark.parametrize(("length", "counts"), [(1, [1, 0, 1]), (7, [7, 3]), (19, [2, 19]), (32, [32, 17])])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_writes(run, length, counts, dtype):
     check_writes(run, length=length, counts=counts, dtype=dtype)
