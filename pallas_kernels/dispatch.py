@@ -12,9 +12,9 @@ from jax import Array
 
 Implementation = Literal["xla", "mosaic_tpu", "mosaic_gpu"]
 """``"xla"``: the reference in plain XLA, on any platform. The others are Pallas kernels: ``"mosaic_tpu"`` for TPUs,
-``"mosaic_gpu"`` for NVIDIA GPUs from Hopper on."""
-HOPPER = (9, 0)
-"""The first compute capability that has what the GPU kernels use."""
+``"mosaic_gpu"`` for NVIDIA Hopper GPUs: H100, H200, GH200."""
+HOPPER = "9."
+"""How the compute capability of a GPU begins that has what the kernels use: later ones have no ``wgmma``."""
 
 
 class Choice(NamedTuple):
@@ -102,10 +102,9 @@ def of_platform() -> Implementation:
     platform = jax.default_backend()
     if platform == "gpu":
         device = jax.devices()[0]
-        capability = tuple(int(n) for n in str(getattr(device, "compute_capability", "0")).split("."))
-        if capability >= HOPPER:
+        if str(getattr(device, "compute_capability", "")).startswith(HOPPER):  # of AMD's it is a name
             return "mosaic_gpu"
-        say_once(f"{device.device_kind} is no NVIDIA GPU from Hopper on, so jaxkv's operations run as plain XLA there")
+        say_once(f"{device.device_kind} is no NVIDIA Hopper GPU, so jaxkv's operations run as plain XLA there")
     return "mosaic_tpu" if platform == "tpu" else "xla"
 
 

@@ -1,4 +1,4 @@
-"""Survivors into the holes, for NVIDIA GPUs from Hopper on: K and V in place by a kernel, the rest by XLA.
+"""Survivors into the holes, for NVIDIA Hopper GPUs: K and V in place by a kernel, the rest by XLA.
 
 The moves of all rows are one flat list. A fixed number of programs goes through it, so the cost follows the KVs that
 move; each keeps the loads of a whole batch under way. A KV is short, and survivors lie scattered: loads by all threads
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 BATCH = 32
 """KVs that a program moves at once: they and their slots fit the registers."""
-PROGRAMS = 1056
-"""Eight for each multiprocessor of the largest Hopper GPUs."""
+PROGRAMS = {2: 5 * 132, 4: 4 * 132}
+"""By the bytes of a value: as many as the 132 multiprocessors of a large Hopper GPU have registers for at once."""
 
 
 def move_kvs(
@@ -35,10 +35,10 @@ def move_kvs(
     block_table: Array,
     moves: Moves,
     *,
-    programs: int = PROGRAMS,
+    programs: int | None = None,
     interpret: Any = False,
 ) -> tuple[Array, Array, Array]:
-    """See ``api.move_kvs``; ``interpret`` takes ``InterpretGPUParams``.
+    """See ``api.move_kvs``; ``interpret`` takes ``InterpretGPUParams``, ``programs`` how many there are at most.
 
     Raises:
       ValueError: a shape or dtype that the kernel can't take, or a jax that would copy the pool.
@@ -51,7 +51,7 @@ def move_kvs(
     source, hole = (jnp.pad(slots.astype(jnp.int32), (0, size - slots.shape[0])) for slots in (source, hole))
     kernel = plgpu.kernel(
         move_kernel(block_size, width, bool(interpret)),
-        grid=(min(programs, size // BATCH),),
+        grid=(min(programs or PROGRAMS[pool.dtype.itemsize], size // BATCH),),
         grid_names=("program",),
         # A thread stores what it loaded itself, and no source is a hole: the threads need not wait for each other.
         compiler_params=plgpu.CompilerParams(lowering_semantics=LANE, unsafe_no_auto_barriers=True),
@@ -62,7 +62,7 @@ def move_kvs(
 
     def move(values: Array) -> Array:
         """One scatter: a loop's turn costs more on a GPU than the whole list."""
-        moved = values.reshape(-1)[source]
+        moved = lax.optimization_barrier(values.reshape(-1)[source])  # else it reads while it writes, from a copy
         target = jnp.where(jnp.arange(size) < count, hole, values.size)
         return values.reshape(-1).at[target].set(moved, mode="drop").reshape(values.shape)
 

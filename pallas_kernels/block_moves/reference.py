@@ -43,11 +43,14 @@ def move_kvs(
 
 
 def ranked_slots(marked: Array, block_table: Array, block_size: int) -> tuple[Array, Array]:
-    """Token slots of the marked KVs, row after row, and how many there are; padded to a whole number of steps."""
+    """Token slots of the marked KVs, row after row, and how many there are; padded to a whole number of steps.
+
+    At most half of all KVs are marked, since each that moves has a hole of its own.
+    """
     rows, kvs = marked.shape
     flat = marked.reshape(-1)
     rank = jnp.cumsum(flat) - 1
     slots = block_table[:, :, None] * block_size + jnp.arange(block_size)
-    size = -(-rows * kvs // MOVES_A_STEP) * MOVES_A_STEP
+    size = -(-(rows * kvs // 2) // MOVES_A_STEP) * MOVES_A_STEP
     where = jnp.where(flat, rank, size)
     return jnp.zeros(size, jnp.int32).at[where].set(slots.reshape(-1), mode="drop"), rank[-1] + 1

@@ -1,8 +1,7 @@
-"""New KVs into their slots, for NVIDIA GPUs from Hopper on: in place, row by row, moved by the copy engine."""
+"""New KVs into their slots, for NVIDIA Hopper GPUs: in place, row by row, moved by the copy engine."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.warpgroup_gpu import LANE, check_in_place, check_pool
 
 ROWS = 16
-"""KVs of one head that a program writes at most."""
+"""KVs of one head that a program writes, unless there is but one."""
 
 
 def write_blocks(
@@ -36,15 +35,16 @@ def write_blocks(
     batch, length, kv_heads, head_dim = key.shape
     check(pool)
     half = pool.shape[2] // 2
-    pad = ((0, 0), (0, 0), (0, 0), (0, half - head_dim))
-    rows = math.gcd(length, ROWS)
+    rows = ROWS if length > 1 else 1
+    padded = -(-length // rows) * rows
+    pad = ((0, 0), (0, padded - length), (0, 0), (0, half - head_dim))
     kernel = plgpu.kernel(
         write_kernel(rows, half, pool.shape[1]),
         scratch_types=(
             plgpu.SMEM((2, rows, half), pool.dtype),
             plgpu.Barrier(num_arrivals=2),
         ),
-        grid=(batch, kv_heads, length // rows),
+        grid=(batch, kv_heads, padded // rows),
         grid_names=("batch", "head", "part"),
         compiler_params=plgpu.CompilerParams(lowering_semantics=LANE),
         interpret=interpret,

@@ -33,9 +33,9 @@ def segment_kernel(interpret: bool) -> Callable[..., None]:
         pool_ref: Any,  # f32[blocks, block_size, 2 * half]
         table_ref: Any,  # i32[rows, max_blocks]
         work_ref: Any,  # i32[segments, 4]
-        out_ref: Any,  # f32[segments, group, half]
-        max_ref: Any,  # f32[segments, group]
-        sum_ref: Any,  # f32[segments, group]
+        out_ref: Any,  # f32[segments, QUERIES, half], of which the group is written
+        max_ref: Any,  # f32[segments, QUERIES]
+        sum_ref: Any,  # f32[segments, QUERIES]
         *rest: Any,  # f32[rows, group, width] logits, if observed; then scratch
     ) -> None:
         *logits_ref, kv_smem, arrived = rest
@@ -77,6 +77,7 @@ def segment_kernel(interpret: bool) -> Callable[..., None]:
         @pl.when(part.tiles > 0)
         def _():
             segment = lax.axis_index("segment")
+            part.begin()
             query = [load(q_ref.at[part.row, g], DIM_LAYOUT, interpret) for g in heads]
             carry = (
                 [laid(jnp.full((SLAB,), MASKED, jnp.float32), KV_LAYOUT, interpret) for _ in heads],

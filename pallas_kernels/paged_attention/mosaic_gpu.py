@@ -1,4 +1,4 @@
-"""Decode attention for NVIDIA GPUs from Hopper on: long heads are split over programs, partial results are merged.
+"""Decode attention for NVIDIA Hopper GPUs: long heads are split over programs, partial results are merged.
 
 The KVs of all rows (a row: one KV head of one sequence) are cut into segments of about equal length, one program each,
 which streams its segment through shared memory, several tiles ahead of the arithmetic: on the tensor cores for
@@ -17,6 +17,7 @@ from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.paged_attention import cuda_cores_gpu, tensor_cores_gpu
+from pallas_kernels.paged_attention.merge_gpu import merge
 from pallas_kernels.paged_attention.segments_gpu import STAGES, TILE_BYTES, copies, plan_work
 from pallas_kernels.paged_attention.tensor_cores_gpu import QUERIES
 from pallas_kernels.warpgroup_gpu import LANE, check_block_size, check_pool, tiled
@@ -70,7 +71,7 @@ def partial_attention(
     width = -(-max_blocks * block_size // tile) * tile
     lengths = lengths.reshape(rows).astype(jnp.int32)
     work = plan_work(lengths, max_blocks * block_size, tile)
-    segments = work.row.shape[0]
+    segments = work.table.shape[0]
     query_rows = jnp.pad(query.reshape(rows, group, head_dim), ((0, 0), (0, 0), (0, half - head_dim)))
 
     arrived = plgpu.Barrier(num_arrivals=copies(tile, block_size), num_barriers=STAGES)
@@ -86,12 +87,15 @@ def partial_attention(
             plgpu.SMEM((QUERIES, tile), pool.dtype, transforms=layout),
             plgpu.Barrier(),
         )
-        shapes = (segments, half, QUERIES), (segments, QUERIES), (segments, QUERIES), (rows, width, QUERIES)
+        mine, axis = tensor_cores_gpu.LAYOUT, 1  # queries lie across
+        shapes = (half, QUERIES), (rows, width, QUERIES)
     else:
         kernel = cuda_cores_gpu.segment_kernel(bool(interpret))
         query_rows = query_rows.astype(jnp.float32) * (head_dim**-0.5 * math.log2(math.e))
         scratch = plgpu.SMEM((STAGES, tile, 2 * half), pool.dtype), arrived
-        shapes = (segments, group, half), (segments, group), (segments, group), (rows, group, width)
+        mine, axis = cuda_cores_gpu.LAYOUT, 0
+        shapes = (QUERIES, half), (rows, group, width)
+    shapes = [(segments, *shapes[0]), (segments, QUERIES), (segments, QUERIES), *shapes[1:]]
     output, maximum, total, *logits = plgpu.kernel(
         kernel,
         out_type=tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes[: 4 if keep else 3]),
@@ -101,12 +105,10 @@ def partial_attention(
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=LANE, reduction_scratch_bytes=4096),
         interpret=interpret,
     )(query_rows, pool, block_table.reshape(rows, max_blocks).astype(jnp.int32), work.table)
-    if pool.dtype == jnp.bfloat16:  # queries lie across, and there are zeros among them
-        output, logits = (output.swapaxes(1, 2)[:, :group], [x.swapaxes(1, 2)[:, :group] for x in logits])
-        maximum, total = maximum[:, :group], total[:, :group]
-
-    output, maximum, total = merge(work.row, rows, output, maximum, total)
-    return output[..., :head_dim], maximum, total, logits
+    output, maximum, total = merge(work.end, output, maximum, total, axis=axis, layout=mine, interpret=interpret)
+    if axis == 1:
+        output, logits = output.swapaxes(1, 2), [x.swapaxes(1, 2)[:, :group] for x in logits]
+    return output[:, :group, :head_dim], maximum[:, :group], total[:, :group], logits
 
 
 def check(pool: Array, group: int) -> None:
@@ -115,13 +117,3 @@ def check(pool: Array, group: int) -> None:
     check_block_size(pool)
     if not 1 <= group <= QUERIES:
         raise ValueError(f"the GPU kernel takes 1 to {QUERIES} query heads a KV head, not {group=}; use 'xla'")
-
-
-def merge(row: Array, rows: int, output: Array, maximum: Array, total: Array) -> tuple[Array, Array, Array]:
-    """Partial results of the segments joined by row: normalised output, maximum and sum."""
-    highest = jax.ops.segment_max(maximum, row, rows, indices_are_sorted=True)  # what is past the last row is dropped
-    weight = jnp.exp2(maximum - highest[row])
-    whole = jax.ops.segment_sum(total * weight, row, rows, indices_are_sorted=True)
-    whole = jnp.maximum(whole, jnp.finfo(jnp.float32).tiny)
-    output = jax.ops.segment_sum(output * weight[..., None], row, rows, indices_are_sorted=True)
-    return output / whole[..., None], highest, whole

@@ -20,16 +20,16 @@ from pallas_kernels.warpgroup_gpu import iota, laid, load, product
 
 QUERIES = 8
 """Columns of the narrowest instruction: the queries of a KV head, and zeros."""
+LAYOUT = plgpu.Layout.WGMMA
 
 
 def segment_kernel(scale: float, interpret: bool) -> Callable[..., None]:
     """One segment: partial output, maximum (base 2) and sum, and where it is asked for the logits."""
     scale *= math.log2(math.e)  # powers of two are one instruction each
-    layout = plgpu.Layout.WGMMA
 
     def down(x: Array, length: int) -> Array:
         """A value a query, repeated down ``length`` rows."""
-        return laid(lax.broadcast_in_dim(x, (length, QUERIES), (1,)), layout, interpret)
+        return laid(lax.broadcast_in_dim(x, (length, QUERIES), (1,)), LAYOUT, interpret)
 
     def kernel(
         q_ref: Any,  # [rows, QUERIES, half]
@@ -53,9 +53,9 @@ def segment_kernel(scale: float, interpret: bool) -> Callable[..., None]:
             @pl.when(left < tile)
             def _():
                 # A freed slot keeps its old bytes, and 0 * NaN is NaN: V is blanked past the end.
-                blank = laid(jnp.zeros((tile, half), kv_smem.dtype), layout, interpret)
+                blank = laid(jnp.zeros((tile, half), kv_smem.dtype), LAYOUT, interpret)
                 held = iota((tile, half), 0, interpret) < left
-                values[...] = jnp.where(held, load(values, layout, interpret), blank)
+                values[...] = jnp.where(held, load(values, LAYOUT, interpret), blank)
                 plgpu.commit_smem()
 
             held = iota((tile, QUERIES), 0, interpret) < left
@@ -79,11 +79,12 @@ def segment_kernel(scale: float, interpret: bool) -> Callable[..., None]:
         def _():
             segment = lax.axis_index("segment")
             plgpu.copy_gmem_to_smem(q_ref.at[part.row], q_smem, q_arrived)
+            part.begin()
             plgpu.barrier_wait(q_arrived)
             carry = (
-                laid(jnp.full((QUERIES,), MASKED, jnp.float32), layout.reduce(0), interpret),
-                laid(jnp.zeros((tile, QUERIES), jnp.float32), layout, interpret),
-                laid(jnp.zeros((half, QUERIES), jnp.float32), layout, interpret),
+                laid(jnp.full((QUERIES,), MASKED, jnp.float32), LAYOUT.reduce(0), interpret),
+                laid(jnp.zeros((tile, QUERIES), jnp.float32), LAYOUT, interpret),
+                laid(jnp.zeros((half, QUERIES), jnp.float32), LAYOUT, interpret),
             )
             maximum, total, output = part.stream(attend, carry)
             max_ref[segment] = maximum

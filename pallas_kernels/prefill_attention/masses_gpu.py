@@ -1,4 +1,4 @@
-"""What observed queries of a prompt chunk give to each key, on the tensor cores of NVIDIA GPUs from Hopper on.
+"""What observed queries of a prompt chunk give to each key, on the tensor cores of NVIDIA Hopper GPUs.
 
 A second pass over the keys, after the softmax over all of them is known: a program takes 64 keys of one head through
 the observed queries.

@@ -1,4 +1,4 @@
-"""Attention of a prompt chunk on the tensor cores of NVIDIA GPUs from Hopper on.
+"""Attention of a prompt chunk on the tensor cores of NVIDIA Hopper GPUs.
 
 A program takes 128 queries of one head through all keys before them: whole tiles from the cached blocks, then the
 cached KVs that fill no tile, then the chunk's own. One warpgroup fetches, two compute 64 queries each. What observed

@@ -1,4 +1,4 @@
-"""Attention over both tiers for NVIDIA GPUs from Hopper on: a kernel a tier, and XLA joins what they give.
+"""Attention over both tiers for NVIDIA Hopper GPUs: a kernel a tier, and XLA joins what they give.
 
 As in ``paged_attention.mosaic_gpu`` the blocks of all rows (a row: one KV head of one sequence) are cut into segments
 of about equal length, one program each. Where significance is asked for the kernels write their logits, and the
@@ -19,7 +19,8 @@ from jax import Array, lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.paged_attention import mosaic_gpu as paged_gpu
-from pallas_kernels.paged_attention.segments_gpu import MASKED, plan_work
+from pallas_kernels.paged_attention.merge_gpu import merge
+from pallas_kernels.paged_attention.segments_gpu import plan_work
 from pallas_kernels.paged_attention.tensor_cores_gpu import QUERIES
 from pallas_kernels.tiered_attention import reference, softmax_gpu
 from pallas_kernels.tiers import BlockLayout
@@ -118,7 +119,7 @@ def check(layout: BlockLayout, group: int, raw: RawKVs | None) -> None:
 
 def join(parts: list[Part]) -> Part:
     """The softmax over the KVs of all of them."""
-    maximum = jnp.maximum(jnp.stack([part.maximum for part in parts]).max(0), MASKED)  # of nothing it is infinite
+    maximum = jnp.stack([part.maximum for part in parts]).max(0)
     totals = [part.total * jnp.exp2(part.maximum - maximum) for part in parts]
     output = sum(part.output * total[..., None] for part, total in zip(parts, totals, strict=True))
     total = jnp.maximum(sum(totals), jnp.finfo(jnp.float32).tiny)
@@ -154,7 +155,7 @@ def _attend(
     rows, group, head_dim = queries.shape
     fmt, max_blocks = tier.format, table.shape[1]
     work = plan_work(lengths, max_blocks * tier.tokens, tier.tokens, max(1, SEGMENT_KVS // tier.tokens))
-    segments = work.row.shape[0]
+    segments = work.table.shape[0]
     lines = jnp.concatenate([work.table, blocks_of.first[work.table[:, :1]]], axis=1)
 
     parts = 1 if queries.dtype == jnp.bfloat16 else 3
@@ -185,8 +186,10 @@ def _attend(
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=LANE, reduction_scratch_bytes=4096),
         interpret=interpret,
     )(split, own.sum(-1), pool, table, lines)
-    merged = paged_gpu.merge(work.row, rows, output.swapaxes(1, 2)[:, :group], maximum[:, :group], total[:, :group])
-    return Part(*merged), logits
+    output, maximum, total = merge(
+        work.end, output, maximum, total, axis=1, layout=softmax_gpu.LAYOUT, interpret=interpret
+    )
+    return Part(output.swapaxes(1, 2)[:, :group], maximum[:, :group], total[:, :group]), logits
 
 
 def _steps_of(kept: list[Array], tier: Segments, blocks_of: Walk, group: int) -> Callable[[Array], Array]:

@@ -105,28 +105,35 @@ class Ring(NamedTuple):
         segment = lax.axis_index("segment")
         return cls(*(work_ref[segment, i] for i in range(5)), *rest)
 
+    def begin(self) -> None:
+        """Starts the copies of the first blocks."""
+        ahead = [self._block(jnp.int32(k)) for k in range(self.words_smem.shape[0])]
+        for k, block in enumerate(ahead):
+            pl.when(k < self.blocks)(lambda k=k, block=block: self._fetch(jnp.int32(k), block))
+
     def stream(self, attend: Callable[[Array, Array, Softmax], Softmax], softmax: Softmax) -> Softmax:
         """``attend(block, slot, softmax)`` over the blocks: which one of the row, and its stage."""
         stages = self.words_smem.shape[0]
-        for k in range(stages):
-            pl.when(k < self.blocks)(lambda k=k: self._fetch(jnp.int32(k)))
 
         def step(k: Array, softmax: Softmax) -> Softmax:
             slot = lax.rem(k, jnp.int32(stages))
+            block = self._block(k + stages)  # looked up while this one is on its way
             plgpu.barrier_wait(self.arrived.at[slot])
             softmax = attend(self.first + k, slot, softmax)
-            pl.when(k + stages < self.blocks)(lambda: self._fetch(k + stages))
+            pl.when(k + stages < self.blocks)(lambda: self._fetch(k + stages, block))
             return softmax
 
         return lax.fori_loop(0, self.blocks, step, softmax)
 
-    def _fetch(self, k: Array) -> None:
-        slot, column = lax.rem(k, jnp.int32(self.words_smem.shape[0])), self.first + k
-        if self.from_right:
-            column = self.table_ref.shape[1] - 1 - column
-        rows = pl.ds(0, self.rows)
-        source = self.pool_ref.at[self.table_ref[self.row, column], rows]
-        plgpu.copy_gmem_to_smem(source, self.words_smem.at[slot, rows], self.arrived.at[slot])
+    def _block(self, k: Array) -> Array:
+        """Where the ``k``-th block lies, and anything where there is none."""
+        last = self.table_ref.shape[1] - 1
+        column = jnp.minimum(self.first + k, last)
+        return self.table_ref[self.row, last - column if self.from_right else column]
+
+    def _fetch(self, k: Array, block: Array) -> None:
+        slot, rows = lax.rem(k, jnp.int32(self.words_smem.shape[0])), pl.ds(0, self.rows)
+        plgpu.copy_gmem_to_smem(self.pool_ref.at[block, rows], self.words_smem.at[slot, rows], self.arrived.at[slot])
 
 
 def segment_kernel(tier: Segments, head_dim: int, parts: int, from_right: bool, interpret: bool) -> Callable[..., None]:
@@ -219,6 +226,7 @@ def segment_kernel(tier: Segments, head_dim: int, parts: int, from_right: bool, 
         def _():
             segment = lax.axis_index("segment")
             plgpu.copy_gmem_to_smem(q_ref.at[part.row], q_smem, q_arrived)
+            part.begin()
             plgpu.barrier_wait(q_arrived)
             by_query = LAYOUT.reduce(0)
             sums = [load(sums_ref.at[part.row, group], by_query, interpret) for group in range(fmt.key_groups)]

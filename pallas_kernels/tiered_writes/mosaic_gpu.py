@@ -1,4 +1,4 @@
-"""Single KVs into quantised blocks, for NVIDIA GPUs from Hopper on: the rows that they have bits in, patched in place.
+"""Single KVs into quantised blocks, for NVIDIA Hopper GPUs: the rows that they have bits in, patched in place.
 
 XLA quantises, and gives the patches. A program takes one KV: no two go to one block.
 """

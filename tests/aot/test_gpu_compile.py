@@ -4,6 +4,9 @@ Compiling shows what an interpreter can't: operands that the copy engine or the 
 memory, and a pool that is copied where it should be updated in place.
 """
 
+import math
+import re
+
 import compile_tpu
 import jax
 import jax.numpy as jnp
@@ -60,6 +63,13 @@ def assert_no_copy(program, pool, *, written):
         assert memory.alias_size_in_bytes >= size
 
 
+def assert_not_copied(program, array):
+    """No instruction copies an array of that size, be it flat or in rows."""
+    copies = re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", program.as_text())
+    sizes = [math.prod(map(int, shape.split(","))) for shape in copies]
+    assert array.size not in sizes
+
+
 def compile_decode(model, size, *, dtype=jnp.bfloat16, observe=(square_mass,)):
     pool, query = pool_of(model, size, dtype), Array((BATCH, model.num_heads, model.head_dim), dtype)
 
@@ -96,11 +106,14 @@ def test_writes(model, length):
 @every_model
 def test_moves(model):
     pool, rows = pool_of(model, 32), model.num_layers * model.num_kv_heads
-    values, marks = (SLOTS // 128, 128), Array((rows, CONTEXT), bool)
+    values, marks = (SLOTS // 128 + 1, 128), Array((rows, CONTEXT), bool)  # no list is as long as the scores
     arguments = pool, Array(values, jnp.float32), Array(values, jnp.int32), Array((rows, CONTEXT // 32), jnp.int32)
     moves = Moves(is_source=marks, is_hole=marks)
     program = compile_for_h200(moves_gpu.move_kvs, *arguments, moves, donate=(0, 1, 2))
     assert_no_copy(program, pool, written=True)
+    assert_not_copied(program, arguments[1])
+    a_list = 4 * marks.size // 2  # the most that can move
+    assert program.memory_analysis().temp_size_in_bytes < 6 * a_list
 
 
 def compile_prefill(model, size, *, observed=32, batch=2, length=512):

@@ -31,7 +31,7 @@ def on(monkeypatch):
         (("cpu",), "xla", 96, 16),
         (("tpu",), "mosaic_tpu", 128, 64),
         (("gpu", "9.0", "NVIDIA H200"), "mosaic_gpu", 128, 16),
-        (("gpu", "10.0", "NVIDIA B200"), "mosaic_gpu", 128, 16),
+        (("gpu", "9.0a", "NVIDIA GH200 480GB"), "mosaic_gpu", 128, 16),
     ],
 )
 def test_each_platform_has_its_own(on, device, implementation, head_dim, block_size):
@@ -46,10 +46,20 @@ def test_heads_wider_than_a_gpus_kernels_take_are_not_padded(on):
     assert [padded_head_dim(n) for n in (16, 64, 80, 128, 192)] == [64, 64, 128, 128, 192]
 
 
-@pytest.mark.parametrize("device", [("gpu", "8.0", "NVIDIA A100"), ("gpu", None, "AMD Instinct MI300X")])
+@pytest.mark.parametrize(
+    "device",
+    [
+        ("gpu", "8.0", "NVIDIA A100"),
+        ("gpu", "10.0", "NVIDIA B200"),
+        ("gpu", "12.0", "NVIDIA GeForce RTX 5090"),
+        ("gpu", "gfx942", "AMD Instinct MI300X"),
+        ("gpu", "gfx90a", "AMD Instinct MI250X"),
+        ("gpu", None, "some other GPU"),
+    ],
+)
 def test_other_gpus_run_the_reference_and_say_so_once(on, device):
     on(*device)
-    with pytest.warns(UserWarning, match=f"{device[2]} is no NVIDIA GPU from Hopper on"):
+    with pytest.warns(UserWarning, match=f"{device[2]} is no NVIDIA Hopper GPU"):
         assert dispatch.choose(None).implementation == "xla"
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -19,8 +19,8 @@ from test_paged_attention import mass, paged, squared_mass
 from pallas_kernels import block_moves, block_writes, paged_attention, prefill_attention
 from pallas_kernels.block_moves import mosaic_gpu as moves_gpu
 from pallas_kernels.block_writes import mosaic_gpu as writes_gpu
+from pallas_kernels.paged_attention import cuda_cores_gpu, merge_gpu, segments_gpu, tensor_cores_gpu
 from pallas_kernels.paged_attention import mosaic_gpu as paged_gpu
-from pallas_kernels.paged_attention import segments_gpu
 from pallas_kernels.prefill_attention import mosaic_gpu as prefill_gpu
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}
@@ -104,12 +104,13 @@ def test_decode_of_empty_heads_alone(run):
 def test_a_long_head_is_cut_into_segments():
     lengths, tile = jnp.array([0, 40_000, 1, 129]), 64
     work = segments_gpu.plan_work(lengths, 65_536, tile)
-    _, first, count, _ = np.asarray(work.table).T
+    row, first, count, _ = np.asarray(work.table).T
     tiles = -(-np.asarray(lengths) // tile)
     for r in range(4):
-        mine = (np.asarray(work.row) == r) & (count > 0)
+        mine = (row == r) & (count > 0)
         assert count[mine].sum() == tiles[r]
         assert (first[mine] == np.cumsum(count[mine]) - count[mine]).all()
+        assert (np.flatnonzero(mine) == np.arange(0 if r == 0 else work.end[r - 1], work.end[r])).all()
     assert count.max() == segments_gpu.MIN_TILES
 
 
@@ -118,6 +119,28 @@ def test_segments_grow_with_what_is_held_so_that_their_number_stays():
     count = np.asarray(work.table)[:, 2]
     assert count.sum() == 64 * -(-100_000 // 64)
     assert segments_gpu.SEGMENTS // 2 < (count > 0).sum() <= segments_gpu.SEGMENTS + 64
+
+
+@pytest.mark.parametrize(("axis", "layout"), [(0, cuda_cores_gpu.LAYOUT), (1, tensor_cores_gpu.LAYOUT)])
+def test_segments_are_joined_by_row(run, axis, layout):
+    rng = np.random.default_rng()
+    end = np.cumsum([0, 1, merge_gpu.TURN, 0, 2 * merge_gpu.TURN + 3, 0])
+    shape = (end[-1] + 2, 8, 64)
+    output, maximum = rng.standard_normal(shape), 30 * rng.standard_normal(shape[:2])
+    total = rng.random(shape[:2]) + 0.5
+    for array in (output, maximum, total):
+        array[end[-1] :] = np.nan  # no program writes there
+    given = np.moveaxis(output, 1, 1 + axis), maximum, total
+    options = {"axis": axis, "layout": layout}
+    got = run(merge_gpu.merge, jnp.asarray(end, jnp.int32), *(jnp.asarray(x, jnp.float32) for x in given), **options)
+    for row, last in enumerate(end):
+        mine = slice(end[row - 1] if row else 0, last)
+        weight = np.exp2(maximum[mine] - maximum[mine].max(0, initial=merge_gpu.MASKED))
+        whole = (total[mine] * weight).sum(0)
+        wanted = (output[mine] * weight[..., None]).sum(0) / np.maximum(whole, 1e-30)[:, None]
+        assert_close(np.moveaxis(got[0][row], axis, 0), wanted, jnp.float32)
+        assert_close(got[1][row], maximum[mine].max(0, initial=merge_gpu.MASKED), jnp.float32)
+        assert_close(got[2][row], whole, jnp.float32)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +174,7 @@ def check_writes(run, *, length, counts, head_dim=64, half=None, size=16, dtype=
 
 
 @in_place
-@pytest.mark.parametrize(("length", "counts"), [(1, [1, 0, 1]), (7, [7, 3]), (32, [32, 17])])
+@pytest.mark.parametrize(("length", "counts"), [(1, [1, 0, 1]), (7, [7, 3]), (19, [2, 19]), (32, [32, 17])])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_writes(run, length, counts, dtype):
     check_writes(run, length=length, counts=counts, dtype=dtype)
