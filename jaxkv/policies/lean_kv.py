@@ -47,6 +47,8 @@ class LeanKV(TierPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.sinks:
+            raise ValueError(f"leankv protects no sinks, got sinks={self.sinks}; leave it out, or take mixed or auto")
         high, low = self.thresholds
         if not 0 <= low <= high:
             raise ValueError(

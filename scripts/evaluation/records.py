@@ -41,7 +41,10 @@ class Journal:
         for line in whole[1:]:
             policy, ratio, task, outcome = json.loads(line)
             self.outcomes[policy, ratio, task][outcome["item"]] = Outcome(**outcome)
-        path.write_bytes(b"".join(line + b"\n" for line in whole or [json.dumps(run).encode()]))
+        if not whole:
+            path.write_text(json.dumps(run) + "\n", encoding="utf-8")
+        elif lines[-1]:
+            os.truncate(path, path.stat().st_size - len(lines[-1]))
 
     def add(self, key: Key, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:

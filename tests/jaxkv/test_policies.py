@@ -207,6 +207,7 @@ def test_names_and_budgets_that_make_no_policy_say_why():
         ("snapkv", {"pool": 4}, "pool must be odd"),
         ("auto", {"compress_every": 8}, "KVzip doesn't rank what is decoded"),
         ("mixed", {"compress_every": 8}, "Mixed doesn't rank what is decoded"),
+        ("leankv", {"sinks": 4}, "leankv protects no sinks, got sinks=4"),
         ("knorm", {"compress_every": 8}, "KNorm doesn't rank what is decoded"),
     ):
         with pytest.raises(ValueError, match=said):
