@@ -56,7 +56,7 @@ def test_ratio_divides_the_full_caches_blocks(tokens, ratio):
     assert kept == least or kept * ratio <= full * (1 + 1e-6)
 
 
-@given(length=st.integers(100, 4096), size=st.integers(0, 10_000_000))
+@given(length=st.integers(100, 4096), size=st.integers(1, 10_000_000))
 def test_max_bytes_holds_at_most_so_many(length, size):
     cache = cache_with(np.full((2, 2), length), length)
     block = 16 * (2 * 16 * 4 + 8)
