@@ -242,11 +242,12 @@ class LLM:
                 dtype=self.cache_dtype,
                 **self._tiers(),
             )
-            most = cache_memory_limit()
+            self._cache = self.engine = None  # it won't serve, and is not to count as memory that is taken
+            most, usual = memory_for_a_cache()
             if self.cache_memory is not None:
                 config = sizes(memory=self.cache_memory)
-            elif (config := sizes()).bytes_with(config.num_blocks) > most:
-                config = sizes(memory=most)
+            elif (config := sizes()).bytes_with(config.num_blocks) > usual:
+                config = sizes(memory=usual)
             if (need := config.bytes_with(config.num_blocks)) > most:
                 raise ValueError(
                     f"a cache of {need} bytes for {rows} sequences of {config.max_context} tokens is more than the "
@@ -288,12 +289,15 @@ def usual_dtype() -> jnp.dtype:
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
-def cache_memory_limit() -> int:
-    """Bytes that a cache may take here: most of what is free on an accelerator, or half of a CPU's memory."""
+def memory_for_a_cache() -> tuple[int, int]:
+    """Bytes that a cache may take here at most, and where nobody says: a part of what an accelerator has left, or of a
+    CPU's memory."""
     used = jax.devices()[0].memory_stats()
     if used is not None and "bytes_limit" in used:
-        return (used["bytes_limit"] - used["bytes_in_use"]) * 9 // 10
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        free = used["bytes_limit"] - used["bytes_in_use"]
+        return free, free * 9 // 10
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return memory, memory // 2
 
 
 def _compiles_stacked_layers_well() -> bool:
