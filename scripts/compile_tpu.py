@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from targets import DEVICES, GIB, TPUS, compile_for_tpu, copies_of, sizes, why_not
+from targets import DEVICES, GIB, TPUS, abstract_cache, compile_for_tpu, copies_of, sizes, why_not
 
-from jaxkv.cache import CacheConfig, PagedCache, init_cache
+from jaxkv.cache import PagedCache
 from jaxkv.generation import compress, decode_step
 from jaxkv.policies import KVCompress, LeanKV, Policy, Ratio, TierPolicy
 from models import Llama, LlamaConfig, stack_layers
@@ -169,7 +169,7 @@ def whole_steps(model: LlamaConfig, chip: str) -> Iterator[Program]:
         return decode_step(nnx.merge(graph, weights), cache, tokens, active, policy)
 
     for name, policy in (("", POLICY), (", LeanKV", TIER_POLICY)):
-        config = CacheConfig.for_model(
+        cache = abstract_cache(
             model,
             batch=BATCH,
             max_context=CONTEXT,
@@ -179,7 +179,6 @@ def whole_steps(model: LlamaConfig, chip: str) -> Iterator[Program]:
             layout=tier_layout(policy, model.head_dim) if isinstance(policy, TierPolicy) else None,
             prompts=1,
         )
-        cache = jax.eval_shape(lambda config=config: init_cache(config))
         pool = cache.pool if cache.tiers is None else cache.tiers.pool
         yield Program(f"decode step{name}", partial(step, policy=policy), (cache, weights, *row), pool, (0,))
         yield Program(f"compression{name}", partial(compress, policy=policy), (cache,), pool, (0,))

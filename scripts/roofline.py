@@ -15,9 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from targets import DEVICES, Device, compile_for_tpu, sizes, why_not
+from targets import DEVICES, Device, abstract_cache, compile_for_tpu, sizes, why_not
 
-from jaxkv.cache import CacheConfig, init_cache
 from jaxkv.generation import decode_step
 from models import Llama, LlamaConfig
 from models.shapes import SHAPES
@@ -147,15 +146,14 @@ def compiled_flops(chip: str, model: LlamaConfig, batch: int, context: int) -> t
 
     def compile(layers: int) -> tuple[float, int]:
         small = replace(model, num_layers=layers)
-        config = CacheConfig.for_model(
-            small, batch=batch, max_context=context, block_size=BLOCK_SIZE, num_blocks=4096, dtype=jnp.bfloat16
-        )
         graph, weights = nnx.split(nnx.eval_shape(lambda: Llama(small, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))
 
         def step(cache: Any, weights: Any, tokens: jax.Array, active: jax.Array) -> Any:
             return decode_step(nnx.merge(graph, weights), cache, tokens, active)
 
-        cache = jax.eval_shape(lambda: init_cache(config))
+        cache = abstract_cache(
+            small, batch=batch, max_context=context, block_size=BLOCK_SIZE, num_blocks=4096, dtype=jnp.bfloat16
+        )
         row = (jax.ShapeDtypeStruct((batch,), dtype) for dtype in (jnp.int32, jnp.bool_))
         compiled = compile_for_tpu(chip, step, cache, weights, *row, donate=(0,))
         return compiled.cost_analysis()["flops"], sizes(compiled)["temporary"]

@@ -24,6 +24,8 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from jaxkv.cache import CacheConfig, PagedCache, init_cache
+from models import LlamaConfig
 from pallas_kernels import use_implementation
 
 GIB = 2**30
@@ -64,6 +66,13 @@ def why_not(chip: str) -> str | None:
     if chip == "v7x" and jax.__version_info__ < (0, 11):
         return f"v7x needs jax 0.11, this is {jax.__version__}"
     return None
+
+
+def abstract_cache(model: LlamaConfig, **sizes: Any) -> PagedCache:
+    """Shapes and dtypes of a cache as a TPU keeps it; ``sizes`` as ``CacheConfig.for_model`` takes them."""
+    with use_implementation("mosaic_tpu"):
+        config = CacheConfig.for_model(model, **sizes)
+        return jax.eval_shape(lambda: init_cache(config))
 
 
 def compile_for_tpu(chip: str, function: Callable[..., Any], *args: Any, donate: tuple[int, ...] = ()) -> Any:

@@ -154,7 +154,7 @@ def test_some_tasks_alone():
     [
         (("--policies", "snapvk"), "no policy is named 'snapvk'"),
         (("--policies", "kvzip:power=many"), "'many' is neither a number nor one of l1, "),
-        (("--policies", "kvzip:strength=2"), "policy kvzip: "),
+        (("--policies", "kvzip:strength=2"), "policy kvzip has no strength"),
         (("--policies", "mixed:high=K3V4"), "key_bits must be one of"),
         (("--ratios", "4,x"), "numbers above 1"),
         (("--ratios", "1"), "numbers above 1"),
