@@ -275,6 +275,15 @@ def test_a_torn_last_line_is_cut_off_and_done_again(tmp_path, keep, capsys):
     assert f"cut off the {len(last[:keep])} bytes" in capsys.readouterr().err
 
 
+def test_zeros_that_a_lost_record_left_are_cut_off(tmp_path):
+    source, output = many(tmp_path, 3), tmp_path / "out.jsonl"
+    assert run_job(source, output) == 0
+    whole = output.read_bytes()
+    output.write_bytes(whole + bytes(500))
+    assert run_job(source, output) == 0
+    assert output.read_bytes() == whole
+
+
 def test_the_output_of_another_job_is_refused_and_left_as_it_is(tmp_path):
     source, output = many(tmp_path, 4), tmp_path / "out.jsonl"
     run_job(put(tmp_path / "other.jsonl", *({"id": f"z{i}", "prompt": "x"} for i in range(3))), output)

@@ -112,6 +112,8 @@ def test_bad_input_is_named(capsys, tmp_path):
         ((*model, "--prompt", "x", "--system", "y"), "--system needs --chat"),
         ((*model, "--prompt", "x", "--max-tokens", 0), "max_tokens must be at least 1"),
         ((*model, "--prompt", "x", "--plot", tmp_path / "no" / "p.png"), "is not a directory"),
+        ((*model, "--prompt", "x", "--plot", tmp_path / "p.xyz"), "its name must end in one of "),
+        ((*model, "--prompt", "x", "--ratio", "inf"), "ratio must be at least 1"),
     ]
     for arguments, message in cases:
         code, out = run(capsys, *arguments)

@@ -223,5 +223,7 @@ def test_a_conversation_that_the_template_can_not_take_is_refused(tmp_path, smol
         replace(smollm2, chat_template=None).chat([{"role": "user", "content": "x"}])
     with pytest.raises(CheckpointError, match="only two"):
         replace(smollm2, chat_template="{{ raise_exception('only two') }}").chat([{"role": "user", "content": "x"}])
+    with pytest.raises(CheckpointError, match="can't take this conversation: division by zero"):
+        replace(smollm2, chat_template="{{ 1 / 0 }}").chat([{"role": "user", "content": "x"}])
     with pytest.raises(ValueError, match="message 0 needs a 'role' and a 'content'"):
         smollm2.chat([{"text": "x"}])
