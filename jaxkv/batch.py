@@ -155,9 +155,9 @@ class BatchJob:
           ValueError: the output belongs to another input, or to other settings.
         """
         for line, done in self.output.done.items():
-            then = self.settings if done.settings is None else done.settings
-            if other := [name for name in {**then, **self.settings} if then.get(name) != self.settings.get(name)]:
-                now, before = (json.dumps({n: s[n] for n in other if n in s}) for s in (self.settings, then))
+            if done.settings not in (None, self.settings):
+                other = [n for n in {**done.settings, **self.settings} if done.settings.get(n) != self.settings.get(n)]
+                now, before = (json.dumps({n: s[n] for n in other if n in s}) for s in (self.settings, done.settings))
                 raise ValueError(
                     f"{self.output.path} was written with other settings: line {line} with {before}, not {now}; go on "
                     "with those, or give another --output"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxkv.policies.registry import SETTINGS, policy_from
-from jaxkv.requests import SamplingParams
+from jaxkv.requests import SamplingParams, check_unicode
 
 Id = str | int | float
 
@@ -201,10 +201,9 @@ def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise LineError(f"{where} must be a text, got {_shown(value)}")
     try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        lone = value[error.start]
-        raise LineError(f"{where} must be Unicode text, got half a surrogate pair {lone!a}") from None
+        check_unicode(value, where)
+    except ValueError as error:
+        raise LineError(str(error)) from None
     return value
 
 

@@ -19,7 +19,7 @@ from jaxkv.answers import Answer
 from jaxkv.cache import CacheConfig, PagedCache, init_cache
 from jaxkv.engine import Engine
 from jaxkv.policies import Policy, TierPolicy
-from jaxkv.requests import Completion, Event, Finished, Refused, Request, SamplingParams, TextMade
+from jaxkv.requests import Completion, Event, Finished, Refused, Request, SamplingParams, TextMade, check_unicode
 from jaxkv.steps import CompiledSteps
 from models import Llama, Tokenizer, load_model, load_tokenizer, resolve, stack_layers
 from pallas_kernels import default_block_size
@@ -213,11 +213,7 @@ class LLM:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("this LLM has no tokenizer; give prompts as token ids")
-            try:
-                prompt.encode("utf-8")
-            except UnicodeEncodeError as error:
-                lone = prompt[error.start]
-                raise ValueError(f"the prompt must be Unicode text, got half a surrogate pair {lone!a}") from None
+            check_unicode(prompt, "the prompt")
             prompt = self.tokenizer.encode(prompt)
         ids = np.asarray(prompt)
         if ids.ndim != 1 or ids.dtype == object:
@@ -268,7 +264,7 @@ class LLM:
     def _ends(self) -> tuple[int, ...]:
         """Tokens that end an answer."""
         known = {*self.model.config.eos_token_ids, *(self.tokenizer.eos_ids if self.tokenizer is not None else ())}
-        return tuple(sorted(known & set(range(self.model.config.vocab_size))))  # some files say -1 for none
+        return tuple(sorted(i for i in known if 0 <= i < self.model.config.vocab_size))  # some files say -1 for none
 
 
 def _of_prompt(error: object, index: int, prompts: int) -> ValueError:

@@ -84,14 +84,12 @@ class PromptState:
     """``f32[layers, batch, heads, capacity]``: observed attention on each KV so far; no KVs wide without a policy."""
     end: Array
     """``i32[batch]``: position after the prompt's last token."""
-    observed: Array
-    """``i32[batch]``: how many of the prompt's queries the policy observes; all, without a policy."""
+    lengths: Array
+    """``i32[batch]``: tokens of this prompt."""
     hidden: Array
     """``[batch, hidden]`` of the last token read."""
     granted: Array
     """``bool[]``: all chunks so far found room. What comes after one that did not is read no more."""
-    reads: Array
-    """``bool[batch]``: sequences that this prompt adds to."""
     queries: QueryMoments | None = None
     """Of this prompt's queries so far, where a policy expects others like them."""
     fresh: bool = field(default=False, metadata={"static": True})
@@ -104,15 +102,13 @@ def start_prompt(
     """Before the first chunk of prompts of ``i32[batch]`` lengths; ``fresh`` where the sequences hold nothing."""
     layers, batch, _ = cache.lengths.shape
     width = cache.capacity if observes_prompt(policy) else 0
-    window = None if policy is None else policy.observed_queries
     return PromptState(
         cache=cache,
         mass=jnp.zeros((layers, batch, model.config.num_heads, width)),
         end=cache.num_tokens + lengths,
-        observed=jnp.minimum(lengths, lengths if window is None else window),
+        lengths=lengths,
         hidden=jnp.zeros((batch, model.config.hidden_size)),
         granted=jnp.bool_(True),
-        reads=lengths > 0,
         queries=QueryMoments.none(model.config, batch) if policy is not None and policy.expected_queries else None,
         fresh=fresh,
     )
@@ -127,14 +123,13 @@ def prefill_chunk(model: Llama, state: PromptState, tokens: Array, counts: Array
     """Reads one chunk, ``i32[batch, chunk]``, of which the first ``i32[batch]`` counts are real."""
     cache, chunk, end = state.cache, tokens.shape[1], state.end
     place = jnp.arange(chunk)
-    counts = jnp.where(state.granted, counts, 0)
     positions = cache.num_tokens[:, None] + place
     starts = cache.lengths
-    within = jnp.bool_(True)  # of what is unquantised alone the table row is the bound
-    if cache.tiers is not None and not state.fresh:
-        within = tiering.within_capacity(cache, tiering.total(cache) + counts[None, :, None], counts > 0)
-    cache, granted = allocator.grow(cache, starts + jnp.where(within, counts, 0)[None, :, None], most=chunk)
-    granted &= within
+    granted = state.granted
+    if cache.tiers is not None and not state.fresh:  # of what is unquantised alone the table row is the bound
+        granted &= tiering.within_capacity(cache, tiering.total(cache) + counts[None, :, None], counts > 0)
+    cache, found = allocator.grow(cache, starts + jnp.where(granted, counts, 0)[None, :, None], most=chunk)
+    granted &= found
     counts = jnp.where(granted, counts, 0)
     cache = stamp_slots(cache, starts, positions, counts)
 
@@ -162,16 +157,13 @@ def prefill_chunk(model: Llama, state: PromptState, tokens: Array, counts: Array
 
     (pool, mass, queries), hidden = model(tokens, positions, attend, (cache.pool, state.mass, state.queries))
     last = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
-    return PromptState(
+    return replace(
+        state,
         cache=replace(cache, pool=pool, num_tokens=cache.num_tokens + counts),
         mass=mass,
-        end=end,
-        observed=state.observed,
         hidden=jnp.where((counts > 0)[:, None], last, state.hidden),
-        granted=state.granted & granted,
-        reads=state.reads,
+        granted=granted,
         queries=None if queries is None else queries.plus(typical),
-        fresh=state.fresh,
     )
 
 
@@ -275,16 +267,17 @@ def score_prompt(state: PromptState, policy: Policy | None) -> PagedCache:
     if policy.reads_kvs:
         scores = lax.map(lambda layer: policy.of_kvs(scores[layer], *kvs(layer), held[layer]), each)
     scores = jnp.where(held, scores, 0.0)
-    adds = policy.observed_queries is ALL_QUERIES or policy.rereads
+    window = policy.observed_queries
+    adds = window is ALL_QUERIES or policy.rereads
     if where is not None:
         scores, since = scores + where.scores if adds else scores, where.positions
-        if not adds:
-            scores = policy.of_fewer(scores, since, cache.num_tokens, state.observed)
+        if window is not None and not adds:
+            scores = policy.of_fewer(scores, since, cache.num_tokens, jnp.minimum(state.lengths, window))
             since = policy.since(since, cache.num_tokens)
-        reads = state.reads[:, None, None]
+        reads = state.lengths[:, None, None] > 0
         scores, since = jnp.where(reads, scores, where.scores), jnp.where(reads, since, where.positions)
         return tiering.put_scores(cache, scores, since)
-    table = cache.block_table, jnp.where(state.reads[:, None], cache.lengths, 0)
+    table = cache.block_table, jnp.where(state.lengths[:, None] > 0, cache.lengths, 0)
     if adds:
         scores += in_table_order(cache.scores, *table, cache.block_size)
     return replace(cache, scores=to_slots(cache.scores, *table, scores))

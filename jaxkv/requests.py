@@ -59,6 +59,15 @@ class SamplingParams:
         check(all(isinstance(s, str) and s for s in self.stop), "stop", "texts, none of them empty")
 
 
+def check_unicode(text: str, name: str) -> None:
+    """Raises ValueError for a text that no tokenizer can take."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        lone = text[error.start]
+        raise ValueError(f"{name} must be Unicode text, got half a surrogate pair {lone!a}") from None
+
+
 def sampler_for(params: Sequence[SamplingParams]) -> Sampler:
     """One sampler for a batch, row by row; the cheap one where all rows are greedy."""
     if all(p.temperature == 0 for p in params):

@@ -132,12 +132,12 @@ def decode_step(
 
 
 def _unquantised_step(
-    model: Llama, cache: PagedCache, tokens: Array, active: Array, within: Array
+    model: Llama, cache: PagedCache, tokens: Array, active: Array, ready: Array
 ) -> tuple[PagedCache, Array]:
     """The new token is cached unquantised; scores stay as they are."""
     starts, positions = cache.lengths, cache.num_tokens[:, None]
-    cache, granted = allocator.grow(cache, starts + (active & within)[None, :, None], most=1)
-    granted &= within
+    cache, granted = allocator.grow(cache, starts + (active & ready)[None, :, None], most=1)
+    granted &= ready
     counts = (active & granted).astype(jnp.int32)
     cache = stamp_slots(cache, starts, positions, counts)
     lengths = jnp.where(counts[None, :, None] > 0, cache.lengths, 0)

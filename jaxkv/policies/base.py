@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING
 
 from jax import Array
 
-from jaxkv.policies.budget import Budget
+from jaxkv.policies.budget import MOST, Budget
 from jaxkv.shares import Global, Shares
 
 if TYPE_CHECKING:
     from jaxkv.cache import CacheConfig
     from models import LlamaConfig
 
-MANY = 2**31
-"""Tokens: more than an ``i32`` counts."""
 ALL_QUERIES = None
 """Value of ``observed_queries``: every query of the prompt."""
 
@@ -45,7 +43,7 @@ class Policy:
         if self.compress_every is not None and self.compress_every < 1:
             raise ValueError(f"compress_every must be at least 1 token, got {self.compress_every}")
         for name in ("protected_window", "sinks", "compress_every", "window"):
-            if (getattr(self, name, None) or 0) >= MANY:
+            if (getattr(self, name, None) or 0) > MOST:
                 raise ValueError(f"{name} must be below 2**31, got {getattr(self, name)}")
         if self.compress_every is not None and not self.ranks_decoded:
             raise ValueError(

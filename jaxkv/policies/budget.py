@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 MOST = 2**31 - 1
-"""Blocks: what an ``i32`` counts."""
+"""Blocks, or tokens: what an ``i32`` counts."""
 
 
 class Budget(ABC):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxkv.policies.base import Policy
-from jaxkv.policies.budget import Budget
+from jaxkv.policies.budget import MOST, Budget
 from jaxkv.tiering import Held
 from jaxkv.tiers import Tiers
 from pallas_kernels.dispatch import block_tile
@@ -66,7 +66,7 @@ def most_blocks(budget: Budget, held: Held, tiers: Tiers, unquantised: Array | N
         blocks = jnp.floor((budget.most_bytes(held.whole, full)[0] - tables - taken) / size)
     else:  # in whole numbers: float32 may round a block up
         whole, rest = divmod(fixed - tables, size)
-        blocks = max(min(whole, jnp.iinfo(jnp.int32).max), -heads) + (rest - taken) // size
+        blocks = max(min(whole, MOST), -heads) + (rest - taken) // size
     return jnp.clip(blocks, heads, heads * width).astype(jnp.int32)
 
 
