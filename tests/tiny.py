@@ -24,22 +24,22 @@ CONFIG = LlamaConfig(
 )
 
 
-def _random_model() -> Llama:
+def random_model(config: LlamaConfig = CONFIG, dtype=jnp.float32) -> Llama:
     """Weights large enough that attention is far from uniform, in some heads more than in others."""
-    llama = Llama(CONFIG, rngs=nnx.Rngs(0))
+    llama = Llama(config, rngs=nnx.Rngs(0), dtype=dtype)
     graph, weights = nnx.split(llama)
     rng = np.random.default_rng(7)
 
     def weight(leaf):
         if leaf.ndim == 1:
-            return jnp.asarray(1 + 0.1 * rng.standard_normal(leaf.shape), jnp.float32)
+            return jnp.asarray(1 + 0.1 * rng.standard_normal(leaf.shape), leaf.dtype)
         sharpness = rng.uniform(1.0, 3.0, leaf.shape[-1] // 16).repeat(16) if leaf.shape[-1] % 16 == 0 else 1.0
-        return jnp.asarray(rng.standard_normal(leaf.shape) * sharpness / np.sqrt(leaf.shape[0]), jnp.float32)
+        return jnp.asarray(rng.standard_normal(leaf.shape) * sharpness / np.sqrt(leaf.shape[0]), leaf.dtype)
 
     return nnx.merge(graph, nnx.map_state(lambda path, leaf: leaf.replace(weight(leaf[...])), weights))
 
 
-MODEL = _random_model()
+MODEL = random_model()
 
 
 def empty_cache(*, batch=1, max_context=256, **sizes) -> PagedCache:

@@ -1,4 +1,7 @@
-"""GPU kernels in the interpreter against the XLA references, which are tested against float64 elsewhere.
+"""GPU kernels against the XLA references, which are tested against float64 elsewhere: in the interpreter, or on a GPU.
+
+``JAX_PLATFORMS=cuda pytest tests/pallas_kernels/test_gpu_kernels.py tests/pallas_kernels/test_gpu_tiers.py`` runs them
+on the Hopper GPU that is there.
 
 Kernels that write in place need jax 0.11. The prefill kernel's three warpgroups wait for each other, and the
 interpreter gives each a thread of XLA's pool, which has one a core: its tests run in a process with a larger pool.
@@ -26,13 +29,19 @@ from pallas_kernels.prefill_attention import mosaic_gpu as prefill_gpu
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}
 SKEWED = np.array([[300, 0, 1], [2, 65, 16]])
 """One head long, the others nearly or quite empty; ends within and at the end of a block and of a tile."""
+ON_GPU = jax.default_backend() == "gpu"
 in_place = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="kernels that write in place need jax 0.11")
-with_threads = pytest.mark.skipif("NPROC" not in os.environ, reason="run by test_prefill_where_xla_has_threads")
+with_threads = pytest.mark.skipif(
+    not ON_GPU and "NPROC" not in os.environ, reason="run by test_prefill_where_xla_has_threads"
+)
 
 
 @pytest.fixture
 def run():
-    """Runs a kernel in the interpreter with scratch full of NaN, and fails where two accesses race."""
+    """Runs a kernel in the interpreter with scratch full of NaN, and fails where two accesses race; or on a GPU."""
+
+    def on_gpu(kernel, *arguments, detect_races=True, **options):
+        return jax.block_until_ready(kernel(*arguments, interpret=False, **options))
 
     def interpret(kernel, *arguments, detect_races=True, **options):
         params = InterpretGPUParams(detect_races=detect_races, uninitialized_memory="nan")
@@ -40,6 +49,10 @@ def run():
         assert not (detect_races and interpret_pallas_call.get_races().races_found)
         return results
 
+    if ON_GPU:
+        with jax.default_matmul_precision("highest"):  # also of the references: else they multiply in tf32
+            yield on_gpu
+        return
     yield interpret
     interpret_pallas_call.reset_gpu_interpret_mode_state()
 
@@ -226,7 +239,8 @@ def test_jax_that_would_copy_the_pool_is_told_what_to_upgrade():
         moves_gpu.move_kvs(pool, values, values, ids, block_moves.Moves(is_source=none, is_hole=none))
 
 
-def check_prefill(run, *, cached, length, group=2, head_dim=64, half=None, size=16, dtype=jnp.float32, buffer=0):
+def check_prefill(run, *, cached, length, group=2, head_dim=64, half=None, size=16, dtype=None, buffer=0):
+    dtype = dtype or (jnp.bfloat16 if ON_GPU else jnp.float32)  # float32 is the interpreter's alone
     rng = np.random.default_rng(length + head_dim)
     pool, table = pool_of(rng, cached, head_dim=head_dim, half=half, size=size, dtype=dtype)
     batch, kv_heads = cached.shape
@@ -273,7 +287,7 @@ def test_prefill_of_a_padded_head(run):
     check_prefill(run, cached=np.array([[0, 130]]), length=9, head_dim=96, half=128, size=128, group=1)
 
 
-@pytest.mark.skipif("NPROC" in os.environ, reason="this is the process with more threads")
+@pytest.mark.skipif(ON_GPU or "NPROC" in os.environ, reason="this is the process with more threads")
 def test_prefill_where_xla_has_threads():
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "test_prefill", __file__]
     done = subprocess.run(command, env={**os.environ, "NPROC": "16"}, capture_output=True, text=True, timeout=300)
