@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxkv.admission import refusal
-from jaxkv.answers import Answer
-from jaxkv.cache import CacheConfig, PagedCache, init_cache
-from jaxkv.engine import Engine
+from jaxkv.cache.state import CacheConfig, PagedCache, init_cache
+from jaxkv.engine.engine import Engine
+from jaxkv.engine.programs import CompiledSteps
+from jaxkv.engine.scheduler import refusal
+from jaxkv.engine.sequence import Answer
 from jaxkv.policies import Policy, TierPolicy
 from jaxkv.requests import Completion, Event, Finished, Refused, Request, SamplingParams, TextMade, check_unicode
-from jaxkv.steps import CompiledSteps
 from models import Llama, Tokenizer, load_model, load_tokenizer, resolve, stack_layers
 from pallas_kernels import default_block_size
 

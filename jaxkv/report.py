@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from jaxkv.cache_stats import CacheStats
+from jaxkv.cache.stats import CacheStats
 from jaxkv.requests import Completion
 
 

@@ -10,9 +10,9 @@ from typing import Literal
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.cache_stats import CacheStats
+from jaxkv.cache.stats import CacheStats
+from jaxkv.generation.sampling import Greedy, Random, Sampler
 from jaxkv.policies import Policy
-from jaxkv.sampling import Greedy, Random, Sampler
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv import CacheConfig, Greedy, KVCompress, Policy, Ratio, init_cache
-from jaxkv.cli import keep_compiled_programs
-from jaxkv.prompt import CHUNK
-from jaxkv.steps import CompiledSteps
+from jaxkv.cli.main import keep_compiled_programs
+from jaxkv.engine.programs import CompiledSteps
+from jaxkv.generation.prefill import CHUNK
 from models import Llama, load_model, load_tokenizer, resolve
 
 TEXT = Path(__file__).parent / "data" / "emma-chapters-1-10.txt"

@@ -19,8 +19,8 @@ import numpy as np
 from flax import nnx
 
 from jaxkv import LLM, CacheConfig, KVCompress, Policy, Ratio, compress, decode, init_cache, prefill
-from jaxkv.cache import PagedCache
-from jaxkv.sampling import Forced, Greedy
+from jaxkv.cache.state import PagedCache
+from jaxkv.generation.sampling import Forced, Greedy
 
 TEXT = Path(__file__).parent / "data" / "emma-chapters-1-10.txt"
 TOLD = 64

@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from jaxkv import CacheConfig, KVCompress, PagedCache, Ratio, compress, decode, init_cache, prefill, stats
-from jaxkv.cache import put_sequences, take_sequences
+from jaxkv.cache.state import put_sequences, take_sequences
 from models import Llama, LlamaConfig, stack_layers
 from models.shapes import SHAPES
 

@@ -23,10 +23,10 @@ import numpy as np
 from flax import nnx
 
 from jaxkv import LLM, CacheConfig, LeanKV, PagedCache, Ratio, decode_step, init_cache, stats
-from jaxkv.generation import compress
-from jaxkv.prompt import finish_prompt, look_ahead, prefill_chunk, start_prompt
-from jaxkv.tier_steps import compact
-from jaxkv.tiers import TierConfig, init_tiers
+from jaxkv.cache.quantised import TierConfig, init_tiers
+from jaxkv.generation.decode import compress
+from jaxkv.generation.passes import compact
+from jaxkv.generation.prefill import finish_prompt, look_ahead, prefill_chunk, start_prompt
 from models import Llama
 from pallas_kernels.tiers import Format
 

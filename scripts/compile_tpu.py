@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from flax import nnx
 from targets import DEVICES, GIB, TPUS, abstract_cache, compile_for_tpu, copies_of, sizes, why_not
 
-from jaxkv.cache import PagedCache
-from jaxkv.generation import compress, decode_step
+from jaxkv.cache.state import PagedCache
+from jaxkv.generation.decode import compress, decode_step
 from jaxkv.policies import KVCompress, LeanKV, Policy, Ratio, TierPolicy
 from models import Llama, LlamaConfig, stack_layers
 from models.shapes import SHAPES

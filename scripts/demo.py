@@ -7,8 +7,8 @@ import textwrap
 from pathlib import Path
 
 from jaxkv import LLM, Completion, KVCompress, Ratio, SamplingParams
-from jaxkv.cli import answer, keep_compiled_programs
-from jaxkv.plot import head_map
+from jaxkv.cli.main import answer, keep_compiled_programs
+from jaxkv.cli.plot import head_map
 from jaxkv.report import megabytes, rate
 
 DATA = Path(__file__).parent / "data"

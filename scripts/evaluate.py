@@ -31,10 +31,10 @@ from evaluation.writing import Writer
 from tqdm import tqdm
 
 from jaxkv import Policy, Ratio
-from jaxkv.cli import keep_compiled_programs
+from jaxkv.cli.main import keep_compiled_programs
+from jaxkv.compression.shares import Global, PerHead, PerLayer
 from jaxkv.policies import make_policy
 from jaxkv.policies.kv_compress import l1, l2
-from jaxkv.shares import Global, PerHead, PerLayer
 from models import load_model, load_tokenizer, resolve
 
 POLICIES = "none,kv-compress,snapkv,auto"

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from targets import DEVICES, Device, abstract_cache, compile_for_tpu, sizes, why_not
 
-from jaxkv.generation import decode_step
+from jaxkv.generation.decode import decode_step
 from models import Llama, LlamaConfig
 from models.shapes import SHAPES
 from pallas_kernels.tiers import BlockLayout, Format

@@ -21,7 +21,7 @@ if python="$(find_python 3.12)"; then
     second="$first-312"
     ensure_venv "$second" "$python" "test" "jax==0.11.2" "jaxlib==0.11.2"
     ensure_compilers "$second" 0.11.2 0.0.48.1
-    kernels_and_core=(tests/pallas_kernels tests/aot tests/jaxkv)
+    kernels_and_core=(tests/kernels tests/aot tests/cache tests/compression tests/policies tests/generation tests/engine)
     [[ "$*" != *tests/* ]] || kernels_and_core=()
     "$second/bin/python" -m pytest -n 2 --dist worksteal -m "not slow and not once" "${kernels_and_core[@]}" "$@"
     ran="${ran:+$ran, }Python 3.12 with jax 0.11.2"

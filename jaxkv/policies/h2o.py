@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from jaxkv.policies.base import ALL_QUERIES, Policy
-from jaxkv.shares import PerHead, Shares
+from jaxkv.compression.policy import ALL_QUERIES, Policy
+from jaxkv.compression.shares import PerHead, Shares
 
 
 @dataclass(frozen=True, kw_only=True)

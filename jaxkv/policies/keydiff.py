@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jax import Array
 
-from jaxkv.policies.base import Policy
-from jaxkv.shares import PerHead, Shares
+from jaxkv.compression.policy import Policy
+from jaxkv.compression.shares import PerHead, Shares
 
 
 @dataclass(frozen=True, kw_only=True)

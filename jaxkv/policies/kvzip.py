@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jax import Array
 
-from jaxkv.policies.base import Policy
+from jaxkv.compression.policy import Policy
 
 
 @dataclass(frozen=True, kw_only=True)

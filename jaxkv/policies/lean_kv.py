@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxkv.policies.budget import Budget, Unlimited
+from jaxkv.cache.moves import GONE, RAW, Held
+from jaxkv.cache.quantised import HIGH, LOW, Tiers, num_blocks
+from jaxkv.compression.budget import Budget, Unlimited
+from jaxkv.compression.placement import Goal, Step, TierPolicy, most_blocks, with_formats
 from jaxkv.policies.calibrated import GENERAL, Thresholds, thresholds_for
-from jaxkv.policies.tiered import Goal, Step, TierPolicy, most_blocks, with_formats
-from jaxkv.tiering import GONE, RAW, Held
-from jaxkv.tiers import HIGH, LOW, Tiers, num_blocks
 from pallas_kernels.tiered_attention import Significance
 
 if TYPE_CHECKING:

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 import jax.numpy as jnp
 from jax import Array
 
-from jaxkv.eviction import KEPT, sort_keys, take_cheapest
-from jaxkv.policies.base import Policy
-from jaxkv.policies.budget import Budget
-from jaxkv.policies.tiered import Goal, TierPolicy, most_blocks, with_formats
-from jaxkv.tiering import GONE, RAW, Held
-from jaxkv.tiers import HIGH, LOW, Tiers
+from jaxkv.cache.moves import GONE, RAW, Held
+from jaxkv.cache.quantised import HIGH, LOW, Tiers
+from jaxkv.compression.budget import Budget
+from jaxkv.compression.placement import Goal, TierPolicy, most_blocks, with_formats
+from jaxkv.compression.policy import Policy
+from jaxkv.compression.ranking import KEPT, sort_keys, take_cheapest
 
 TIER_SETTINGS = ("high", "low", "block_tokens", "high_share", "unquantised_window")
 

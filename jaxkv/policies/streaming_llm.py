@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from jax import Array
 
-from jaxkv.policies.base import Policy
-from jaxkv.shares import PerHead, Shares
+from jaxkv.compression.policy import Policy
+from jaxkv.compression.shares import PerHead, Shares
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,17 @@ from jax import Array
 
 from evaluation.tasks import Item
 from jaxkv import CacheConfig, PagedCache, Policy, Ratio, init_cache, stats
-from jaxkv.generation import compress
+from jaxkv.generation.decode import compress
+from jaxkv.generation.prefill import (
+    CHUNK,
+    PromptState,
+    finish_prompt,
+    look_ahead,
+    prefill_chunk,
+    reread_chunk,
+    start_prompt,
+)
 from jaxkv.policies import TierPolicy
-from jaxkv.prompt import CHUNK, PromptState, finish_prompt, look_ahead, prefill_chunk, reread_chunk, start_prompt
 from models import Llama
 
 ROWS = 8  # questions that are read together

@@ -16,9 +16,9 @@ from evaluation.metrics import score
 from evaluation.scoring import NEVER, Outcome, Runner
 from evaluation.tasks import Item, TaskSet, Written
 from jaxkv import PagedCache, stats
-from jaxkv.generation import decode
+from jaxkv.generation.decode import decode
+from jaxkv.generation.prefill import PromptState, start_prompt
 from jaxkv.policies import TierPolicy, Unlimited
-from jaxkv.prompt import PromptState, start_prompt
 from models import Llama, Tokenizer
 
 KEEPS = TierPolicy(budget=Unlimited())

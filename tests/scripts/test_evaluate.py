@@ -13,8 +13,8 @@ from evaluation.suite import generate
 from evaluation.tasks import Item, Task, TaskSet, read_tasks
 
 from jaxkv import Ratio
+from jaxkv.compression.shares import Global
 from jaxkv.policies import KNorm, KVzip
-from jaxkv.shares import Global
 
 CONTEXTS = {"a": tuple(tiny.prompt(400, 1).tolist()), "b": tuple(tiny.prompt(333, 2).tolist())}
 RUNNER = Runner(tiny.MODEL, 512)

@@ -1,0 +1,3 @@
+"""A file of prompts in, a file of answers out, whatever happens between."""
+
+from jaxkv.batch.job import BatchJob as BatchJob

@@ -1,0 +1,236 @@
+"""``python -m jaxkv batch``: a file of requests, answered so that a killed job goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from jaxkv.batch.lines import Broken, Id, Job, digest, input_lines, read_line
+from jaxkv.batch.progress import Progress
+from jaxkv.batch.records import Done, OutputFile
+from jaxkv.report import rate
+from jaxkv.requests import Completion, Event, Finished, Refused, SamplingParams
+
+
+class Model(Protocol):
+    """What a job needs of an ``LLM``."""
+
+    def run(
+        self, jobs: Iterable[tuple[str | Sequence[int], SamplingParams]], *, max_context: int | None = None
+    ) -> Iterator[Event]: ...
+
+    def chat_prompt(self, messages: Sequence[dict[str, str]]) -> str: ...
+
+
+class BatchJob:
+    """An input and its output, checked and locked; a context manager.
+
+    Args:
+      source: the input; read line by line, twice.
+      params: what a line doesn't say.
+      settings: by name, what else the answers depend on; every record has it.
+      retry_failed: whether lines with error records are tried again.
+
+    Raises:
+      OSError: a file that can't be read or written.
+      ValueError: files that don't belong together, or an output that another process writes.
+    """
+
+    def __init__(
+        self,
+        source: Path,
+        output: Path,
+        params: SamplingParams,
+        settings: Mapping[str, Any] | None = None,
+        *,
+        retry_failed: bool = False,
+    ):
+        self.source, self.params, self.settings = source, params, dict(settings or {})
+        try:
+            regular = stat.S_ISREG(source.stat().st_mode)
+            if regular:
+                with source.open("rb"):
+                    pass
+        except OSError as error:
+            raise OSError(f"can't read {source}: {error.strerror}") from None
+        if not regular:
+            raise OSError(f"can't read {source}: it must be a regular file, since it is read twice")
+        if output.exists() and output.samefile(source):
+            raise ValueError(f"--input and --output are the same file, {source}")
+        self.output = OutputFile(output)
+        try:
+            self.total = self._check()
+            self.torn = self.output.cut_torn_line()
+            if retry_failed:
+                self.output.drop_failed()
+        except BaseException:
+            os.close(self.output.fd)
+            raise
+        self.skipped = len(self.output.done)
+        self.failed_before = sum(done.failed for done in self.output.done.values())
+        self.answered = self.failed = 0
+        self.waiting: dict[int, Job] = {}
+        """Requests that the model has, by its number of them."""
+
+    def __enter__(self) -> BatchJob:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.output.close()
+
+    @property
+    def left(self) -> int:
+        return self.total - self.skipped
+
+    def finish(self) -> int:
+        """Ends a job that has nothing left to do; returns the exit status, as ``run`` does."""
+        self._progress().say(self._summary(0.0))
+        return self._status()
+
+    def run(self, model: Model, *, max_context: int | None = None) -> int:
+        """Answers what is left; returns the exit status: 0, or 1 where some line has an error record.
+
+        Raises:
+          OSError: the output can't be written.
+        """
+        progress = self._progress()
+        try:
+            for event in model.run(self._requests(model, progress), max_context=max_context):
+                match event:
+                    case Finished(request=request, completion=completion):
+                        self.output.write(_record(self.waiting.pop(request), completion, self.settings))
+                        self.answered += 1
+                        progress.answered(completion)
+                    case Refused(request=request, error=error):
+                        self._fail(self.waiting.pop(request).broken(error), progress)
+                self.output.tick()
+                progress.see(event)
+            if self.waiting:
+                lines = ", ".join(str(job.line) for job in list(self.waiting.values())[:5])
+                raise RuntimeError(f"the model left {len(self.waiting)} requests unanswered, of lines {lines}")
+        finally:
+            progress.close()
+            progress.say(self._summary(progress.seconds, progress.prompt_tokens, progress.answer_tokens))
+        return self._status()
+
+    def _progress(self) -> Progress:
+        progress = Progress(total=self.total, skipped=self.skipped)
+        if self.torn:
+            progress.say(f"cut off the {self.torn} bytes of a record that was not written to its end")
+        return progress
+
+    def _requests(self, model: Model, progress: Progress) -> Iterator[tuple[str, SamplingParams]]:
+        """What the model is to answer, drawn as it has room; broken lines get their records on the way."""
+        index = 0
+        for job in self._lines():
+            if isinstance(job, Broken):
+                self._fail(job, progress)
+                continue
+            try:
+                prompt = model.chat_prompt(job.messages) if job.messages is not None else job.prompt
+            except ValueError as error:
+                self._fail(job.broken(f"messages: {error}"), progress)
+                continue
+            assert prompt is not None
+            self.waiting[index] = job
+            index += 1
+            yield prompt, job.params
+
+    def _fail(self, broken: Broken, progress: Progress) -> None:
+        self.output.write({"id": broken.id, "line": broken.line, "error": broken.error})
+        self.failed += 1
+        progress.failed()
+
+    def _status(self) -> int:
+        return 1 if self.failed or self.failed_before else 0
+
+    def _check(self) -> int:
+        """Counts the requests, and compares those done with their lines and with the settings.
+
+        Raises:
+          ValueError: the output belongs to another input, or to other settings.
+        """
+        for line, done in self.output.done.items():
+            if done.settings not in (None, self.settings):
+                other = [n for n in {**done.settings, **self.settings} if done.settings.get(n) != self.settings.get(n)]
+                now, before = (json.dumps({n: s[n] for n in other if n in s}) for s in (self.settings, done.settings))
+                raise ValueError(
+                    f"{self.output.path} was written with other settings: line {line} with {before}, not {now}; go on "
+                    "with those, or give another --output"
+                )
+        total, missing = 0, set(self.output.done)
+        for line, data in input_lines(self.source):
+            total += 1
+            done = self.output.done.get(line)
+            if done is not None:
+                missing.discard(line)
+                self._same(read_line(data, line, self.params), data, done)
+        if missing:
+            raise ValueError(
+                f"{self.output.path} belongs to another input: it has a record of line {min(missing)}, but "
+                f"{self.source} has no such line; give another --output"
+            )
+        return total
+
+    def _same(self, job: Job | Broken, data: bytes, done: Done) -> None:
+        """Compares a line with its record; one that failed may have been mended since."""
+        if done.failed:
+            return
+        if job.id != done.id:
+            raise ValueError(
+                f"{self.output.path} belongs to another input: line {job.line} has id {json.dumps(done.id)} there, but "
+                f"{json.dumps(job.id)} in {self.source}; give another --output"
+            )
+        if done.digest not in (None, digest(data)):
+            raise ValueError(
+                f"line {job.line} of {self.source} is not what {self.output.path} has the answer to; put it back as it "
+                "was, or give another --output"
+            )
+
+    def _lines(self) -> Iterator[Job | Broken]:
+        """The lines that are left to do."""
+        seen: dict[Id, int] = {}
+        for line, data in input_lines(self.source):
+            done = self.output.done.get(line)
+            job = read_line(data, line, self.params)
+            first = seen.setdefault(job.id, line) if job.id is not None else line
+            if done is not None:
+                self._same(job, data, done)
+            elif first != line and isinstance(job, Job):
+                error = f"the id {json.dumps(job.id)} is already that of line {first}; give each line its own"
+                yield job.broken(error)
+            else:
+                yield job
+
+    def _summary(self, seconds: float, prompt_tokens: int = 0, answer_tokens: int = 0) -> str:
+        skipped = f"{self.skipped} skipped as already done"
+        if self.failed_before:
+            skipped += f" ({self.failed_before} of them failed; --retry-failed tries them again)"
+        return (
+            f"{self.answered} answered, {self.failed} failed, {skipped}; {prompt_tokens} prompt tokens and "
+            f"{answer_tokens} answer tokens in {seconds:.1f} s "
+            f"({rate(prompt_tokens, seconds):.0f} and {rate(answer_tokens, seconds):.1f} tok/s)"
+        )
+
+
+def _record(job: Job, completion: Completion, settings: dict[str, Any]) -> dict[str, Any]:
+    record = {
+        "id": job.id,
+        "line": job.line,
+        "digest": job.digest,
+        "settings": settings,
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": completion.prompt_tokens,
+        "completion_tokens": len(completion.token_ids),
+        "cache_bytes_held": completion.cache.bytes_held,
+        "cache_bytes_full": completion.cache.bytes_full,
+    }
+    if completion.logprobs is not None:
+        record["logprobs"] = completion.logprobs
+    return record

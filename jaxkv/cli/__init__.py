@@ -1,0 +1,3 @@
+"""The command line: ``python -m jaxkv generate`` and ``batch``."""
+
+from jaxkv.cli.main import main as main

@@ -1,0 +1,1 @@
+"""What should stay: score, budget, placement."""

@@ -1,0 +1,128 @@
+"""An answer in the making: tokens become text, stop texts cut it, and it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from jaxkv.cache.stats import CacheStats
+from jaxkv.requests import Completion, Event, Finished, Request, TextMade, Timings
+from models import Tokenizer
+
+
+class Answer:
+    """What became of a request so far, on this side of the model.
+
+    Args:
+      request: what was asked.
+      tokenizer: None where only token ids are wanted.
+      ends: tokens that end an answer, themselves left out.
+      load_seconds: goes into the timings.
+    """
+
+    def __init__(self, request: Request, tokenizer: Tokenizer | None, ends: Sequence[int], load_seconds: float = 0.0):
+        self.request = request
+        self.ends = () if request.params.ignore_eos else tuple(ends)
+        self.stream = tokenizer.stream() if tokenizer is not None else None
+        self.timings = Timings(load=load_seconds)
+        self.order = 0
+        """Place among all that ever joined: the largest is the youngest."""
+        self.pending = 0
+        """The last token, not yet cached."""
+        self.token_ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.replayed = 0
+        """How many of them the present residency has made; the others are made again without a word."""
+        self.text = ""
+        """All text made, that not yet sent included."""
+        self.sent = 0
+        self.finish_reason: str | None = None
+        self.cache: CacheStats | None = None
+        """Of the sequence, after its prompt was compressed."""
+
+    @property
+    def index(self) -> int:
+        return self.request.index
+
+    @property
+    def tokens_left(self) -> int:
+        """Tokens still to make in this residency."""
+        return self.request.limit - self.replayed
+
+    @property
+    def replaying(self) -> int:
+        """Tokens still to make again."""
+        return len(self.token_ids) - self.replayed
+
+    def begin(self, order: int) -> None:
+        """A residency begins, the first or another."""
+        self.order, self.replayed = order, 0
+
+    def take(self, tokens: list[int], logprobs: list[float]) -> Iterator[Event]:
+        """Takes new tokens: text, stop texts, the end."""
+        again = min(self.replaying, len(tokens))
+        if again:
+            # Told, not drawn: they are the old ones, whatever the model would say to them in other company.
+            self.replayed += again
+            self.pending = self.token_ids[self.replayed - 1]
+            tokens, logprobs = tokens[again:], logprobs[again:]
+        before = len(self.token_ids)
+        stopped_by_text = False
+        for token, logprob in zip(tokens, logprobs, strict=True):
+            if token in self.ends:
+                self.finish_reason = "stop"
+                break
+            self.pending = token
+            self.replayed += 1
+            self.token_ids.append(token)
+            self.logprobs.append(logprob)
+            if self.stream is not None:
+                self.text += self.stream.push(token)
+                stopped_by_text = self._cut_at_stop()
+                if stopped_by_text:
+                    self.finish_reason = "stop"
+                    break
+        if self.finish_reason is None and self.tokens_left == 0:
+            self.finish_reason = "length"
+        if self.finish_reason and self.stream is not None and not stopped_by_text:
+            self.text += self.stream.flush()
+            self._cut_at_stop()
+        ready = len(self.text) if self.finish_reason else _safe_length(self.text, self.request.params.stop)
+        if len(self.token_ids) > before or ready > self.sent:
+            new = self.text[self.sent : max(ready, self.sent)]
+            self.sent = max(ready, self.sent)
+            yield TextMade(request=self.index, text=new, token_ids=self.token_ids[before:])
+
+    def finished(self, cache_at_end: CacheStats) -> Finished:
+        """The event that ends it."""
+        assert self.cache is not None
+        assert self.finish_reason is not None
+        completion = Completion(
+            text=self.text,
+            token_ids=self.token_ids,
+            prompt_tokens=len(self.request.prompt),
+            finish_reason=self.finish_reason,
+            logprobs=self.logprobs if self.request.params.logprobs else None,
+            cache=self.cache,
+            cache_at_end=cache_at_end,
+            timings=replace(self.timings),
+        )
+        return Finished(request=self.index, completion=completion)
+
+    def _cut_at_stop(self) -> bool:
+        """Cuts the text at its first stop text; True where there is one."""
+        found = [at for at in (self.text.find(stop) for stop in self.request.params.stop) if at >= 0]
+        if found:
+            self.text = self.text[: min(found)]
+        return bool(found)
+
+
+def _safe_length(text: str, stops: Sequence[str]) -> int:
+    """How much of the text can be given out: not what may be the beginning of a stop text."""
+    longest = 0
+    for stop in stops:
+        for n in range(min(len(stop) - 1, len(text)), longest, -1):
+            if text.endswith(stop[:n]):
+                longest = n
+                break
+    return len(text) - longest

@@ -1,0 +1,93 @@
+"""How many blocks each form of budget leaves, and what it refuses."""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles.kv_compress import evict_count
+
+from jaxkv.cache.state import CacheConfig
+from jaxkv.policies import KeepFraction, MaxBytes, MaxTokens, Ratio
+
+HEADS = 4
+
+
+def cache_with(lengths, tokens, block_size=16):
+    cache = tiny.empty_cache(block_size=block_size, max_context=4096, num_blocks=9)
+    return replace(cache, lengths=jnp.asarray(lengths, jnp.int32)[:, None], num_tokens=jnp.array([tokens], jnp.int32))
+
+
+lengths = st.lists(st.lists(st.integers(1, 2000), min_size=2, max_size=2), min_size=2, max_size=2)
+
+
+@given(lengths=lengths, tokens=st.integers(1, 4096))
+def test_max_tokens_follows_the_papers_formula(lengths, tokens):
+    cache = cache_with(lengths, 2000)
+    got = int(MaxTokens(tokens=tokens).evict_blocks(cache, 32)[0])
+    assert got == evict_count(np.array(lengths), 16, 2000, max_cache_tokens=tokens, protected_window=32)
+
+
+@given(length=st.integers(1, 4096), percent=st.integers(1, 100), window=st.integers(1, 100))
+def test_keep_fraction_follows_the_papers_formula(length, percent, window):
+    full = np.full((2, 2), length)
+    got = int(KeepFraction(fraction=percent / 100).evict_blocks(cache_with(full, length), window)[0])
+    wanted = evict_count(full, 16, length, keep_ratio=np.float32(percent / 100), protected_window=window)
+    assert abs(got - wanted) <= (0 if percent in (25, 50, 100) else 1)  # float32 may round a product up
+
+
+def test_keeping_everything_evicts_nothing():
+    cache = cache_with(np.full((2, 2), 777), 777)
+    assert int(KeepFraction(fraction=1.0).evict_blocks(cache, 32)[0]) == 0
+    assert int(Ratio(ratio=1).evict_blocks(cache, 32)[0]) == 0
+    assert int(MaxTokens(tokens=777).evict_blocks(cache, 32)[0]) == 0
+
+
+@given(tokens=st.integers(64, 4096), ratio=st.one_of(st.integers(1, 64), st.floats(1, 64)))
+def test_ratio_divides_the_full_caches_blocks(tokens, ratio):
+    full = HEADS * -(-tokens // 16)
+    evicted = int(Ratio(ratio=ratio).evict_blocks(cache_with(np.full((2, 2), tokens), tokens), 32)[0])
+    kept = full - evicted
+    least = HEADS * 2
+    assert kept == max(least, int(full / np.float32(ratio))) or kept == max(least, int(full / ratio))
+    assert kept == least or kept * ratio <= full * (1 + 1e-6)
+
+
+@given(length=st.integers(100, 4096), size=st.integers(1, 10_000_000))
+def test_max_bytes_holds_at_most_so_many(length, size):
+    cache = cache_with(np.full((2, 2), length), length)
+    block = 16 * (2 * 16 * 4 + 8)
+    held = HEADS * -(-length // 16)
+    kept = held - int(MaxBytes(size=size).evict_blocks(cache, 32)[0])
+    assert kept == min(held, size // block)
+
+
+@pytest.mark.parametrize("budget", [MaxTokens(tokens=15), MaxTokens(tokens=31), MaxBytes(size=1000)])
+def test_an_impossible_budget_is_refused_with_its_value(budget):
+    config = CacheConfig.for_model(tiny.CONFIG, batch=1, max_context=256)
+    with pytest.raises(
+        ValueError, match=r"leaves .* tokens a head, but a head keeps at least one block of 16"
+    ) as error:
+        budget.check(config, 32)
+    assert str(getattr(budget, "tokens", 1000)) in str(error.value)
+
+
+def test_a_possible_budget_is_accepted():
+    config = CacheConfig.for_model(tiny.CONFIG, batch=1, max_context=256)
+    for budget in (MaxTokens(tokens=32), Ratio(ratio=64), MaxBytes(size=HEADS * 2 * config.block_bytes)):
+        budget.check(config, 32)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0, -1, float("nan")])
+def test_a_ratio_below_one_is_refused(ratio):
+    with pytest.raises(ValueError, match="ratio must be at least 1"):
+        Ratio(ratio=ratio)
+
+
+@pytest.mark.parametrize("fraction", [0, -0.1, 1.1])
+def test_a_fraction_outside_zero_to_one_is_refused(fraction):
+    with pytest.raises(ValueError, match="fraction kept must be in"):
+        KeepFraction(fraction=fraction)
