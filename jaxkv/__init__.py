@@ -1,16 +1,15 @@
 """Paged KV-cache compression per attention head, for Llama-family models in JAX."""
 
-from jaxkv.cache.state import CacheConfig, PagedCache, init_cache
-from jaxkv.cache.stats import CacheStats, stats
-from jaxkv.generation.decode import Decoded, compress, decode, decode_step, generate
-from jaxkv.generation.prefill import prefill
+from jaxkv.cache import CacheConfig, CacheStats, PagedCache, init_cache, stats
+from jaxkv.generation import Decoded, compress, decode, decode_step, generate, look_ahead, prefill, room_to_step
 from jaxkv.generation.sampling import Greedy, Random, Sampler
 from jaxkv.llm import LLM
-from jaxkv.policies import Budget, KeepFraction, KVCompress, LeanKV, MaxBytes, MaxTokens, Mixed, Policy, Ratio
+from jaxkv.policies import Auto, Budget, KeepFraction, KVCompress, LeanKV, MaxBytes, MaxTokens, Mixed, Policy, Ratio
 from jaxkv.requests import Completion, SamplingParams
 
 __all__ = [
     "LLM",
+    "Auto",
     "Budget",
     "CacheConfig",
     "CacheStats",
@@ -34,6 +33,8 @@ __all__ = [
     "decode_step",
     "generate",
     "init_cache",
+    "look_ahead",
     "prefill",
+    "room_to_step",
     "stats",
 ]

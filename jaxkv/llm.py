@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxkv.cache.state import CacheConfig, PagedCache, init_cache
+from jaxkv.cache import CacheConfig, PagedCache, init_cache
 from jaxkv.engine.engine import Engine
 from jaxkv.engine.programs import CompiledSteps
 from jaxkv.engine.scheduler import refusal
 from jaxkv.engine.sequence import Answer
-from jaxkv.policies import Policy, TierPolicy
+from jaxkv.policies import Policy
 from jaxkv.requests import Completion, Event, Finished, Refused, Request, SamplingParams, TextMade, check_unicode
 from models import Llama, Tokenizer, load_model, load_tokenizer, resolve, stack_layers
 from pallas_kernels import default_block_size
@@ -255,11 +255,11 @@ class LLM:
 
     def _tiers(self) -> dict[str, Any]:
         """What a policy of quantised tiers needs of the cache; prompts are read one at a time."""
-        policy = self.compression
-        if not isinstance(policy, TierPolicy):
+        placement = self.compression and self.compression.placement
+        layout = placement and placement.layout(self.model.config.head_dim)
+        if placement is None or layout is None:
             return {}
-        layout = policy.layout(self.model.config.head_dim)
-        return {"layout": layout, "prompts": 1 if policy.quantises_decoding else 2}
+        return {"layout": layout, "prompts": 1 if placement.quantises_decoding else 2}
 
     def _ends(self) -> tuple[int, ...]:
         """Tokens that end an answer."""

@@ -132,8 +132,7 @@ class Llama(nnx.Module):
         Returns:
             The last layer's state, and [batch, length, hidden] after the final norm.
         """
-        config = self.config
-        rotated_by = rotation(positions, head_dim=config.head_dim, theta=config.rope_theta, scaling=config.rope_scaling)
+        rotated_by = self.rotation(0, positions)
         x = self.embed(tokens)
         if isinstance(self.layers, Layer):
             graph, stacked = nnx.split(self.layers)
@@ -143,11 +142,16 @@ class Llama(nnx.Module):
                 index, weights = xs
                 return nnx.merge(graph, weights)(x, rotated_by, index, attend, state), None
 
-            (state, x), _ = jax.lax.scan(step, (state, x), (jnp.arange(config.num_layers), stacked))
+            (state, x), _ = jax.lax.scan(step, (state, x), (jnp.arange(self.config.num_layers), stacked))
         else:
             for index, layer in enumerate(self.layers):
                 state, x = layer(x, rotated_by, index, attend, state)
         return state, self.norm(x)
+
+    def rotation(self, layer: int | jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Cosine and sine of the angles by which a layer turns queries and keys at i32[batch, length] positions."""
+        config = self.config
+        return rotation(positions, head_dim=config.head_dim, theta=config.rope_theta, scaling=config.rope_scaling)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """f32[..., vocab] from hidden [..., hidden] after the final norm."""

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from jaxkv import LLM, CacheConfig, KVCompress, Policy, Ratio, compress, decode, init_cache, prefill
-from jaxkv.cache.state import PagedCache
+from jaxkv.cache import PagedCache
 from jaxkv.generation.sampling import Forced, Greedy
 
 TEXT = Path(__file__).parent / "data" / "emma-chapters-1-10.txt"
@@ -45,9 +45,9 @@ class Reader:
 
         @partial(jax.jit, donate_argnums=1, static_argnums=(5, 6))
         def read(weights, cache: PagedCache, ids, count, total, policy: Policy, carry: float):
-            start, old = cache.num_tokens[0], cache.scores
+            start, old = cache.num_tokens[0], cache.raw.scores
             cache, logits = prefill(nnx.merge(graph, weights), cache, ids, count, policy)
-            cache = replace(cache, scores=cache.scores + carry * jnp.where(cache.positions < start, old, 0.0))
+            cache = replace(cache, scores=cache.raw.scores + carry * jnp.where(cache.raw.positions < start, old, 0.0))
             return compress(cache, policy, tokens=total), jax.nn.log_softmax(logits[0])
 
         @partial(jax.jit, donate_argnums=1)

@@ -23,7 +23,6 @@ import numpy as np
 from flax import nnx
 
 from jaxkv import CacheConfig, KVCompress, PagedCache, Ratio, compress, decode, init_cache, prefill, stats
-from jaxkv.cache.state import put_sequences, take_sequences
 from models import Llama, LlamaConfig, stack_layers
 from models.shapes import SHAPES
 
@@ -117,10 +116,10 @@ def measure(setup: Setup, graph: Any, weights: Any, ratio: float) -> Row | None:
         return None
 
     def read(weights: Any, cache: PagedCache, row: jax.Array, tokens: jax.Array) -> tuple[PagedCache, jax.Array]:
-        part, lengths = take_sequences(cache, row), jnp.full(1, setup.prompt)
+        part, lengths = cache.rows(row), jnp.full(1, setup.prompt)
         part, logits = prefill(nnx.merge(graph, weights), part, tokens, lengths, policy if ratio > 1 else None)
         part = compress(part, policy) if ratio > 1 else part
-        return put_sequences(cache, part, row), jnp.argmax(logits, axis=-1)
+        return cache.with_rows(part, row), jnp.argmax(logits, axis=-1)
 
     def write(weights: Any, cache: PagedCache, first: jax.Array) -> Any:
         limits = jnp.full(batch, setup.new - 1)

@@ -24,7 +24,7 @@ from flax import nnx
 
 from jaxkv import LLM, CacheConfig, LeanKV, PagedCache, Ratio, decode_step, init_cache, stats
 from jaxkv.cache.quantised import TierConfig, init_tiers
-from jaxkv.generation.decode import compress
+from jaxkv.generation.compress import compress
 from jaxkv.generation.passes import compact
 from jaxkv.generation.prefill import finish_prompt, look_ahead, prefill_chunk, start_prompt
 from models import Llama

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 from flax import nnx
 from targets import DEVICES, GIB, TPUS, abstract_cache, compile_for_tpu, copies_of, sizes, why_not
 
-from jaxkv.cache.state import PagedCache
-from jaxkv.generation.decode import compress, decode_step
+from jaxkv.cache import PagedCache
+from jaxkv.generation.compress import compress
+from jaxkv.generation.decode import decode_step
 from jaxkv.policies import KVCompress, LeanKV, Policy, Ratio, TierPolicy
 from models import Llama, LlamaConfig, stack_layers
 from models.shapes import SHAPES
@@ -179,7 +180,7 @@ def whole_steps(model: LlamaConfig, chip: str) -> Iterator[Program]:
             layout=tier_layout(policy, model.head_dim) if isinstance(policy, TierPolicy) else None,
             prompts=1,
         )
-        pool = cache.pool if cache.tiers is None else cache.tiers.pool
+        pool = cache.raw.pool if cache.tiers is None else cache.tiers.pool
         yield Program(f"decode step{name}", partial(step, policy=policy), (cache, weights, *row), pool, (0,))
         yield Program(f"compression{name}", partial(compress, policy=policy), (cache,), pool, (0,))
 

@@ -24,7 +24,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from jaxkv.cache.state import CacheConfig, PagedCache, init_cache
+from jaxkv.cache import CacheConfig, PagedCache, init_cache
 from models import LlamaConfig
 from pallas_kernels import use_implementation
 

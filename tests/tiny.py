@@ -1,12 +1,14 @@
 """A tiny random Llama and its dense, uncompressed run, for tests of everything above the kernels."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from oracles.attention import dense_attention
 
-from jaxkv.cache.state import CacheConfig, PagedCache, init_cache
+from jaxkv.cache import CacheConfig, PagedCache, init_cache
 from jaxkv.requests import Finished
 from models import Llama, LlamaConfig
 
@@ -107,34 +109,49 @@ def dense_greedy(tokens: np.ndarray, count: int) -> list[int]:
 
 def by_position(cache: PagedCache, values, layer: int, row: int, head: int) -> dict[int, np.ndarray]:
     """What each KV of a head has in ``values`` (scores, or the pool's rows), keyed by its position in the text."""
-    size = cache.block_size
-    table = np.asarray(cache.block_table[layer, row, head])
-    count = int(cache.lengths[layer, row, head])
+    raw = cache.raw
+    size = raw.block_size
+    table = np.asarray(raw.tables.block_table[layer, row, head])
+    count = int(raw.lengths[layer, row, head])
     slots = [table[i // size] * size + i % size for i in range(count)]
     flat = np.asarray(values).reshape(-1, *([values.shape[-1]] if values.ndim == 3 else []))
-    positions = np.asarray(cache.positions).reshape(-1)
+    positions = np.asarray(raw.positions).reshape(-1)
     return {int(positions[s]): flat[s] for s in slots}
 
 
 def token_slots(cache: PagedCache) -> jnp.ndarray:
     """Slot of each KV, ``i32[layers, batch, kv_heads, capacity]`` in table order; 0 past a head's end."""
-    index = jnp.arange(cache.capacity)
-    slots = cache.block_table[..., index // cache.block_size] * cache.block_size + index % cache.block_size
-    return jnp.where(index < cache.lengths[..., None], slots, 0)
+    raw, index = cache.raw, jnp.arange(cache.capacity)
+    slots = raw.tables.block_table[..., index // raw.block_size] * raw.block_size + index % raw.block_size
+    return jnp.where(index < raw.lengths[..., None], slots, 0)
+
+
+def with_tables(cache: PagedCache, **arrays) -> PagedCache:
+    """With other arrays in the unquantised store's tables; ``lengths`` without their axis of tiers."""
+    if "lengths" in arrays:
+        arrays["lengths"] = jnp.asarray(arrays["lengths"], jnp.int32)[..., None]
+    return replace(cache, raw=replace(cache.raw, tables=replace(cache.raw.tables, **arrays)))
 
 
 def assert_no_block_is_lost_or_shared(cache, prefixes=()):
     """But for what rows borrow of prefixes (``jaxkv.engine.prefixes.Kept``), which must be these."""
+    tables = cache.raw.tables
     table, lengths, shared, free, stack = jax.device_get(
-        (cache.block_table, cache.lengths, cache.shared, cache.num_free, cache.free_blocks)
+        (tables.block_table, cache.raw.lengths, cache.shared, tables.free.count, tables.free.blocks)
     )
-    held = [table[row][shared[row[1]] : -(-lengths[row] // cache.block_size)] for row in np.ndindex(lengths.shape)]
+    size = cache.raw.block_size
+    held = [table[row][shared[row[1]] : -(-lengths[row] // size)] for row in np.ndindex(lengths.shape)]
     lent = [kept.prefix.table[..., : kept.blocks].reshape(-1) for kept in prefixes]
     blocks = np.concatenate([*held, *lent, stack[:free]])
-    assert sorted(blocks.tolist()) == list(range(1, cache.pool.shape[0]))
+    assert sorted(blocks.tolist()) == list(range(1, cache.raw.pool.shape[0]))
     borrowed = np.zeros(len(shared), int)
     for kept in prefixes:
         for row, count in kept.borrowed.items():
             borrowed[row] = count
             assert (table[:, row, :, :count] == kept.prefix.table[..., :count]).all()
     assert shared.tolist() == borrowed.tolist()
+
+
+def blocks_held(cache: PagedCache) -> np.ndarray:
+    """``i32[layers, batch, kv_heads]`` unquantised."""
+    return np.asarray(cache.raw.tables.blocks_held())[..., 0]

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxkv.cache import allocator
 from jaxkv.cache.state import PagedCache
 from pallas_kernels import slot_values
 
@@ -36,18 +35,22 @@ def detach(cache: PagedCache, row: Array) -> tuple[PagedCache, Prefix]:
       cache: donated.
       row: ``i32[]``, of a sequence that owns all its blocks, was never compressed, and fills its blocks.
     """
-    blocks = cache.num_tokens[row] // cache.block_size
-    prefix = Prefix(table=cache.block_table[:, row], blocks=blocks)
+    blocks = cache.num_tokens[row] // cache.raw.block_size
+    prefix = Prefix(table=cache.raw.tables.block_table[:, row], blocks=blocks)
     return replace(cache, shared=cache.shared.at[row].set(blocks)), prefix
 
 
 def attach(cache: PagedCache, row: Array, prefix: Prefix, blocks: Array) -> PagedCache:
     """Begins an empty row with the first blocks, ``i32[]``, of each head of a prefix."""
-    tokens = blocks * cache.block_size
+    tokens, tables = blocks * cache.raw.block_size, cache.raw.tables
+    tables = replace(
+        tables,
+        block_table=tables.block_table.at[:, row].set(prefix.table),
+        lengths=tables.lengths.at[:, row].set(tokens),
+    )
     return replace(
         cache,
-        block_table=cache.block_table.at[:, row].set(prefix.table),
-        lengths=cache.lengths.at[:, row].set(tokens),
+        raw=replace(cache.raw, tables=tables),
         num_tokens=cache.num_tokens.at[row].set(tokens),
         shared=cache.shared.at[row].set(blocks),
     )
@@ -57,17 +60,16 @@ def cut(cache: PagedCache, prefix: Prefix, blocks: Array) -> tuple[PagedCache, P
     """Gives back what of each head of a prefix lies past so many blocks, ``i32[]``; no row may borrow it."""
     place = jnp.arange(prefix.table.shape[-1])
     freed = jnp.broadcast_to((place >= blocks) & (place < prefix.blocks), prefix.table.shape)
-    return allocator.give_back(cache, prefix.table, freed), replace(prefix, blocks=blocks)
+    tables = replace(cache.raw.tables, free=cache.raw.tables.free.push(prefix.table, freed))
+    return replace(cache, raw=replace(cache.raw, tables=tables)), replace(prefix, blocks=blocks)
 
 
 def own(cache: PagedCache, row: Array) -> PagedCache:
     """Gives a row its own copy of what it borrows; ``shared[row] * layers * kv_heads`` blocks must be free."""
-    count, size = cache.shared[row], cache.block_size
-    layers, _, kv_heads, max_blocks = cache.block_table.shape
-    place = jnp.arange(max_blocks)
-    borrowed = jnp.broadcast_to(place < count, (layers, kv_heads, max_blocks))
-    old = cache.block_table[:, row]
-    cache, new = allocator.take(cache, borrowed)
+    raw, tables, size = cache.raw, cache.raw.tables, cache.raw.block_size
+    old = tables.block_table[:, row]
+    layers, kv_heads, max_blocks = old.shape
+    free, new, borrowed = tables.free.pop(jnp.full((layers, kv_heads), cache.shared[row]), max_blocks)
 
     def copy_layer(layer: Array, values: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         pool, scores, positions = values
@@ -81,14 +83,8 @@ def own(cache: PagedCache, row: Array) -> PagedCache:
         return pool, scores, positions
 
     # A layer at a time: the temporary copy is that of one.
-    values = lax.fori_loop(0, layers, copy_layer, (cache.pool, cache.scores, cache.positions))
-    table = cache.block_table.at[:, row].set(jnp.where(borrowed, new, old))
-    pool, scores, positions = values
-    return replace(
-        cache,
-        pool=pool,
-        scores=scores,
-        positions=positions,
-        block_table=table,
-        shared=cache.shared.at[row].set(0),
-    )
+    pool, scores, positions = lax.fori_loop(0, layers, copy_layer, (raw.pool, raw.scores, raw.positions))
+    table = tables.block_table.at[:, row].set(jnp.where(borrowed, new, old))
+    tables = replace(tables, block_table=table, free=free)
+    raw = replace(raw, pool=pool, scores=scores, positions=positions, tables=tables)
+    return replace(cache, raw=raw, shared=cache.shared.at[row].set(0))

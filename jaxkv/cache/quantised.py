@@ -1,6 +1,6 @@
-"""The quantised part of a cache: blocks of two precisions from one free list, for every KV head of every layer.
+"""The quantised store: blocks of two precisions from one free list, with scores and positions inside.
 
-A head's table row holds its high-tier blocks from the left and its low-tier blocks from the right (LeanKV, section 5).
+``NoStore`` stands for it in a cache without quantised blocks.
 """
 
 from __future__ import annotations
@@ -10,145 +10,199 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import Array
+from jax import Array, lax
 
-from jaxkv.cache.free_list import FreeList
+from jaxkv.cache.home import HIGH, LOW
+from jaxkv.cache.nbytes import nbytes
+from jaxkv.cache.tables import HeadTables
 from pallas_kernels.tiered_attention import Weakest
-from pallas_kernels.tiers import BlockLayout
-
-HIGH, LOW = 0, 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class TierConfig:
-    """Sizes of the quantised part. ``num_blocks`` counts the null block."""
-
-    layout: BlockLayout
-    num_blocks: int
-
-    def max_blocks(self, max_context: int) -> int:
-        """Columns of a table row: enough for every KV in the high tier, and a part-filled block of each."""
-        return -(-max_context // self.layout.tokens) + 2
+from pallas_kernels.tiers import BlockLayout, blocks
+from pallas_kernels.tiers.walk import walk
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class Tiers:
-    """Donated with the cache that it is a part of. Axes: layer, sequence, KV head, tier (high, low)."""
+class QuantisedStore:
+    """Donated with the cache that it is a part of. Tiers are ``Home.HIGH`` and ``Home.LOW``."""
 
     pool: Array
     """``u32[blocks, rows, 128]``: blocks of ``layout``."""
-    block_table: Array
-    """``i32[layers, batch, kv_heads, max_blocks]``."""
-    lengths: Array
-    """``i32[layers, batch, kv_heads, 2]``: KVs in each tier."""
+    tables: HeadTables
     weakest: Weakest
     """``[layers, batch, kv_heads, 2]``: the KV that the next decode step would give up first."""
-    free: FreeList
     layout: BlockLayout = field(metadata={"static": True})
 
-    @property
-    def tokens(self) -> np.ndarray:
-        """``i32[2]``: KVs that a block of each tier holds."""
-        return np.array([tier.tokens for tier in self.layout.tiers], np.int32)
-
-    def blocks_held(self) -> Array:
-        """``i32[layers, batch, kv_heads, 2]``."""
-        return num_blocks(self.lengths, self.tokens)
+    @classmethod
+    def empty(
+        cls, heads: tuple[int, int, int], *, layout: BlockLayout, num_blocks: int, max_blocks: int
+    ) -> QuantisedStore:
+        tokens = tuple(tier.tokens for tier in layout.tiers)
+        return cls(
+            pool=jnp.zeros((num_blocks, layout.rows, 128), jnp.uint32),
+            tables=HeadTables.empty(heads, max_blocks=max_blocks, num_blocks=num_blocks, kvs_a_block=tokens),
+            weakest=Weakest(value=jnp.full((*heads, 2), jnp.inf), index=jnp.zeros((*heads, 2), jnp.int32)),
+            layout=layout,
+        )
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a sequence's table row, with what else there is of each head."""
-        layers, _, kv_heads, width = self.block_table.shape
-        return 4 * layers * kv_heads * (width + 6)  # two lengths, and values and indices of the weakest
+        """Bytes of a sequence's table rows, with what else there is of each head."""
+        return self.tables.row_bytes + nbytes(self.weakest) // self.weakest.value.shape[1]
 
-    def take(self, sequences: Array) -> Tiers:
+    @property
+    def block_bytes(self) -> int:
+        return self.layout.block_bytes
+
+    def num_kvs(self) -> Array:
+        """``i32[layers, batch, kv_heads]``: KVs that a head holds here."""
+        return self.tables.lengths.sum(-1)
+
+    def scores_and_positions(self, tier: int) -> tuple[Array, Array]:
+        """Of all heads' KVs of a tier, ``[layers, batch, kv_heads, max_blocks * tokens]``, in the tier's order."""
+        segments, table = self.layout.tiers[tier], self.tables.from_left(tier)
+        words = blocks.read_words(self.pool, table, segments.scores, segments.end)
+        scores, positions = (part.reshape(*table.shape[:3], -1) for part in jnp.split(words, 2, axis=-1))
+        return lax.bitcast_convert_type(scores, jnp.float32), lax.bitcast_convert_type(positions, jnp.int32)
+
+    def with_scores(self, scores: Array, positions: Array) -> QuantisedStore:
+        """New scores and positions of all KVs, ``[layers, batch, kv_heads, kvs]``: first of the high tier's."""
+        last = scores.shape[-1] - 1
+
+        def put(pool: Array) -> Array:
+            values = [lax.bitcast_convert_type(part, jnp.uint32) for part in (scores, positions)]
+            for tier, segments in enumerate(self.layout.tiers):
+                table = self.tables.from_left(tier)
+                width = table.shape[-1]
+                index = jnp.arange(width * segments.tokens) + self.tables.lengths[..., HIGH, None] * tier
+                index = jnp.minimum(index, last)
+                new = [jnp.take_along_axis(part, index, axis=-1).reshape(*table.shape, -1) for part in values]
+                real = jnp.arange(width) < self.tables.blocks_held()[..., tier, None]
+                at = jnp.where(real, table, pool.shape[0])
+                pool = blocks.write_words(pool, at, segments.scores, jnp.concatenate(new, axis=-1))
+            return pool
+
+        return replace(self, pool=lax.cond(self._holds_something(), put, lambda pool: pool, self.pool))
+
+    def read_over(self, kv: tuple[Array, Array], layer: int | Array, home: Array, index: Array) -> tuple[Array, Array]:
+        """K and V of a layer, ``f32[batch, kv_heads, kvs, head_dim]``, with those that live here dequantised over them.
+
+        ``home`` and ``index``, ``i32[batch, kv_heads, kvs]``, tell which these are.
+        """
+
+        def read(kv: tuple[Array, Array]) -> tuple[Array, Array]:
+            key, value = kv
+            for tier, segments in enumerate(self.layout.tiers):
+                words = blocks.read_words(self.pool, self.tables.from_left(tier)[layer], 0, segments.end)
+                read = blocks.decode(words, segments, self.layout.head_dim)
+                here = (home == tier)[..., None]
+                key = jnp.where(here, _at(read.key, index), key)
+                value = jnp.where(here, _at(read.value, index), value)
+            return key, value
+
+        return lax.cond(self._holds_something(), read, lambda kv: kv, kv)
+
+    def fits(self, count: Array) -> Array:
+        """``bool[]``: whether blocks suffice for ``i32[layers, 1, kv_heads, 2]`` KVs of one sequence, layer by layer:
+        a layer's blocks are given back before it takes its new ones."""
+        more = self.tables.num_blocks(count) - self.tables.blocks_held()
+        return jnp.max(jnp.cumsum(more.sum((1, 2, 3)))) <= self.tables.free.count
+
+    def refill_layer(
+        self, layer: Array, kvs: blocks.Tokens, count: Array, first: Array, order: Array
+    ) -> QuantisedStore:
+        """A layer of one sequence with other KVs in place of what it held; enough blocks must be free.
+
+        Args:
+          layer: ``i32[]``.
+          kvs: of the layer, ``[kv_heads, kvs, ...]``.
+          count: ``i32[layers, 1, kv_heads, 2]``: how many go to each tier.
+          first: likewise: where in ``order`` they begin.
+          order: ``i32[layers, 1, kv_heads, kvs]``: which of ``kvs``.
+        """
+        this = (jnp.arange(count.shape[0]) == layer)[:, None, None, None]
+        tables = self.tables.shrink(jnp.where(this, 0, self.tables.lengths))
+        most = tables.max_blocks * min(tables.kvs_a_block)
+        tables, _ = tables.grow(jnp.where(this, count, tables.lengths), most=most)
+        pool = self.pool
+        for tier in (HIGH, LOW):
+            place = tables.from_left(tier)[layer, 0], count[layer, 0, :, tier], first[layer, 0, :, tier]
+            pool = self._fill(pool, tier, *place, kvs, order[layer, 0])
+        return replace(self, pool=pool, tables=tables)
+
+    def _fill(
+        self, pool: Array, tier: int, table: Array, lengths: Array, start: Array, kvs: blocks.Tokens, order: Array
+    ) -> Array:
+        """Writes a layer's KVs of a tier into its blocks, ``i32[kv_heads, max_blocks]`` from the left."""
+        segments = self.layout.tiers[tier]
+        blocks_of = walk(table, lengths, segments.tokens)
+
+        def step(i: Array, pool: Array) -> Array:
+            part = blocks_of.part(i)
+            place = jnp.minimum(start[part.row][:, None] + part.places, order.shape[-1] - 1)
+            kv = order[part.row[:, None], place]
+
+            def take(values: Array) -> Array:
+                taken = values[part.row[:, None], kv]
+                return jnp.where(part.held.reshape(part.held.shape + (1,) * (taken.ndim - 2)), taken, 0)
+
+            new = blocks.encode(blocks.Tokens(*(take(values) for values in kvs)), segments, self.layout.words)
+            return pool.at[part.blocks].set(new.reshape(-1, *pool.shape[1:]), mode="promise_in_bounds")
+
+        return lax.fori_loop(0, blocks_of.steps, step, pool)
+
+    def release(self, finished: Array) -> QuantisedStore:
+        """Empties the rows of the batch where ``finished``, ``bool[batch]``."""
+        finished = finished[None, :, None, None]
+        return replace(
+            self,
+            tables=self.tables.shrink(jnp.where(finished, 0, self.tables.lengths)),
+            weakest=replace(self.weakest, value=jnp.where(finished, jnp.inf, self.weakest.value)),
+        )
+
+    def rows(self, which: Array) -> QuantisedStore:
         """Only these rows of the batch, ``i32[n]``, over the same pool."""
-        rows = jax.tree.map(lambda x: x[:, sequences], self._rows())
-        return replace(self, **rows)
+        return replace(self, tables=self.tables.rows(which), weakest=jax.tree.map(lambda x: x[:, which], self.weakest))
 
-    def put(self, part: Tiers, sequences: Array) -> Tiers:
-        """Rows ``sequences`` and the pool from ``part``, the other rows from these."""
-        rows = jax.tree.map(lambda x, new: x.at[:, sequences].set(new), self._rows(), part._rows())
-        return replace(part, **rows)
+    def with_rows(self, part: QuantisedStore, which: Array) -> QuantisedStore:
+        """Rows ``which`` and the pool from ``part``, the other rows from these."""
+        return replace(
+            part,
+            tables=self.tables.with_rows(part.tables, which),
+            weakest=jax.tree.map(lambda x, new: x.at[:, which].set(new), self.weakest, part.weakest),
+        )
 
-    def _rows(self) -> dict[str, Any]:
-        return {"block_table": self.block_table, "lengths": self.lengths, "weakest": self.weakest}
-
-
-def init_tiers(config: TierConfig, *, layers: int, batch: int, kv_heads: int, max_context: int) -> Tiers:
-    """Empty tiers."""
-    heads = (layers, batch, kv_heads)
-    return Tiers(
-        pool=jnp.zeros((config.num_blocks, config.layout.rows, 128), jnp.uint32),
-        block_table=jnp.zeros((*heads, config.max_blocks(max_context)), jnp.int32),
-        lengths=jnp.zeros((*heads, 2), jnp.int32),
-        weakest=Weakest(value=jnp.full((*heads, 2), jnp.inf), index=jnp.zeros((*heads, 2), jnp.int32)),
-        free=FreeList.of(config.num_blocks),
-        layout=config.layout,
-    )
+    def _holds_something(self) -> Array:
+        return jnp.any(self.tables.lengths > 0)
 
 
-def num_blocks(lengths: Array, tokens: np.ndarray) -> Array:
-    """Blocks of each tier, ``i32[..., 2]``, that so many KVs fill."""
-    return -(-lengths // tokens)
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class NoStore:
+    """Of a cache without quantised blocks: it holds nothing, and each verb leaves what it is given."""
+
+    layout = None
+    row_bytes = 0
+
+    def num_kvs(self) -> int:
+        return 0
+
+    def with_scores(self, scores: Array, positions: Array) -> NoStore:
+        return self
+
+    def read_over(self, kv: tuple[Array, Array], *_: Any) -> tuple[Array, Array]:
+        return kv
+
+    def release(self, finished: Array) -> NoStore:
+        return self
+
+    def rows(self, which: Array) -> NoStore:
+        return self
+
+    def with_rows(self, part: NoStore, which: Array) -> NoStore:
+        return self
 
 
-def columns(tier: Array | int, index: Array, max_blocks: int) -> Array:
-    """Where a tier's ``index``-th block stands in a table row."""
-    return jnp.where(jnp.asarray(tier) == HIGH, index, max_blocks - 1 - index)
-
-
-def has_room(tiers: Tiers, lengths: Array) -> Array:
-    """``bool[]``: whether ``grow`` can give each head and tier ``lengths`` KVs."""
-    want = num_blocks(lengths, tiers.tokens)
-    enough = jnp.sum(want - tiers.blocks_held()) <= tiers.free.count
-    return enough & jnp.all(want.sum(-1) <= tiers.block_table.shape[-1])
-
-
-def grow(tiers: Tiers, lengths: Array, *, most: int) -> tuple[Tiers, Array]:
-    """Gives each head and tier the blocks for ``lengths`` KVs, ``i32[layers, batch, kv_heads, 2]``, all or none.
-
-    Args:
-      tiers: the tiers.
-      lengths: none shorter than present.
-      most: bound on the blocks that a head's tier grows by; static.
-
-    Returns:
-      The tiers with the new blocks and lengths and ``bool[]`` granted. Where too few blocks are free, or a table row
-      is too short, nothing changes and granted is False.
-    """
-    have, want = tiers.blocks_held(), num_blocks(lengths, tiers.tokens)
-    width = tiers.block_table.shape[-1]
-    granted = has_room(tiers, lengths)
-    need = jnp.where(granted, want - have, 0)
-    free, blocks, real = tiers.free.pop(need, most)
-    column = columns(jnp.arange(2)[:, None], have[..., None] + jnp.arange(most), width)
-    column = jnp.where(real, column, width)
-    layer, sequence, head, _, _ = jnp.ogrid[tuple(slice(n) for n in (*have.shape, 1))]
-    table = tiers.block_table.at[layer, sequence, head, column].set(blocks, mode="drop")
-    lengths = jnp.where(granted, lengths, tiers.lengths)
-    return replace(tiers, block_table=table, lengths=lengths, free=free), granted
-
-
-def release(tiers: Tiers, finished: Array) -> Tiers:
-    """Empties what ``bool[layers, batch, kv_heads]`` (or broadcastable) marks, and takes its blocks back."""
-    held = tiers.blocks_held()
-    finished = jnp.broadcast_to(finished, held.shape[:-1])[..., None]
-    place = jnp.arange(tiers.block_table.shape[-1])
-    taken = (place < held[..., :1]) | (place >= place.size - held[..., 1:])
-    return replace(
-        tiers,
-        lengths=jnp.where(finished, 0, tiers.lengths),
-        weakest=Weakest(value=jnp.where(finished, jnp.inf, tiers.weakest.value), index=tiers.weakest.index),
-        free=tiers.free.push(tiers.block_table, taken & finished),
-    )
-
-
-def slots_of(tiers: Tiers, tier: int, index: Array) -> tuple[Array, Array]:
-    """Block and offset of each head's ``index``-th KV of a tier, ``i32[layers, batch, kv_heads]``."""
-    tokens = tiers.layout.tiers[tier].tokens
-    column = columns(tier, index // tokens, tiers.block_table.shape[-1])
-    column = jnp.clip(column, 0, tiers.block_table.shape[-1] - 1)
-    return jnp.take_along_axis(tiers.block_table, column[..., None], axis=-1)[..., 0], index % tokens
+def _at(vectors: Array, index: Array) -> Array:
+    """Those at ``i32[..., kvs]`` of the vectors ``[..., blocks, tokens, head_dim]``, or any where there is none."""
+    flat = vectors.reshape(*index.shape[:-1], -1, vectors.shape[-1])
+    return jnp.take_along_axis(flat, jnp.minimum(index, flat.shape[-2] - 1)[..., None], axis=-2)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from jaxkv.cache.nbytes import nbytes
+from jaxkv.cache.quantised import NoStore, QuantisedStore
 from jaxkv.cache.state import PagedCache
 
 
@@ -43,39 +46,60 @@ class CacheStats:
 
 def stats(cache: PagedCache) -> CacheStats:
     """Reads the cache's sizes back to the host."""
-    lengths, tokens, free = jax.device_get((cache.lengths, cache.num_tokens, cache.num_free))
-    layers, _, kv_heads = lengths.shape
-    size = cache.block_size
+    raw = cache.raw
+    lengths, tokens, free = jax.device_get((raw.lengths, cache.num_tokens, raw.tables.free.count))
+    layers, batch, kv_heads = lengths.shape
+    size = raw.block_size
     blocks = -(-lengths // size)
-    slots, kvs = int(blocks.sum()) * size, int(lengths.sum())
-    blocks_full = int((-(-tokens // size)).sum()) * layers * kv_heads
     kvs_full = int(tokens.sum()) * layers * kv_heads
-    table_bytes = sum(a.nbytes for a in (cache.block_table, cache.lengths, cache.num_tokens, cache.shared))
-    held = int(blocks.sum()) * cache.block_bytes + table_bytes
-    high = low = 0
-    bits = 32 * kvs
-    if cache.tiers is not None:
-        layout, counts = cache.tiers.layout, jax.device_get(cache.tiers.lengths)
-        quantised = -(-counts // cache.tiers.tokens)
-        blocks = blocks + quantised.sum(-1)
-        held += int(quantised.sum()) * layout.block_bytes + counts.shape[1] * cache.tiers.row_bytes
-        high, low = (int(n) for n in counts.sum((0, 1, 2)))
-        slots += int((quantised * cache.tiers.tokens).sum())
-        bits += high * layout.high.bits + low * layout.low.bits
+    blocks_full = int((-(-tokens // size)).sum()) * layers * kv_heads
+    row_bytes = batch * raw.tables.row_bytes + nbytes((cache.num_tokens, cache.shared))
+    tiers = _of_tiers(cache.quantised)
+    kvs, slots = int(lengths.sum()) + sum(tiers.kvs), int(blocks.sum()) * size + tiers.slots
+    bits = 32 * int(lengths.sum()) + tiers.bits
+    per_head = (blocks + tiers.blocks).sum(1)
     return CacheStats(
-        bytes_allocated=sum(leaf.nbytes for leaf in jax.tree.leaves(cache)),
-        bytes_held=held,
-        bytes_full=blocks_full * cache.block_bytes + table_bytes,
-        bytes_full_16bit=2 * kvs_full * 2 * cache.head_dim,
-        kvs_held=kvs + high + low,
-        kvs_high=high,
-        kvs_low=low,
+        bytes_allocated=nbytes(cache),
+        bytes_held=int(blocks.sum()) * raw.block_bytes + row_bytes + tiers.nbytes,
+        bytes_full=blocks_full * raw.block_bytes + row_bytes,
+        bytes_full_16bit=2 * kvs_full * 2 * raw.head_dim,
+        kvs_held=kvs,
+        kvs_high=tiers.kvs[0],
+        kvs_low=tiers.kvs[1],
         kvs_full=kvs_full,
-        blocks_held=int(blocks.sum()),
+        blocks_held=int(per_head.sum()),
         blocks_full=blocks_full,
         blocks_free=int(free),
         block_size=size,
-        blocks_per_head=blocks.sum(1),
-        fragmentation=1 - (kvs + high + low) / slots if slots else 0.0,
+        blocks_per_head=per_head,
+        fragmentation=1 - kvs / slots if slots else 0.0,
         nominal_share=bits / (32 * kvs_full) if kvs_full else 0.0,
+    )
+
+
+class _Tiers(NamedTuple):
+    """What the quantised store holds."""
+
+    kvs: tuple[int, int] = (0, 0)
+    blocks: np.ndarray | int = 0
+    """``i32[layers, batch, kv_heads]``."""
+    slots: int = 0
+    bits: int = 0
+    """Of K and V values."""
+    nbytes: int = 0
+    """Of blocks and tables."""
+
+
+def _of_tiers(store: QuantisedStore | NoStore) -> _Tiers:
+    if isinstance(store, NoStore):
+        return _Tiers()
+    lengths, layout = jax.device_get(store.tables.lengths), store.layout
+    blocks = np.asarray(store.tables.num_blocks(lengths))
+    high, low = (int(n) for n in lengths.sum((0, 1, 2)))
+    return _Tiers(
+        kvs=(high, low),
+        blocks=blocks.sum(-1),
+        slots=int((blocks * np.array(store.tables.kvs_a_block)).sum()),
+        bits=high * layout.high.bits + low * layout.low.bits,
+        nbytes=int(blocks.sum()) * layout.block_bytes + lengths.shape[1] * store.row_bytes,
     )

@@ -1,76 +1,124 @@
-"""How much of a sequence's cache stays, in the form that its user thinks in: tokens, a ratio, a fraction or bytes."""
+"""How much of a sequence's cache stays, in the form that its user thinks in: tokens, a ratio, a fraction or bytes.
+
+A budget is of blocks, their scores and positions included, whatever is in them: a quantised block counts as its bytes.
+Tables come on top, since compression frees none of them. It is the sequence's: heads share it as they need.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxkv.cache.state import CacheConfig, num_blocks
-
-if TYPE_CHECKING:
-    from jaxkv.cache.state import PagedCache
-
+from jaxkv.cache.config import CacheConfig
+from jaxkv.cache.state import PagedCache
 
 MOST = 2**31 - 1
 """Blocks, or tokens: what an ``i32`` counts."""
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """What a budget may ask of one sequence and its cache."""
+
+    tokens: Array | int
+    """``i32[]`` of the text whose budget applies: more than were read, where a prompt is read in parts."""
+    kvs: Array | int
+    """``i32[]``: unquantised KVs that it holds."""
+    blocks: Array | int
+    """``i32[]``: unquantised blocks that it holds."""
+    heads: int = field(metadata={"static": True})
+    """KV heads of all layers."""
+    block_size: int = field(metadata={"static": True})
+    block_bytes: int = field(metadata={"static": True})
+    """Of an unquantised block."""
+    protected_window: int = field(metadata={"static": True})
+
+    @classmethod
+    def of_sequence(cls, cache: PagedCache, tokens: Array, protected_window: int) -> Footprint:
+        """Of the one sequence that the cache holds, by the budget of ``i32[]`` tokens."""
+        raw = cache.raw
+        layers, _, kv_heads = raw.lengths.shape
+        return cls(
+            tokens=tokens,
+            kvs=raw.lengths.sum(),
+            blocks=raw.tables.blocks_held().sum(),
+            heads=layers * kv_heads,
+            block_size=raw.block_size,
+            block_bytes=raw.block_bytes,
+            protected_window=protected_window,
+        )
+
+    @classmethod
+    def of_prompt(cls, config: CacheConfig, tokens: int, protected_window: int) -> Footprint:
+        """Of a prompt that is held in full."""
+        return cls(
+            tokens=tokens,
+            kvs=tokens * config.heads,
+            blocks=config.full_blocks(tokens),
+            heads=config.heads,
+            block_size=config.block_size,
+            block_bytes=config.block_bytes,
+            protected_window=protected_window,
+        )
+
+    def full_blocks(self, tokens: Array | int) -> Array | int:
+        """Unquantised blocks that so many tokens fill in all heads."""
+        return -(-tokens // self.block_size) * self.heads
+
+    @property
+    def window_blocks(self) -> int:
+        """Unquantised blocks that the protected window takes in all heads, at least one each."""
+        return max(1, -(-self.protected_window // self.block_size)) * self.heads
+
+
 class Budget(ABC):
-    """Says how many blocks each sequence gives up. The budget is the sequence's: heads share it as they need."""
+    """Says how many blocks each sequence may hold."""
 
     @abstractmethod
-    def evict_blocks(self, cache: PagedCache, protected_window: int) -> Array:
-        """``i32[batch]``, never negative."""
+    def unquantised_blocks(self, of: Footprint) -> Array | int:
+        """``i32[]``: how many unquantised blocks may stay."""
 
-    def most_bytes(self, tokens: Array, bytes_a_token: int) -> Array:
-        """Bytes that a sequence of so many tokens may hold where a policy quantises, ``f32`` like tokens.
+    def blocks(self, of: Footprint, block_bytes: int) -> Array | int:
+        """``i32[]``: how many blocks of so many bytes may stay: as many bytes as the unquantised ones have."""
+        return in_blocks(self.unquantised_blocks(of), of.block_bytes, block_bytes)
 
-        ``bytes_a_token`` is what a token takes in the full cache at 16 bits a value, all heads together. Not asked
-        where there are ``fixed_bytes``.
-        """
-        raise NotImplementedError(f"{type(self).__name__} doesn't bound bytes, which a policy that quantises needs")
-
-    def fixed_bytes(self, bytes_a_token: int) -> int | None:
-        """The same where it is one number for every text, exact at any size; None: it isn't."""
+    def fixed_bytes(self, config: CacheConfig) -> int | None:
+        """Bytes of blocks that a sequence may hold, where it is one number for every text; None: it isn't."""
         return None
 
     def check(self, config: CacheConfig, protected_window: int) -> None:  # noqa: B027  # most can hold anything
         """Raises ValueError where the budget can't hold what is protected, or a block a head, unquantised."""
 
 
-def _held(cache: PagedCache) -> Array:
-    return cache.blocks_held().sum((0, 2))
-
-
-def _heads(cache: PagedCache) -> int:
-    return cache.lengths.shape[0] * cache.lengths.shape[2]
-
-
-def _impossible(what: str, tokens: float, config: CacheConfig, window: int, instead: str) -> ValueError:
-    return ValueError(
-        f"{what} leaves {tokens:g} tokens a head, but a head keeps at least one block of {config.block_size} and the "
-        f"protected window of {window}; {instead}, or a smaller protected_window"
-    )
+def in_blocks(count: Array | int, from_bytes: int, to_bytes: int) -> Array | int:
+    """How many blocks of ``to_bytes`` fit in ``count`` of ``from_bytes``, exactly, without leaving ``i32``."""
+    if from_bytes == to_bytes:
+        return count
+    whole, rest = divmod(from_bytes, to_bytes)
+    thousands, units = count // 1024, count % 1024
+    per_thousand, over = divmod(1024 * rest, to_bytes)
+    return count * whole + thousands * per_thousand + (thousands * over + units * rest) // to_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unlimited(Budget):
-    """Nothing is evicted for want of room: a policy with thresholds decides alone."""
+    """Nothing goes for want of room: a policy with thresholds decides alone."""
 
-    def evict_blocks(self, cache: PagedCache, protected_window: int) -> Array:
-        return jnp.zeros_like(cache.num_tokens)
+    def unquantised_blocks(self, of: Footprint) -> int:
+        return MOST
 
-    def most_bytes(self, tokens: Array, bytes_a_token: int) -> Array:
-        return jnp.full(tokens.shape, jnp.inf)
+    def blocks(self, of: Footprint, block_bytes: int) -> int:
+        return MOST
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaxTokens(Budget):
-    """At most ``tokens`` KVs a head on average, in whole blocks (KV-Compress's ``max_cache_tokens``)."""
+    """As many blocks as ``tokens`` unquantised KVs a head fill (KV-Compress's ``max_cache_tokens``)."""
 
     tokens: int
 
@@ -78,15 +126,14 @@ class MaxTokens(Budget):
         if not self.tokens >= 1:
             raise ValueError(f"max_cache_tokens must be at least 1, got {self.tokens}")
 
-    def evict_blocks(self, cache: PagedCache, protected_window: int) -> Array:
-        keep = -(-self.tokens // cache.block_size) * _heads(cache)
-        return jnp.maximum(_held(cache) - min(keep, MOST), 0)
+    def unquantised_blocks(self, of: Footprint) -> int:
+        return min(int(of.full_blocks(self.tokens)), MOST)
 
     def __str__(self) -> str:
         return f"max_cache_tokens={self.tokens}"
 
-    def fixed_bytes(self, bytes_a_token: int) -> int:
-        return self.tokens * bytes_a_token
+    def fixed_bytes(self, config: CacheConfig) -> int:
+        return config.full_blocks(self.tokens) * config.block_bytes
 
     def check(self, config: CacheConfig, protected_window: int) -> None:
         if self.tokens < max(config.block_size, protected_window):
@@ -95,9 +142,10 @@ class MaxTokens(Budget):
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio(Budget):
-    """The full cache's blocks divided by ``ratio``, rounded down, but never less than the protected window's blocks.
+    """What the same cache would hold of the whole text uncompressed, in its own dtype, divided by ``ratio``.
 
-    The full cache is what the whole text so far would take, ``ceil(tokens / block_size)`` blocks a head.
+    In whole blocks, rounded down, of ``ceil(tokens / block_size)`` blocks a head; but never less than those of the
+    protected window.
     """
 
     ratio: float
@@ -105,18 +153,17 @@ class Ratio(Budget):
     def __post_init__(self) -> None:
         if not 1 <= self.ratio <= 1e9:
             said = f"got {self.ratio}" if self.ratio <= 1e9 else "got more than 1e9"
-            raise ValueError(f"ratio must be at least 1 (1 keeps everything, 8 keeps an eighth) and finite, {said}")
+            meant = f"; a share of {self.ratio:g} removed is a ratio of {1 / (1 - self.ratio):g}" * (0 < self.ratio < 1)
+            raise ValueError(
+                f"ratio must be at least 1 (1 keeps everything, 8 keeps an eighth) and finite, {said}{meant}"
+            )
         object.__setattr__(self, "ratio", float(self.ratio))
 
-    def evict_blocks(self, cache: PagedCache, protected_window: int) -> Array:
-        full = num_blocks(cache.num_tokens, cache.block_size) * _heads(cache)
+    def unquantised_blocks(self, of: Footprint) -> Array:
+        full = of.full_blocks(of.tokens)
         keep = jnp.floor(full / self.ratio).astype(jnp.int32)
         keep = jnp.where(keep * self.ratio > full, keep - 1, keep)  # a float32 quotient may round up to a whole block
-        least = max(1, -(-protected_window // cache.block_size)) * _heads(cache)
-        return jnp.maximum(_held(cache) - jnp.maximum(keep, least), 0)
-
-    def most_bytes(self, tokens: Array, bytes_a_token: int) -> Array:
-        return tokens * (bytes_a_token / self.ratio)
+        return jnp.maximum(keep, of.window_blocks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,24 +176,18 @@ class KeepFraction(Budget):
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction kept must be in (0, 1], got {self.fraction}")
 
-    def evict_blocks(self, cache: PagedCache, protected_window: int) -> Array:
-        size, heads = cache.block_size, _heads(cache)
-        protected = -(-protected_window // size) * size
-        old = jnp.maximum(cache.num_tokens - protected, 0)
-        target = jnp.ceil(old * heads * jnp.float32(self.fraction)).astype(jnp.int32) + protected * heads
-        excess = jnp.maximum(cache.lengths.sum((0, 2)) - target, 0)
-        return jnp.where(old > 0, -(-excess // size), 0)
-
-    def most_bytes(self, tokens: Array, bytes_a_token: int) -> Array:
-        return tokens * (bytes_a_token * self.fraction)
+    def unquantised_blocks(self, of: Footprint) -> Array:
+        protected = -(-of.protected_window // of.block_size) * of.block_size
+        old = jnp.maximum(of.tokens - protected, 0)
+        target = jnp.ceil(old * of.heads * jnp.float32(self.fraction)).astype(jnp.int32) + protected * of.heads
+        excess = jnp.maximum(of.kvs - target, 0)
+        # As many blocks go as the excess fills; a text within the window loses nothing.
+        return jnp.where(old > 0, of.blocks - -(-excess // of.block_size), MOST)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaxBytes(Budget):
-    """At most ``size`` bytes a sequence, of blocks with their scores and positions.
-
-    Tables come on top, but where a policy quantises: then they are inside.
-    """
+    """At most ``size`` bytes a sequence."""
 
     size: int
 
@@ -154,16 +195,26 @@ class MaxBytes(Budget):
         if not self.size >= 1:
             raise ValueError(f"max_cache_bytes must be at least 1, got {self.size}")
 
-    def evict_blocks(self, cache: PagedCache, protected_window: int) -> Array:
-        return jnp.maximum(_held(cache) - min(self.size // cache.block_bytes, MOST), 0)
+    def unquantised_blocks(self, of: Footprint) -> int:
+        return self.blocks(of, of.block_bytes)
+
+    def blocks(self, of: Footprint, block_bytes: int) -> int:
+        return min(self.size // block_bytes, MOST)
 
     def __str__(self) -> str:
         return f"max_cache_bytes={self.size}"
 
-    def fixed_bytes(self, bytes_a_token: int) -> int:
+    def fixed_bytes(self, config: CacheConfig) -> int:
         return self.size
 
     def check(self, config: CacheConfig, protected_window: int) -> None:
         tokens = self.size // config.block_bytes * config.block_size / config.heads
         if tokens < max(config.block_size, protected_window):
             raise _impossible(str(self), tokens, config, protected_window, "give more bytes")
+
+
+def _impossible(what: str, tokens: float, config: CacheConfig, window: int, instead: str) -> ValueError:
+    return ValueError(
+        f"{what} leaves {tokens:g} tokens a head, but a head keeps at least one block of {config.block_size} and the "
+        f"protected window of {window}; {instead}, or a smaller protected_window"
+    )

@@ -1,19 +1,65 @@
-"""The one mechanism of eviction: scores -> whole blocks to give up -> moves -> release. It knows no policy.
+"""Whole blocks go, the cheapest first.
 
 KV-Compress (arXiv 2410.00161), section 4: a block is freed only when the worst KVs of its head fill one, so each head
 offers its blocks at the price of the best KV that must go with them, and the cheapest blocks of all layers and heads
-of a sequence are taken; or of each group of heads, where the budget is shared otherwise (``jaxkv.compression.shares``).
+of a sequence are taken; or of each group of heads, where the budget is shared otherwise (``compression.shares``).
 """
 
 from __future__ import annotations
 
-import jax.numpy as jnp
-from jax import Array
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from jaxkv.cache.moves import Plan, carry_out
-from jaxkv.cache.state import PagedCache, num_blocks
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxkv.cache.contents import Contents
+from jaxkv.cache.home import GONE, RAW
+from jaxkv.cache.moves import Goal
+from jaxkv.cache.state import PagedCache
+from jaxkv.compression.placement import Placement, Worth
 from jaxkv.compression.ranking import KEPT, sort_keys, take_cheapest
-from jaxkv.compression.shares import Shares
+from jaxkv.compression.shares import Global, Shares
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evict(Placement):
+    """What stays is unquantised. A head that gives something up ends with whole blocks."""
+
+    shares: Shares = Global()
+    """How the heads of a sequence share the budget."""
+
+    def due(self, cache: PagedCache, room: Array) -> Array:
+        return self._surplus(cache, room) > 0
+
+    def goal(self, cache: PagedCache, now: Contents, worth: Worth, room: Array) -> Goal:
+        # XLA for TPU takes minutes to compile what it would fuse across this line; on CPU the barrier is nothing.
+        rank, evictable = lax.optimization_barrier((worth.rank, now.held & ~worth.protected))
+        plan = plan_eviction(
+            rank,
+            evictable,
+            cache.raw.lengths,
+            self._surplus(cache, room)[None],
+            block_size=cache.raw.block_size,
+            shares=self.shares,
+        )
+        home = jnp.where(now.held & ~plan.evicted, RAW, GONE)
+        return Goal(home=home, positions=now.positions)
+
+    def _surplus(self, cache: PagedCache, room: Array) -> Array:
+        """``i32[]``: blocks beyond the room."""
+        return jnp.maximum(cache.raw.tables.blocks_held().sum() - room, 0)
+
+
+class Plan(NamedTuple):
+    """What an eviction does to each head."""
+
+    evicted: Array
+    """``bool[layers, batch, kv_heads, kvs]`` in table order."""
+    lengths: Array
+    """``i32[layers, batch, kv_heads]`` afterwards."""
+    blocks: Array
+    """``i32[layers, batch, kv_heads]`` blocks given up."""
 
 
 def plan_eviction(
@@ -42,7 +88,7 @@ def plan_eviction(
       shares: how the heads share what stays; None: all heads of a sequence compete.
     """
     keys = jnp.where(evictable, sort_keys(scores), KEPT)
-    blocks = num_blocks(lengths, block_size)
+    blocks = -(-lengths // block_size)
     hang = lengths - (blocks - 1) * block_size
     kvs = keys.shape[-1]
 
@@ -68,21 +114,3 @@ def plan_eviction(
     shape = keys.shape
     evicted = take_cheapest(keys.reshape(-1, kvs), count.reshape(-1), ascending.reshape(-1, kvs)).reshape(shape)
     return Plan(evicted=evicted, lengths=lengths - count, blocks=given)
-
-
-def evict(
-    cache: PagedCache,
-    scores: Array,
-    evictable: Array,
-    evict_blocks: Array,
-    *,
-    floor: int = 1,
-    shares: Shares | None = None,
-) -> PagedCache:
-    """Gives up blocks of each sequence, moves the survivors together and returns the freed blocks to the pool.
-
-    Arguments as for ``plan_eviction``.
-    """
-    size = cache.block_size
-    plan = plan_eviction(scores, evictable, cache.lengths, evict_blocks, block_size=size, floor=floor, shares=shares)
-    return carry_out(cache, plan)

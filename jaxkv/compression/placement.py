@@ -1,39 +1,34 @@
-"""What a policy of quantised tiers has to say beside what an evicting one does."""
+"""Where each KV of a sequence shall live: what a policy does with its ranking and its budget."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-import jax.numpy as jnp
 from jax import Array
 
-from jaxkv.cache.moves import Held
-from jaxkv.cache.quantised import Tiers
-from jaxkv.compression.budget import MOST, Budget
-from jaxkv.compression.policy import Policy
-from pallas_kernels.dispatch import block_tile
+from jaxkv.cache.config import CacheConfig
+from jaxkv.cache.contents import Contents
+from jaxkv.cache.moves import Goal
+from jaxkv.cache.state import PagedCache
+from jaxkv.compression.budget import Budget
+from jaxkv.compression.scorer import Scorer
 from pallas_kernels.tiered_attention import Significance
-from pallas_kernels.tiers import BlockLayout, Format
-
-if TYPE_CHECKING:
-    from jaxkv.cache.state import CacheConfig
-
-K8V4 = Format(key_bits=8, value_bits=4)
-K4V2 = Format(key_bits=4, value_bits=2)
+from pallas_kernels.tiers import BlockLayout
 
 
-class Goal(NamedTuple):
-    """Where KVs shall live; see ``tiering.move``."""
+class Worth(NamedTuple):
+    """What a policy thinks of the KVs of one sequence; arrays are in the order of its ``Contents``."""
 
-    home: Array
-    positions: Array
-    """What to store as a KV's position."""
-    worth: Array
+    rank: Array
+    """The lowest go first."""
+    protected: Array
+    """``bool``: must stay."""
 
 
 class Step(NamedTuple):
-    """What a decode step does to each head's tiers, ``[layers, batch, kv_heads]``."""
+    """What becomes of the quantised KVs of each head before a decode step, ``[layers, batch, kv_heads]``."""
 
     lengths: Array
     """``i32[..., 2]`` afterwards."""
@@ -45,83 +40,85 @@ class Step(NamedTuple):
     """``i32`` index in the low tier where that one goes; -1: none is."""
 
 
-def with_formats(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a policy with the formats that they name."""
-    return settings | {name: Format.named(settings[name]) for name in ("high", "low") if name in settings}
+class Claim(NamedTuple):
+    """Room for one more token in each active row. Only tables have changed; KVs move in the pass that follows."""
 
-
-def most_blocks(budget: Budget, held: Held, tiers: Tiers, unquantised: Array | None = None) -> Array:
-    """``i32[]``: quantised blocks that the sequence may hold, its table rows paid for; at least one a head.
-
-    ``unquantised``: ``bool`` like ``held.home``, the KVs that stay so; their blocks are paid for too.
-    """
-    layers, _, kv_heads, width = tiers.block_table.shape
-    heads, size = layers * kv_heads, tiers.layout.block_bytes
-    full, tables = heads * 4 * tiers.layout.head_dim, tiers.row_bytes + held.table_bytes
-    taken = 0
-    if unquantised is not None:
-        taken = held.block_bytes * jnp.sum(-(-unquantised.sum(-1) // held.block_size))
-    fixed = budget.fixed_bytes(full)
-    if fixed is None:
-        blocks = jnp.floor((budget.most_bytes(held.whole, full)[0] - tables - taken) / size)
-    else:  # in whole numbers: float32 may round a block up
-        whole, rest = divmod(fixed - tables, size)
-        blocks = max(min(whole, MOST), -heads) + (rest - taken) // size
-    return jnp.clip(blocks, heads, heads * width).astype(jnp.int32)
+    cache: PagedCache
+    granted: Array
+    """``bool[]``: there is room for all of them; else nothing has changed."""
+    step: Step | None = None
+    """Where the token is quantised at once; None: it is cached unquantised."""
+    significance: Significance | None = None
+    """How decoding changes the quantised KVs' scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TierPolicy(Policy):
-    """Base of policies that keep KVs at two precisions."""
-
-    high: Format = K8V4
-    low: Format = K4V2
-    block_tokens: int = 64
-    """KVs in a high block."""
-
-    def layout(self, head_dim: int) -> BlockLayout:
-        return BlockLayout(head_dim=head_dim, high=self.high, low=self.low, tokens=self.block_tokens, tile=block_tile())
-
-    @property
-    def unquantised_window(self) -> bool:
-        """Whether ``assign`` may leave KVs unquantised (``RAW``)."""
-        return False
+class Placement(ABC):
+    """Base of all placements. Static to jit, so it is frozen and hashable."""
 
     @property
     def quantises_decoding(self) -> bool:
-        """Whether a decoded token is quantised at once (``step``) or cached unquantised."""
+        """Whether a decoded token is quantised at once, or cached unquantised."""
         return False
 
-    @property
-    def protected_tokens(self) -> int:
-        """KVs that a head keeps of any text, at high precision, or unquantised where there is such a window."""
-        return self.protected_window
-
-    def check(self, config: CacheConfig) -> None:
-        layout, heads, protected = self.layout(config.head_dim), config.heads, self.protected_tokens
-        budget = self.budget.fixed_bytes(heads * 4 * config.head_dim)
-        if budget is None:
-            return
-        quantised, window = max(1, -(-protected // layout.tokens)), 0
-        if self.unquantised_window:
-            quantised, window = 1, -(-protected // config.block_size)
-        tables = config.table_bytes // config.batch
-        need = tables + heads * (quantised * layout.block_bytes + window * config.block_bytes)
-        if budget < need:
-            raise ValueError(
-                f"{self.budget} leaves a sequence {budget} bytes, but tables ({tables} bytes), a block a head and the "
-                f"protected {protected} tokens take {need}; give more, or a smaller protected_window"
-            )
-
-    def assign(self, held: Held, tiers: Tiers) -> Goal:
-        """Where each KV of one sequence shall live."""
-        raise NotImplementedError
-
-    def step(self, tiers: Tiers, position: Array) -> Step | None:
-        """What to do with the token at ``i32[batch]`` position; None: it is cached unquantised."""
+    def layout(self, head_dim: int) -> BlockLayout | None:
+        """Of the quantised blocks that it needs; None: it needs none."""
         return None
 
-    @property
-    def significance(self) -> Significance | None:
-        """How decoding changes scores; None: not at all."""
+    def check(self, config: CacheConfig, budget: Budget, protected_window: int, sinks: int) -> None:
+        """Raises ValueError where a cache of these sizes can't keep the budget, whatever the text."""
+        budget.check(config, protected_window)
+
+    def block_bytes(self, cache: PagedCache) -> int:
+        """Of the blocks that a budget is of."""
+        return cache.raw.block_bytes
+
+    def due(self, cache: PagedCache, room: Array) -> Array:
+        """``bool[]``: whether there is anything to do for the one sequence of a cache that may hold so many blocks."""
+        return cache.num_tokens[0] > 0
+
+    @abstractmethod
+    def goal(self, cache: PagedCache, now: Contents, worth: Worth, room: Array) -> Goal:
+        """Where each KV of the one sequence of a cache shall live.
+
+        Args:
+          cache: of one row.
+          now: what it holds.
+          worth: what the policy thinks of that.
+          room: ``i32[]`` blocks that it may hold, of ``block_bytes`` each.
+        """
+
+    def ranks_decoded(self, scorer: Scorer) -> bool:
+        """Whether what was decoded can be ranked, so that a sequence can be compressed again."""
+        return scorer.ranks_decoded
+
+    def raw_tokens(self, protected_window: int, sinks: int) -> int | None:
+        """KVs of a head that may stay unquantised where a sequence is compressed; None: any number."""
         return None
+
+    def observes_decoding(self, scorer: Scorer) -> bool:
+        """Whether the scorer's view of decoded tokens' attention reaches the scores."""
+        return scorer.observes_decoding
+
+    def rescored(self, scores: Array, positions: Array, num_tokens: Array, observed: Array) -> tuple[Array, Array]:
+        """Scores and stored positions where a text was read on, from the scores by the new prompt's last queries.
+
+        Args:
+          scores: ``f32[layers, batch, kv_heads, kvs]``.
+          positions: ``i32`` like ``scores``.
+          num_tokens: ``i32[batch]``: tokens of the text so far.
+          observed: ``i32[batch]``: how many queries were observed.
+        """
+        return scores, positions
+
+    def claim(self, cache: PagedCache, active: Array) -> Claim:
+        """Room for one more token in each of the rows, ``bool[batch]``."""
+        return claim_raw(cache, active)
+
+
+def claim_raw(cache: PagedCache, active: Array) -> Claim:
+    """Room for the tokens in the unquantised store."""
+    within = cache.within_capacity(cache.lengths + 1, active)
+    lengths = cache.raw.tables.lengths + (active & within)[None, :, None, None]
+    tables, found = cache.raw.tables.grow(lengths, most=1)
+    return Claim(replace(cache, raw=replace(cache.raw, tables=tables)), found & within)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from jaxkv.cache.state import CacheConfig, PagedCache
-from jaxkv.policies import Policy, TierPolicy
+from jaxkv.cache.config import CacheConfig
+from jaxkv.cache.state import PagedCache
+from jaxkv.policies import Policy
 
 RAW, QUANTISED = 0, 1
 
@@ -18,14 +19,14 @@ class Room:
         self.config = config
         self.total = np.array([config.num_blocks - 1, config.tiers.num_blocks - 1 if config.tiers is not None else 0])
         self.free = self.total
-        self.lengths = np.zeros(cache.lengths.shape, np.int32)
-        self.quantised = np.zeros((*cache.lengths.shape, 2), np.int32)
-        self.tokens = np.ones(2, np.int32) if cache.tiers is None else cache.tiers.tokens
+        self.lengths = np.zeros(cache.raw.lengths.shape, np.int32)
+        self.quantised = np.zeros((*cache.raw.lengths.shape, 2), np.int32)
+        self.tokens = np.ones(2, np.int32) if cache.layout is None else np.array(cache.tiers.tables.kvs_a_block)
 
     def look(self, cache: PagedCache) -> None:
         """Reads back what the heads hold and what is free."""
-        tiers = () if cache.tiers is None else (cache.tiers.lengths, cache.tiers.free.count)
-        self.lengths, free, *quantised = jax.device_get((cache.lengths, cache.num_free, *tiers))
+        tiers = () if cache.layout is None else (cache.tiers.tables.lengths, cache.tiers.tables.free.count)
+        self.lengths, free, *quantised = jax.device_get((cache.raw.lengths, cache.raw.tables.free.count, *tiers))
         if quantised:
             self.quantised = quantised[0]
         self.free = np.array([int(free), int(quantised[1]) if quantised else 0])
@@ -37,7 +38,7 @@ class Room:
 
     def growth(self, row: int, policy: Policy | None, tokens: int) -> np.ndarray:
         """Blocks that a row allocates at most for so many more tokens."""
-        if isinstance(policy, TierPolicy) and policy.quantises_decoding:
+        if policy is not None and policy.placement.quantises_decoding:
             before, size, pool = self.quantised[:, row], self.tokens, QUANTISED
         else:
             before, size, pool = self.lengths[:, row], self.config.block_size, RAW
@@ -45,9 +46,11 @@ class Room:
         more[pool] = (-(-(before + tokens) // size) + (-before // size)).sum()
         return more
 
-    def unquantised(self, policy: TierPolicy) -> int:
+    def unquantised(self, policy: Policy) -> int:
         """Blocks of a row that may stay unquantised when it is compressed."""
-        tokens = policy.protected_window + policy.sinks if policy.unquantised_window else 0
+        tokens = policy.placement.raw_tokens(policy.protected_window, policy.sinks)
+        if tokens is None:
+            return int(self.total[RAW])
         return self.config.heads * -(-tokens // self.config.block_size)
 
     def compressed(self, policy: Policy | None, tokens: int) -> np.ndarray:

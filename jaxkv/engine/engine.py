@@ -14,13 +14,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.cache.state import CacheConfig, PagedCache, take_sequences
+from jaxkv.cache import CacheConfig, PagedCache
 from jaxkv.cache.stats import stats
 from jaxkv.engine.block_counts import QUANTISED, RAW, Room
 from jaxkv.engine.prefixes import AHEAD, Kept, choose
@@ -30,7 +29,7 @@ from jaxkv.engine.scheduler import more_memory, plan_reading, refusal
 from jaxkv.engine.sequence import Answer
 from jaxkv.generation.prefill import CHUNK, PromptState
 from jaxkv.generation.sampling import Forced, Sampler
-from jaxkv.policies import Policy, TierPolicy
+from jaxkv.policies import Policy
 from jaxkv.requests import Event, PromptRead, Refused, sampler_for
 
 STEPS = 16
@@ -178,11 +177,9 @@ class Engine:
 
     def _begin_part(self, row: int, part: int, read: int) -> PromptState:
         request = self._answer(row).request
-        state = self.steps.start(
+        return self.steps.start(
             self.cache, row, min(part, len(request.prompt) - read), request.policy, fresh=read < part
         )
-        self.cache = state.cache
-        return state
 
     def _read_chunk(self) -> Iterator[Event]:
         """The next chunk of the prompt; after a part's last, compression; after the prompt's, first the first token."""
@@ -194,11 +191,10 @@ class Engine:
         began, compiled = time.perf_counter(), self.steps.compile_seconds
         stop = prompt.lend if prompt.read < prompt.lend else end
         tokens, count = chunk_of(ids[prompt.read : stop], prompt.chunk)
-        state = replace(prompt.state, cache=self.cache)
-        prompt.state = state = self.steps.chunk(state, row, tokens, count, answer.request.policy)
+        self.cache, state = self.steps.chunk(self.cache, prompt.state, row, tokens, count, answer.request.policy)
+        prompt.state = state
         prompt.read += count
         self.prompt_tokens += count
-        self.cache = state.cache
         jax.block_until_ready(state.hidden)
         answer.timings.spent("prefill", began, self.steps.compile_seconds - compiled)
         if prompt.read == prompt.lend:
@@ -207,7 +203,7 @@ class Engine:
             lent.borrowed[row] = lent.blocks
             self.prefixes.append(lent)
         yield PromptRead(request=answer.index, tokens=prompt.read, total=total)
-        if prompt.read == end and answer.request.policy is not None and answer.request.policy.rereads:
+        if prompt.read == end and answer.request.policy is not None and answer.request.policy.scorer.observes.rereads:
             state = self._reread(prompt, answer, end)
         if prompt.read == total:
             yield from self._finish_prompt(row, answer, state)
@@ -227,8 +223,8 @@ class Engine:
         size = min(CHUNK, -(-part // 64) * 64)
         for at in range((end - 1) // part * part, end, size):
             tokens, count = chunk_of(answer.request.prompt[at:end], size)
-            prompt.state = self.steps.reread(prompt.state, prompt.row, tokens, count, policy)
-        self.cache = jax.block_until_ready(prompt.state).cache
+            prompt.state = self.steps.reread(self.cache, prompt.state, prompt.row, tokens, count, policy)
+        jax.block_until_ready(prompt.state)
         answer.timings.spent("prefill", began, self.steps.compile_seconds - compiled)
         return prompt.state
 
@@ -236,7 +232,7 @@ class Engine:
         """Compresses what is read to what the whole prompt's budget leaves, and begins the next part."""
         policy, total = answer.request.policy, len(answer.request.prompt)
         assert policy is not None
-        self.cache = self.steps.score(prompt.state, prompt.row, policy)
+        self.cache = self.steps.score(self.cache, prompt.state, prompt.row, policy)
         self._compress(prompt.row, tokens=total)
         held = int(self.room.held(prompt.row)[RAW])
         need = held + self.config.full_blocks(min(prompt.part, total - prompt.read))
@@ -254,15 +250,15 @@ class Engine:
         policy, sampler = answer.request.policy, sampler_for([answer.request.params])
         began, compiled = time.perf_counter(), self.steps.compile_seconds
         if policy is not None and self._give_up_prefix(row):
-            state = replace(state, cache=self.steps.own(state.cache, row))
-        self.cache, token, logprob = self.steps.finish(state, row, sampler, policy)
+            self.cache = self.steps.own(self.cache, row)
+        self.cache, token, logprob = self.steps.finish(self.cache, state, row, sampler, policy)
         first, logprob = int(token[0]), float(logprob[0])
         self.prompt = None
         answer.timings.spent("prefill", began, self.steps.compile_seconds - compiled)
         if policy is not None:
             self._compress(row)
         self._look()
-        answer.cache = stats(take_sequences(self.cache, jnp.array([row])))
+        answer.cache = stats(self.cache.rows(jnp.array([row])))
         if error := self._too_large(row, answer):
             self._leave(row)
             yield Refused(request=answer.index, error=error)
@@ -273,7 +269,7 @@ class Engine:
         """Why an answer can't be given to a prompt that is read and compressed; None where it can."""
         held, more = self.room.held(row), self._growth([row], answer.request.limit)
         policy = answer.request.policy
-        if isinstance(policy, TierPolicy) and held[RAW] > self.room.unquantised(policy):
+        if policy is not None and held[RAW] > self.room.unquantised(policy):
             return (
                 f"the prompt doesn't fit its {self.room.total[QUANTISED]} quantised blocks; give more cache_memory, "
                 "a smaller budget, or shorten it"
@@ -360,7 +356,7 @@ class Engine:
             return
         yield from answer.take(tokens, logprobs)
         if answer.finish_reason is not None:
-            at_end = stats(take_sequences(self.cache, jnp.array([row])))
+            at_end = stats(self.cache.rows(jnp.array([row])))
             self._leave(row)
             self.locked = False
             yield answer.finished(at_end)
@@ -412,6 +408,4 @@ class Engine:
 
 def _deciding(policy: Policy | None) -> Policy | None:
     """What a policy is for decoding: None where it neither observes it, nor compresses again, nor quantises."""
-    if policy is None or policy.observes_decoding or policy.compress_every is not None:
-        return policy
-    return policy if isinstance(policy, TierPolicy) else None
+    return policy if policy is not None and policy.acts_in_decoding else None

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from jaxkv.cache.prefix import Prefix
+from jaxkv.generation.prompt import observation_of
 from jaxkv.requests import Request
 
 LEAST_SHARED = 128
@@ -59,11 +60,7 @@ def readable(request: Request) -> int:
 
     A policy that observes all queries, or expects others like them, reads its whole prompt itself.
     """
-    policy = request.policy
-    observed = 0 if policy is None else policy.observed_queries
-    if observed is None or (policy is not None and policy.expected_queries):
-        return 0
-    return max(len(request.prompt) - max(observed, 1), 0)
+    return observation_of(request.policy).shareable(len(request.prompt))
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:

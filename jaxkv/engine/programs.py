@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -13,11 +12,10 @@ from flax import nnx
 from jax import Array
 
 from jaxkv.cache import prefix
-from jaxkv.cache.allocator import release_sequences
 from jaxkv.cache.prefix import Prefix
-from jaxkv.cache.state import PagedCache, put_sequences, take_sequences
+from jaxkv.cache.state import PagedCache, release
+from jaxkv.generation.compress import compress as compress_rows
 from jaxkv.generation.decode import Decoded
-from jaxkv.generation.decode import compress as compress_rows
 from jaxkv.generation.decode import decode as decode_rows
 from jaxkv.generation.prefill import PromptState, finish_prompt, prefill_chunk, reread_chunk, score_prompt, start_prompt
 from jaxkv.generation.sampling import Sampler, logprobs_of
@@ -47,44 +45,52 @@ class CompiledSteps:
         def start(
             leaves: list[Array], cache: PagedCache, row: Array, length: Array, policy: Policy | None, fresh: bool
         ) -> PromptState:
-            part = start_prompt(merge(leaves), take_sequences(cache, row), length, policy, fresh=fresh)
-            return replace(part, cache=put_sequences(cache, part.cache, row))
+            return start_prompt(merge(leaves), cache.rows(row), length, policy, fresh=fresh)
 
         def chunk(
-            leaves: list[Array], state: PromptState, row: Array, tokens: Array, counts: Array, policy: Policy | None
-        ) -> PromptState:
-            whole = state.cache
-            state = replace(state, cache=take_sequences(whole, row))
-            state = prefill_chunk(merge(leaves), state, tokens, counts, policy)
-            return replace(state, cache=put_sequences(whole, state.cache, row))
+            leaves: list[Array],
+            whole: PagedCache,
+            prompt: PromptState,
+            row: Array,
+            tokens: Array,
+            counts: Array,
+            policy: Policy | None,
+        ) -> tuple[PagedCache, PromptState]:
+            part, prompt = prefill_chunk(merge(leaves), whole.rows(row), prompt, tokens, counts, policy)
+            return whole.with_rows(part, row), prompt
 
         def reread(
-            leaves: list[Array], state: PromptState, row: Array, tokens: Array, counts: Array, policy: Policy
+            leaves: list[Array],
+            prompt: PromptState,
+            whole: PagedCache,
+            row: Array,
+            tokens: Array,
+            counts: Array,
+            policy: Policy,
         ) -> PromptState:
-            whole = state.cache
-            state = replace(state, cache=take_sequences(whole, row))
-            return replace(reread_chunk(merge(leaves), state, tokens, counts, policy), cache=whole)
+            return reread_chunk(merge(leaves), whole.rows(row), prompt, tokens, counts, policy)
 
         def finish(
             leaves: list[Array],
             whole: PagedCache,
-            state: PromptState,
+            prompt: PromptState,
             row: Array,
             sampler: Sampler,
             policy: Policy | None,
         ) -> tuple[PagedCache, Array, Array]:
-            state = replace(state, cache=take_sequences(whole, row))
-            part, logits = finish_prompt(merge(leaves), state, policy)
+            part, logits = finish_prompt(merge(leaves), whole.rows(row), prompt, policy)
             token = sampler(logits, part.num_tokens)
-            return put_sequences(whole, part, row), token, logprobs_of(logits, token)
+            return whole.with_rows(part, row), token, logprobs_of(logits, token)
 
-        def score(whole: PagedCache, state: PromptState, row: Array, policy: Policy) -> PagedCache:
-            return put_sequences(whole, score_prompt(replace(state, cache=take_sequences(whole, row)), policy), row)
+        def score(
+            leaves: list[Array], whole: PagedCache, prompt: PromptState, row: Array, policy: Policy
+        ) -> PagedCache:
+            return whole.with_rows(score_prompt(merge(leaves), whole.rows(row), prompt, policy), row)
 
         def compress(cache: PagedCache, row: Array, tokens: Array, policy: Policy) -> PagedCache:
-            part = take_sequences(cache, row)
+            part = cache.rows(row)
             part = compress_rows(part, policy, tokens=jnp.maximum(tokens, part.num_tokens))
-            return put_sequences(cache, part, row)
+            return cache.with_rows(part, row)
 
         def decode(
             leaves: list[Array],
@@ -106,14 +112,14 @@ class CompiledSteps:
                 stop_tokens=stop_tokens,
             )
 
-        self._start = jax.jit(start, donate_argnums=1, static_argnums=(4, 5))
-        self._chunk = jax.jit(chunk, donate_argnums=1, static_argnums=5)
-        self._reread = jax.jit(reread, donate_argnums=1, static_argnums=5)
+        self._start = jax.jit(start, static_argnums=(4, 5))
+        self._chunk = jax.jit(chunk, donate_argnums=(1, 2), static_argnums=6)
+        self._reread = jax.jit(reread, donate_argnums=1, static_argnums=6)
         self._finish = jax.jit(finish, donate_argnums=1, static_argnums=5)
-        self._score = jax.jit(score, donate_argnums=0, static_argnums=3)
+        self._score = jax.jit(score, donate_argnums=1, static_argnums=4)
         self._compress = jax.jit(compress, donate_argnums=0, static_argnums=3)
         self._decode = jax.jit(decode, donate_argnums=1, static_argnums=(5, 6))
-        self._release = jax.jit(release_sequences, donate_argnums=0)
+        self._release = jax.jit(release, donate_argnums=0)
         self._detach = jax.jit(prefix.detach, donate_argnums=0)
         self._attach = jax.jit(prefix.attach, donate_argnums=0)
         self._own = jax.jit(prefix.own, donate_argnums=0)
@@ -138,25 +144,29 @@ class CompiledSteps:
         """Begins a prompt, or a part of one, of ``length`` tokens; ``fresh``: in a row that holds nothing quantised."""
         return self._call(self._start, self.leaves, cache, _one(row), _one(length), static=(policy, fresh))
 
-    def chunk(self, state: PromptState, row: int, tokens: Array, count: int, policy: Policy | None) -> PromptState:
+    def chunk(
+        self, cache: PagedCache, prompt: PromptState, row: int, tokens: Array, count: int, policy: Policy | None
+    ) -> tuple[PagedCache, PromptState]:
         """Reads a chunk, ``i32[1, chunk]``."""
-        return self._call(self._chunk, self.leaves, state, _one(row), tokens, _one(count), static=(policy,))
+        args = self.leaves, cache, prompt, _one(row), tokens, _one(count)
+        return self._call(self._chunk, *args, static=(policy,))
 
-    def reread(self, state: PromptState, row: int, tokens: Array, count: int, policy: Policy) -> PromptState:
+    def reread(
+        self, cache: PagedCache, prompt: PromptState, row: int, tokens: Array, count: int, policy: Policy
+    ) -> PromptState:
         """Reads a chunk once more, after the prompt or its part, for a policy that wants it; nothing is cached."""
-        return self._call(self._reread, self.leaves, state, _one(row), tokens, _one(count), static=(policy,))
+        args = self.leaves, prompt, cache, _one(row), tokens, _one(count)
+        return self._call(self._reread, *args, static=(policy,))
 
     def finish(
-        self, state: PromptState, row: int, sampler: Sampler, policy: Policy | None
+        self, cache: PagedCache, prompt: PromptState, row: int, sampler: Sampler, policy: Policy | None
     ) -> tuple[PagedCache, Array, Array]:
         """Ends a prompt: the cache, the first token and its log probability, ``[1]`` each."""
-        return self._call(
-            self._finish, self.leaves, state.cache, _without_cache(state), _one(row), sampler, static=(policy,)
-        )
+        return self._call(self._finish, self.leaves, cache, prompt, _one(row), sampler, static=(policy,))
 
-    def score(self, state: PromptState, row: int, policy: Policy) -> PagedCache:
+    def score(self, cache: PagedCache, prompt: PromptState, row: int, policy: Policy) -> PagedCache:
         """Ends a part of a prompt, with nothing said."""
-        return self._call(self._score, state.cache, _without_cache(state), _one(row), static=(policy,))
+        return self._call(self._score, self.leaves, cache, prompt, _one(row), static=(policy,))
 
     def compress(self, cache: PagedCache, row: int, tokens: int, policy: Policy) -> PagedCache:
         """Compresses one row of the batch to the budget of what it has seen, or of so many tokens if those are more."""
@@ -189,11 +199,6 @@ class CompiledSteps:
         """Gives back what of a prefix lies past so many blocks of each head."""
         cache, left = self._call(self._cut, cache, prefix, jnp.int32(blocks))
         return cache, jax.device_get(left)
-
-
-def _without_cache(state: PromptState) -> PromptState:
-    """What of a prompt's state isn't donated."""
-    return replace(state, cache=None)  # pyright: ignore[reportArgumentType]
 
 
 def _one(value: int) -> Array:

@@ -10,10 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-import jax.numpy as jnp
-
-from jaxkv.cache.state import CacheConfig, init_cache
-from jaxkv.policies import Policy, TierPolicy
+from jaxkv.cache.config import CacheConfig
+from jaxkv.compression.budget import Footprint
+from jaxkv.policies import Policy
 from jaxkv.requests import Request
 from pallas_kernels.tiers import BlockLayout
 
@@ -56,17 +55,14 @@ def least_part(config: CacheConfig, policy: Policy) -> int:
 @lru_cache(maxsize=64)
 def blocks_between_parts(config: CacheConfig, policy: Policy, tokens: int) -> int:
     """Blocks that a prompt of so many tokens may hold after each part: its budget, and a half-filled block a head."""
-    one = replace(config, batch=1, num_blocks=2, max_context=config.block_size, tiers=None)
-    lengths = jnp.full((config.num_layers, 1, config.num_kv_heads), tokens)
-    whole = replace(init_cache(one), lengths=lengths, num_tokens=jnp.array([tokens]))
-    evicted = int(policy.budget.evict_blocks(whole, policy.protected_window)[0])
-    return config.full_blocks(tokens) - evicted + config.heads
+    kept = policy.budget.unquantised_blocks(Footprint.of_prompt(config, tokens, policy.protected_window))
+    return min(int(kept), config.full_blocks(tokens)) + config.heads
 
 
 def refusal(request: Request, config: CacheConfig) -> str | None:
     """Why a request can never be served; None where it may be. What is left once it is compressed is checked then."""
     prompt, policy, blocks = len(request.prompt), request.policy, config.num_blocks - 1
-    layout = policy.layout(config.head_dim) if isinstance(policy, TierPolicy) else None
+    layout = policy.placement.layout(config.head_dim) if policy is not None else None
     if layout != (config.tiers.layout if config.tiers is not None else None):
         return (
             f"this cache holds {_blocks_of(config.tiers.layout if config.tiers is not None else None)}, and the "

@@ -1,7 +1,7 @@
 """The verbs, as pure functions: a model reads a prompt into a cache, a policy compresses it, and tokens are decoded."""
 
+from jaxkv.generation.compress import compress as compress
 from jaxkv.generation.decode import Decoded as Decoded
-from jaxkv.generation.decode import compress as compress
 from jaxkv.generation.decode import decode as decode
 from jaxkv.generation.decode import decode_step as decode_step
 from jaxkv.generation.decode import generate as generate

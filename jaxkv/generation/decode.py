@@ -1,105 +1,21 @@
-"""Pure functions from prompt to tokens, to be called inside a jit of your own.
-
-``prefill`` -> ``compress`` -> ``decode`` (or ``decode_step``), and ``generate``, which is all of them. The model is
-any callable like ``models.Llama``: it hands each layer's queries, keys and values to an ``attend`` that writes them to
-the cache and reads it. Donate the cache at the jit boundary.
-"""
+"""From a cache to tokens: pure functions, to be called inside a jit of your own. Donate the cache at its boundary."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxkv.cache import allocator
-from jaxkv.cache.state import PagedCache, in_table_order, put_sequences, stamp_slots, take_sequences, to_slots
-from jaxkv.compression import evict as eviction
-from jaxkv.generation import passes as tier_steps
+from jaxkv.cache.state import PagedCache
+from jaxkv.compression.placement import Claim, claim_raw
+from jaxkv.compression.policy import Policy
+from jaxkv.generation.compress import check_blocks, compress
+from jaxkv.generation.passes import begin_step
 from jaxkv.generation.prefill import prefill
 from jaxkv.generation.sampling import Greedy, Sampler, logprobs_of
-from jaxkv.policies import Policy, TierPolicy
-from pallas_kernels.block_writes import write_blocks
-from pallas_kernels.paged_attention import paged_attention
-
-if TYPE_CHECKING:
-    from models import Llama
-
-
-def compress(
-    cache: PagedCache,
-    policy: Policy,
-    select: Array | None = None,
-    *,
-    tokens: Array | None = None,
-    evict_blocks: Array | None = None,
-) -> PagedCache:
-    """Evicts from each sequence what the policy's budget doesn't leave room for.
-
-    A policy with tiers needs free blocks to quantise to; a sequence for which there are too few stays as it is, and
-    ``room_to_step`` then says so where it can't be decoded.
-
-    Args:
-      cache: donated.
-      policy: what decides which KVs stay.
-      select: ``bool[batch]`` the sequences to compress; None: all.
-      tokens: ``i32[batch]`` whose budget to apply; None: those seen so far. A prompt that is read in parts gives the
-        whole prompt's, so that each part leaves what the end will.
-      evict_blocks: ``i32[batch]`` blocks to give up, whatever the budget says; None: as it says.
-
-    Raises:
-      ValueError: ``evict_blocks`` for a policy of quantised tiers.
-    """
-    if isinstance(policy, TierPolicy):
-        if evict_blocks is not None:
-            raise ValueError(f"{type(policy).__name__} has blocks of two precisions; give a budget, not evict_blocks")
-        every = jnp.ones(cache.num_tokens.shape, bool)
-        return _retier(
-            cache, policy, every if select is None else select, cache.num_tokens if tokens is None else tokens
-        )
-    if evict_blocks is None:
-        budgeted = cache if tokens is None else replace(cache, num_tokens=tokens)
-        evict_blocks = policy.budget.evict_blocks(budgeted, policy.protected_window)
-    if select is not None:
-        evict_blocks = jnp.where(select, evict_blocks, 0)
-
-    blocks = evict_blocks
-
-    def compress_one(row: Array, cache: PagedCache) -> PagedCache:
-        def run(cache: PagedCache) -> PagedCache:
-            sequence = row[None]
-            part = _evict(take_sequences(cache, sequence), policy, blocks[sequence])
-            return put_sequences(cache, part, sequence)
-
-        return lax.cond(blocks[row] > 0, run, lambda cache: cache, cache)
-
-    # One sequence at a time: what is ranked together is one sequence's, and temporaries stay those of one.
-    return lax.fori_loop(0, blocks.shape[0], compress_one, cache)
-
-
-def _retier(cache: PagedCache, policy: TierPolicy, select: Array, tokens: Array) -> PagedCache:
-    def compress_one(row: Array, cache: PagedCache) -> PagedCache:
-        def run(cache: PagedCache) -> PagedCache:
-            part = tier_steps.compress(take_sequences(cache, row[None]), policy, tokens[row])
-            return put_sequences(cache, part, row[None])
-
-        return lax.cond(select[row] & (cache.num_tokens[row] > 0), run, lambda cache: cache, cache)
-
-    return lax.fori_loop(0, select.shape[0], compress_one, cache)
-
-
-def _evict(cache: PagedCache, policy: Policy, evict_blocks: Array) -> PagedCache:
-    """Evicts so many blocks, ``i32[batch]``, of each sequence."""
-    table = cache.block_table, cache.lengths
-    positions = in_table_order(cache.positions, *table, cache.block_size)
-    scores = policy.rank(in_table_order(cache.scores, *table, cache.block_size), positions)
-    held = jnp.arange(cache.capacity) < cache.lengths[..., None]
-    evictable = held & ~policy.protects(positions, cache.num_tokens)
-    # XLA for TPU takes minutes to compile what it would fuse across this line; on CPU the barrier is nothing.
-    scores, evictable = lax.optimization_barrier((scores, evictable))
-    return eviction.evict(cache, scores, evictable, evict_blocks, shares=policy.shares)
+from models import Llama
 
 
 def decode_step(
@@ -112,45 +28,19 @@ def decode_step(
       cache: donated.
       tokens: ``i32[batch]``.
       active: ``bool[batch]``; the other rows stay as they are.
-      policy: whose scores to add to, where it observes decoding.
+      policy: what quantises the token, or whose scores to add to; None: it is cached unquantised, and no more.
 
     Returns:
       The cache and ``f32[batch, vocab]``. Where the pool can't serve all active rows, the cache stays as it was and
       the logits are NaN: ask ``room_to_step`` first.
 
     Raises:
-      ValueError: a cache with quantised tiers, and a policy without.
+      ValueError: a cache whose blocks aren't those of the policy.
     """
-    if cache.tiers is not None:
-        if not isinstance(policy, TierPolicy):
-            raise ValueError(f"a cache with quantised tiers needs the policy that decides over them, got {policy}")
-        return tier_steps.decode_step(model, cache, tokens, active, policy)
-    starts, positions = cache.lengths, cache.num_tokens[:, None]
-    cache, granted = allocator.grow(cache, starts + active[None, :, None], most=1)
-    counts = (active & granted).astype(jnp.int32)
-    cache = stamp_slots(cache, starts, positions, counts)
-    lengths = jnp.where(counts[None, :, None] > 0, cache.lengths, 0)
-    observer = policy if policy is not None and policy.observes_decoding else None
-
-    def attend(
-        state: tuple[Array, Array], layer: int | Array, query: Array, key: Array, value: Array
-    ) -> tuple[tuple[Array, Array], Array]:
-        pool, scores = state
-        table, length = cache.block_table[layer], lengths[layer]
-        pool = write_blocks(pool, key, value, table, starts[layer], counts)
-        if observer is None:
-            out, _ = paged_attention(query[:, 0], pool, table, length)
-            return (pool, scores), out[:, None]
-        out, (mass,) = paged_attention(query[:, 0], pool, table, length, observe=(observer.of_decoding,))
-        if observer.observed_buffer:
-            key_positions = in_table_order(cache.positions, table, length, cache.block_size)
-            mass = jnp.where(key_positions <= positions[..., None] - observer.observed_buffer, mass, 0.0)
-        scores = to_slots(scores, table, length, in_table_order(scores, table, length, cache.block_size) + mass)
-        return (pool, scores), out[:, None]
-
-    (pool, scores), hidden = model(tokens[:, None], positions, attend, (cache.pool, cache.scores))
-    cache = replace(cache, pool=pool, scores=scores, num_tokens=cache.num_tokens + counts)
-    return cache, jnp.where(granted, model.logits(hidden[:, 0]), jnp.nan)
+    claim = _claim(cache, active, policy)
+    step = begin_step(cache, claim, active, policy)
+    state, hidden = model(tokens[:, None], cache.num_tokens[:, None], step.attend, step.state)
+    return step.end(state), jnp.where(step.granted, model.logits(hidden[:, 0]), jnp.nan)
 
 
 def room_to_step(cache: PagedCache, active: Array, policy: Policy | None = None) -> Array:
@@ -158,9 +48,14 @@ def room_to_step(cache: PagedCache, active: Array, policy: Policy | None = None)
 
     Where the policy quantises what it decodes, nothing of these rows may have stayed unquantised.
     """
-    if cache.tiers is not None and isinstance(policy, TierPolicy):
-        return tier_steps.room_to_step(cache, active, policy)
-    return allocator.has_room(cache, cache.lengths + active[None, :, None])
+    return _claim(cache, active, policy).granted
+
+
+def _claim(cache: PagedCache, active: Array, policy: Policy | None) -> Claim:
+    if policy is None:
+        return claim_raw(cache, active)
+    check_blocks(cache, policy)
+    return policy.placement.claim(cache, active)
 
 
 class Decoded(NamedTuple):

@@ -1,163 +1,307 @@
-"""Compression and decoding of a cache that has quantised tiers, by a policy that decides over them."""
+"""One pass of the model over the cache: it begins with room for its KVs, attends in every layer, and ends.
+
+``attend`` is what the model is given: it takes what the layers change, ``state``, and gives it back. The pool is in it,
+so that it is updated in place.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
-from jaxkv.cache import allocator
-from jaxkv.cache import moves as tiering
-from jaxkv.cache import quantised as tiers
-from jaxkv.cache.quantised import HIGH, LOW, Tiers
-from jaxkv.cache.state import PagedCache, stamp_slots
-from jaxkv.compression.placement import Step, TierPolicy
+from jaxkv.cache.contents import contents, readable, unquantised
+from jaxkv.cache.home import HIGH, LOW
+from jaxkv.cache.raw import in_table_order, to_slots
+from jaxkv.cache.state import PagedCache
+from jaxkv.compression.placement import Claim
+from jaxkv.compression.policy import Policy
+from jaxkv.generation.prompt import PromptState, observation_of
+from jaxkv.generation.query_moments import QueryMoments
+from models import Llama
 from pallas_kernels.block_writes import write_blocks
+from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.prefill_attention import Observed, prefill_attention
 from pallas_kernels.tiered_attention import RawKVs, Weakest, tiered_attention
 from pallas_kernels.tiered_writes import lower_kvs, write_kvs
 
-if TYPE_CHECKING:
-    from models import Llama
 
+class Step(Protocol):
+    """A pass of one token a sequence."""
 
-def compress(cache: PagedCache, policy: TierPolicy, tokens: Array) -> PagedCache:
-    """Decides anew where the KVs of a cache of one sequence live, by the budget of so many tokens, ``i32[]``.
-
-    Where the blocks for it aren't free nothing changes: what was unquantised stays so.
-    """
-    now = replace(tiering.held(cache), whole=tokens[None])
-    goal = policy.assign(now, cache.quantised)
-    now = replace(now, positions=goal.positions)
-    fits = tiering.fits(cache, goal.home)
-    move = partial(tiering.move, keep_unquantised=policy.unquantised_window)
-    return lax.cond(fits, lambda c: move(c, now, goal.home, goal.worth), lambda c: c, cache)
-
-
-def room_to_step(cache: PagedCache, active: Array, policy: TierPolicy) -> Array:
-    """As ``generation.room_to_step``."""
-    step = policy.step(cache.quantised, cache.num_tokens)
-    ready = _ready(cache, step, active)
-    if step is None:
-        return ready & allocator.has_room(cache, cache.lengths + active[None, :, None])
-    lengths = jnp.where(active[None, :, None, None], step.lengths, cache.quantised.lengths)
-    return ready & tiers.has_room(cache.quantised, lengths)
-
-
-def _ready(cache: PagedCache, step: Step | None, active: Array) -> Array:
-    """``bool[]``: whether the heads of active rows stay within their capacity.
-
-    And where the step quantises, hold nothing unquantised: it would not attend to that.
-    """
-    if step is None:
-        return tiering.within_capacity(cache, tiering.total(cache) + 1, active)
-    within = tiering.within_capacity(cache, cache.lengths + step.lengths.sum(-1), active)
-    return within & ~jnp.any(active[None, :, None] & (cache.lengths > 0))
-
-
-class Compacted(NamedTuple):
-    """Tiers that are ready for a decode step's new KVs."""
-
-    tiers: Tiers
-    blocks: Array
-    """``i32[layers, batch, kv_heads]`` where each head's new KV goes; the null block for none."""
-    offsets: Array
     granted: Array
-    """``bool[]``: enough blocks were free."""
+    """``bool[]``: there was room; else nothing is written."""
+    state: Any
+    """For the first layer."""
+
+    def attend(self, state: Any, layer: int | Array, query: Array, key: Array, value: Array) -> tuple[Any, Array]:
+        """See ``models.Attend``."""
+        ...
+
+    def end(self, state: Any) -> PagedCache:
+        """The cache after it, from the last layer's state."""
+        ...
 
 
-def compact(quantised: Tiers, step: Step, active: Array) -> Compacted:
-    """Does what a policy has decided for all heads of all layers at once: plan, prefix sum, execute (section 5).
-
-    What it needs of blocks is counted, handed out by rank, and then KVs are requantised in place. No block is freed.
-    """
-    select = active[None, :, None]
-    quantised, granted = tiers.grow(quantised, jnp.where(select[..., None], step.lengths, quantised.lengths), most=1)
-    acts = select & granted
-    lowers = acts & (step.to >= 0)
-    from_block, from_offset = tiers.slots_of(quantised, HIGH, step.lowered)
-    to_block, to_offset = tiers.slots_of(quantised, LOW, jnp.maximum(step.to, 0))
-    moves = jnp.where(lowers, from_block, 0), from_offset, jnp.where(lowers, to_block, 0), to_offset
-    pool = lower_kvs(quantised.pool, *(part.reshape(-1) for part in moves), layout=quantised.layout)
-    block, offset = tiers.slots_of(quantised, HIGH, step.new)
-    return Compacted(replace(quantised, pool=pool), jnp.where(acts, block, 0), offset, granted)
+def begin_step(cache: PagedCache, claim: Claim, active: Array, policy: Policy | None) -> Step:
+    """The pass that caches a token in the room that was claimed for it."""
+    return AppendToken(cache, claim, active, policy) if claim.step is None else QuantiseToken(cache, claim, active)
 
 
-def decode_step(
-    model: Llama, cache: PagedCache, tokens: Array, active: Array, policy: TierPolicy
-) -> tuple[PagedCache, Array]:
-    """As ``generation.decode_step``. The policy's step comes first, then the new token is written, at the high tier's
-    precision, and then it attends, to itself as it is stored, and scores are added to."""
-    positions = cache.num_tokens
-    step = policy.step(cache.quantised, positions)
-    ready = _ready(cache, step, active)
-    if step is None:
-        return _unquantised_step(model, cache, tokens, active, ready)
-    quantised, new_blocks, new_offsets, granted = compact(cache.quantised, step, active & ready)
-    granted &= ready
-    acts = active & granted
-    seen = jnp.where(acts[None, :, None, None], quantised.lengths, 0)
-    layout, kv_heads = quantised.layout, seen.shape[2]
-    each_position = jnp.repeat(positions, kv_heads)
+class ReadChunk:
+    """A chunk of prompts is cached; it attends to all that was cached before and, causally, to itself."""
+
+    def __init__(
+        self, model: Llama, cache: PagedCache, prompt: PromptState, length: int, counts: Array, policy: Policy | None
+    ):
+        self.model, self.prompt, self.quantised = model, prompt, cache.quantised
+        cache = unquantised(cache) if prompt.fresh else cache
+        place, starts = jnp.arange(length), cache.raw.tables.lengths
+        self.positions = cache.num_tokens[:, None] + place
+        granted = prompt.granted & cache.within_capacity(cache.lengths + counts[None, :, None], counts > 0)
+        more = jnp.where(granted, counts, 0)[None, :, None, None]
+        tables, found = cache.raw.tables.grow(starts + more, most=length)
+        self.granted = granted & found
+        self.counts = jnp.where(self.granted, counts, 0)
+        raw = replace(cache.raw, tables=tables).stamp(starts[..., 0], self.positions, self.counts)
+        self.cache = replace(cache, raw=raw)
+        self.before = replace(cache, raw=replace(raw, tables=replace(tables, lengths=starts)))
+        """What the chunk finds cached; the new blocks are in its tables too."""
+        self.now = contents(self.before)
+        self.observes, self.policy = observation_of(policy), policy
+        sinks = 0 if policy is None else policy.sinks
+        self.typical = (place < self.counts[:, None]) & (self.positions >= sinks)
+        """``bool[batch, length]``: the queries that are like those to expect."""
+        self.state = raw.pool, prompt.mass, prompt.queries
 
     def attend(
-        state: tuple[Array, Weakest], layer: int | Array, query: Array, key: Array, value: Array
+        self,
+        state: tuple[Array, Array, QueryMoments | None],
+        layer: int | Array,
+        query: Array,
+        key: Array,
+        value: Array,
+    ) -> tuple[tuple[Array, Array, QueryMoments | None], Array]:
+        pool, mass, queries = state
+        raw, starts = self.cache.raw, self.before.raw.lengths[layer]
+        # Written before it is read, and read to the end before the next layer writes: else XLA copies the pool.
+        pool = write_blocks(pool, key, value, raw.tables.block_table[layer], starts, self.counts)
+        before = replace(self.before, raw=replace(self.before.raw, pool=pool))
+        cached, positions = readable(before, self.now, layer)
+        out, masses = prefill_attention(query, key, value, *cached, observed=self._observed(positions))
+        if masses is not None:
+            on_cached, on_own = masses
+            mass = mass.at[layer].add(_join(on_cached, on_own, cached.lengths, self.counts))
+            out = out + _zero_from(on_cached).astype(out.dtype)
+        if queries is not None:
+            queries = queries.with_layer(layer, query, self.model.rotation(layer, self.positions), self.typical)
+        return (pool, mass, queries), out
+
+    def _observed(self, cached_positions: Array) -> Observed | None:
+        rows = self.observes.rows(self.positions, self.counts, self.prompt.end)
+        if rows is None or self.policy is None:
+            return None
+        return observed(self.policy, rows, self.positions, cached_positions)
+
+    def end(self, state: tuple[Array, Array, QueryMoments | None], hidden: Array) -> tuple[PagedCache, PromptState]:
+        pool, mass, queries = state
+        counts = self.counts
+        last = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
+        cache = replace(
+            self.cache,
+            raw=replace(self.cache.raw, pool=pool),
+            quantised=self.quantised,
+            num_tokens=self.cache.num_tokens + counts,
+        )
+        prompt = replace(
+            self.prompt,
+            mass=mass,
+            hidden=jnp.where((counts > 0)[:, None], last, self.prompt.hidden),
+            granted=self.granted,
+            queries=None if queries is None else queries.plus(self.typical),
+        )
+        return cache, prompt
+
+
+class LookAhead:
+    """Tokens that would follow attend to what is cached; nothing of them is.
+
+    A cache of one sequence serves any number of rows, each a continuation of its own.
+
+    Args:
+      mass: what the observed rows' attention is added to, as ``PromptState.mass``.
+      rows: ``i32[batch, observed]`` of the tokens, -1 for none; None: nobody is observed.
+    """
+
+    def __init__(
+        self,
+        cache: PagedCache,
+        shape: tuple[int, ...],
+        *,
+        fresh: bool = False,
+        mass: Array | None = None,
+        rows: Array | None = None,
+        policy: Policy | None = None,
+    ):
+        self.cache = unquantised(cache) if fresh else cache
+        self.batch, length = shape
+        self.positions = jnp.broadcast_to(cache.num_tokens[:, None] + jnp.arange(length), shape)
+        self.now = contents(self.cache)
+        self.rows, self.policy = rows, policy
+        self.state = jnp.zeros(()) if mass is None else mass
+        self.granted = jnp.bool_(True)
+
+    def attend(self, state: Array, layer: int | Array, query: Array, key: Array, value: Array) -> tuple[Array, Array]:
+        cached, positions = readable(self.cache, self.now, layer)
+        table, lengths = (jnp.broadcast_to(x, (self.batch, *x.shape[1:])) for x in cached[1:])
+        seen = None
+        if self.policy is not None and self.rows is not None:
+            seen = observed(self.policy, self.rows, self.positions, positions)
+        out, masses = prefill_attention(query, key, value, cached.pool, table, lengths, observed=seen)
+        return state if masses is None else state.at[layer].add(masses[0]), out
+
+
+class AppendToken:
+    """One token a sequence is cached unquantised and attends to everything, quantised or not.
+
+    Args:
+      cache: as it was.
+      claim: the room that it was given.
+      active: ``bool[batch]``.
+      policy: what observes it, if it does.
+    """
+
+    def __init__(self, cache: PagedCache, claim: Claim, active: Array, policy: Policy | None):
+        self.granted, self.counts = claim.granted, (active & claim.granted).astype(jnp.int32)
+        self.starts, self.positions = cache.raw.lengths, cache.num_tokens[:, None]
+        raw = claim.cache.raw.stamp(self.starts, self.positions, self.counts)
+        self.cache = replace(claim.cache, raw=raw)
+        self.lengths = jnp.where(self.counts[None, :, None] > 0, raw.lengths, 0)
+        """What each head attends to: nothing in rows that aren't active."""
+        self.policy = policy if policy is not None and policy.observes_decoding else None
+        self.state = raw.pool, raw.scores
+
+    def attend(
+        self, state: tuple[Array, Array], layer: int | Array, query: Array, key: Array, value: Array
+    ) -> tuple[tuple[Array, Array], Array]:
+        pool, scores = state
+        table, length = self.cache.raw.tables.block_table[layer], self.lengths[layer]
+        pool = write_blocks(pool, key, value, table, self.starts[layer], self.counts)
+        if self.cache.layout is not None:
+            tiers = self.cache.tiers
+            seen = jnp.where(self.counts[:, None, None] > 0, tiers.tables.lengths[layer], 0)
+            done = tiered_attention(
+                query[:, 0],
+                tiers.pool,
+                tiers.tables.block_table[layer],
+                jnp.moveaxis(seen, -1, 0),
+                tiers.layout,
+                raw=RawKVs(pool, table, length),
+            )
+            return (pool, scores), done.output[:, None]
+        if self.policy is None:
+            out, _ = paged_attention(query[:, 0], pool, table, length)
+            return (pool, scores), out[:, None]
+        scorer, size = self.policy.scorer, self.cache.raw.block_size
+        out, (mass,) = paged_attention(query[:, 0], pool, table, length, observe=(scorer.score_decoded,))
+        if scorer.observes.buffer:
+            key_positions = in_table_order(self.cache.raw.positions, table, length, size)
+            mass = jnp.where(key_positions <= self.positions[..., None] - scorer.observes.buffer, mass, 0.0)
+        scores = to_slots(scores, table, length, in_table_order(scores, table, length, size) + mass)
+        return (pool, scores), out[:, None]
+
+    def end(self, state: tuple[Array, Array]) -> PagedCache:
+        pool, scores = state
+        raw = replace(self.cache.raw, pool=pool, scores=scores)
+        return replace(self.cache, raw=raw, num_tokens=self.cache.num_tokens + self.counts)
+
+
+class QuantiseToken:
+    """One token a sequence is written at the high tier's precision, then attends to the quantised KVs and to itself as
+    it is stored; their scores are added to. Arguments as for ``AppendToken``."""
+
+    def __init__(self, cache: PagedCache, claim: Claim, active: Array):
+        assert claim.step is not None
+        assert claim.significance is not None
+        self.granted, self.acts = claim.granted, active & claim.granted
+        self.positions, self.significance = cache.num_tokens, claim.significance
+        self.cache, select, step = claim.cache, self.acts[None, :, None], claim.step
+        store = claim.cache.tiers
+        block, self.offsets = store.tables.slots(HIGH, step.new)
+        self.blocks = jnp.where(select, block, 0)
+        """``i32[layers, batch, kv_heads]`` where each head's new KV goes; the null block for none."""
+        self.seen = jnp.where(select[..., None], store.tables.lengths, 0)
+        self.state = make_room(claim, active), store.weakest
+
+    def attend(
+        self, state: tuple[Array, Weakest], layer: int | Array, query: Array, key: Array, value: Array
     ) -> tuple[tuple[Array, Weakest], Array]:
         pool, weakest = state
-        key, value = key.reshape(-1, layout.head_dim), value.reshape(-1, layout.head_dim)
-        blocks, offsets = new_blocks[layer].reshape(-1), new_offsets[layer].reshape(-1)
-        pool = write_kvs(pool, key, value, each_position, blocks, offsets, layout)
+        store, kv_heads = self.cache.tiers, key.shape[2]
+        each = jnp.repeat(self.positions, kv_heads)
+        key, value = (x.reshape(-1, store.layout.head_dim) for x in (key, value))
+        blocks, offsets = self.blocks[layer].reshape(-1), self.offsets[layer].reshape(-1)
+        pool = write_kvs(pool, key, value, each, blocks, offsets, store.layout)
         done = tiered_attention(
             query[:, 0],
             pool,
-            quantised.block_table[layer],
-            jnp.moveaxis(seen[layer], -1, 0),
-            layout,
-            significance=policy.significance,
-            next_position=positions + 1,
+            store.tables.block_table[layer],
+            jnp.moveaxis(self.seen[layer], -1, 0),
+            store.layout,
+            significance=self.significance,
+            next_position=self.positions + 1,
         )
         assert done.weakest is not None  # since there is a significance
 
         def put(old: Array, found: Array) -> Array:
-            new = jnp.where(acts[:, None, None], jnp.moveaxis(found, 0, -1), old[layer])
+            new = jnp.where(self.acts[:, None, None], jnp.moveaxis(found, 0, -1), old[layer])
             return old.at[layer].set(new)
 
         return (done.pool, jax.tree.map(put, weakest, done.weakest)), done.output[:, None]
 
-    (pool, weakest), hidden = model(tokens[:, None], positions[:, None], attend, (quantised.pool, quantised.weakest))
-    quantised = replace(quantised, pool=pool, weakest=weakest)
-    cache = replace(cache, tiers=quantised, num_tokens=positions + acts)
-    return cache, jnp.where(granted, model.logits(hidden[:, 0]), jnp.nan)
+    def end(self, state: tuple[Array, Weakest]) -> PagedCache:
+        pool, weakest = state
+        store = replace(self.cache.tiers, pool=pool, weakest=weakest)
+        return replace(self.cache, quantised=store, num_tokens=self.positions + self.acts)
 
 
-def _unquantised_step(
-    model: Llama, cache: PagedCache, tokens: Array, active: Array, ready: Array
-) -> tuple[PagedCache, Array]:
-    """The new token is cached unquantised; scores stay as they are."""
-    starts, positions = cache.lengths, cache.num_tokens[:, None]
-    cache, granted = allocator.grow(cache, starts + (active & ready)[None, :, None], most=1)
-    granted &= ready
-    counts = (active & granted).astype(jnp.int32)
-    cache = stamp_slots(cache, starts, positions, counts)
-    lengths = jnp.where(counts[None, :, None] > 0, cache.lengths, 0)
-    quantised = cache.quantised
-    seen = jnp.where(counts[None, :, None, None] > 0, quantised.lengths, 0)
+def make_room(claim: Claim, active: Array) -> Array:
+    """The quantised pool with the KVs requantised that make room for new tokens, in all heads of all layers at once
+    (LeanKV, section 5: plan, prefix sum, execute; the claim was the first two)."""
+    assert claim.step is not None
+    store, step = claim.cache.tiers, claim.step
+    lowers = (active & claim.granted)[None, :, None] & (step.to >= 0)
+    from_block, from_offset = store.tables.slots(HIGH, step.lowered)
+    to_block, to_offset = store.tables.slots(LOW, jnp.maximum(step.to, 0))
+    moves = jnp.where(lowers, from_block, 0), from_offset, jnp.where(lowers, to_block, 0), to_offset
+    return lower_kvs(store.pool, *(part.reshape(-1) for part in moves), layout=store.layout)
 
-    def attend(state: Array, layer: int | Array, query: Array, key: Array, value: Array) -> tuple[Array, Array]:
-        pool = write_blocks(state, key, value, cache.block_table[layer], starts[layer], counts)
-        done = tiered_attention(
-            query[:, 0],
-            quantised.pool,
-            quantised.block_table[layer],
-            jnp.moveaxis(seen[layer], -1, 0),
-            quantised.layout,
-            raw=RawKVs(pool, cache.block_table[layer], lengths[layer]),
-        )
-        return pool, done.output[:, None]
 
-    pool, hidden = model(tokens[:, None], positions, attend, cache.pool)
-    cache = replace(cache, pool=pool, num_tokens=cache.num_tokens + counts)
-    return cache, jnp.where(granted, model.logits(hidden[:, 0]), jnp.nan)
+def observed(policy: Policy, rows: Array, positions: Array, cached_positions: Array) -> Observed:
+    """What the kernel is told of the queries that a policy observes."""
+    scorer = policy.scorer
+    return Observed(
+        rows=rows,
+        positions=positions,
+        cached_positions=cached_positions,
+        function=scorer.weigh,
+        buffer=scorer.observes.buffer,
+    )
+
+
+def _join(on_cached: Array, on_own: Array, start: Array, counts: Array) -> Array:
+    """Masses ``[batch, heads, capacity]`` and ``[batch, heads, chunk]`` as one in table order."""
+    batch, heads, chunk = on_own.shape
+    start = jnp.repeat(start, heads // start.shape[1], axis=1)
+    place = jnp.arange(chunk)
+    column = jnp.where(place < counts[:, None, None], start[..., None] + place, on_cached.shape[-1])
+    row, head = jnp.arange(batch)[:, None, None], jnp.arange(heads)[:, None]
+    return on_cached.at[row, head, column].add(on_own, mode="drop")
+
+
+def _zero_from(computed: Array) -> Array:
+    """A zero that is known only once the array is computed; XLA on CPU ignores optimization barriers."""
+    return jnp.minimum(jnp.abs(computed.reshape(-1)[0]), 0.0).astype(jnp.int32)

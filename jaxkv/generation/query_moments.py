@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from models.config import LlamaConfig
-from models.rope import rotate, rotation
+from models.rope import rotate
 
 
 @jax.tree_util.register_dataclass
@@ -23,26 +23,26 @@ class QueryMoments:
     """``f32[layers, batch, heads, head_dim]``."""
     scatter: Array
     """``f32[layers, batch, heads, head_dim, head_dim]``: the covariance times ``count``."""
-    config: LlamaConfig = field(metadata={"static": True})
-    """The model's, for its RoPE."""
 
     @classmethod
-    def none(cls, config: LlamaConfig, batch: int) -> QueryMoments:
+    def none(cls, sizes: LlamaConfig, batch: int) -> QueryMoments:
         """Of no queries."""
-        mean = jnp.zeros((config.num_layers, batch, config.num_heads, config.head_dim))
-        scatter = jnp.zeros((*mean.shape, config.head_dim))
-        return cls(count=jnp.zeros(batch), mean=mean, scatter=scatter, config=config)
+        mean = jnp.zeros((sizes.num_layers, batch, sizes.num_heads, sizes.head_dim))
+        scatter = jnp.zeros((*mean.shape, sizes.head_dim))
+        return cls(count=jnp.zeros(batch), mean=mean, scatter=scatter)
 
-    def with_layer(self, layer: int | Array, query: Array, positions: Array, real: Array) -> QueryMoments:
+    def with_layer(
+        self, layer: int | Array, query: Array, rotated_by: tuple[Array, Array], real: Array
+    ) -> QueryMoments:
         """With one layer's queries added, but for ``count``: ``plus`` follows when all layers are.
 
         Args:
           layer: index, may be traced.
           query: ``[batch, length, heads, head_dim]``, after RoPE, which is undone.
-          positions: ``i32[batch, length]``.
-          real: ``bool`` like positions: which of them count.
+          rotated_by: cosine and sine of each position's angles, ``f32[batch, length, 1, head_dim / 2]``.
+          real: ``bool[batch, length]``: which of them count.
         """
-        cos, sin = self._rotation(positions)
+        cos, sin = rotated_by
         query = jnp.where(real[..., None, None], rotate(query.astype(jnp.float32), (cos, -sin)), 0.0)
         new = real.sum(-1).astype(jnp.float32)[:, None, None]
         mean = query.sum(1) / jnp.maximum(new, 1.0)
@@ -58,8 +58,8 @@ class QueryMoments:
         """With ``count`` grown by ``bool[batch, length]``, those that were given to all layers."""
         return replace(self, count=self.count + real.sum(-1))
 
-    def attention(self, layer: int | Array, keys: Array, seen: Array, first: Array, count: int) -> Array:
-        """What normal queries of these moments attend to, in one layer, at ``count`` positions from ``first`` on.
+    def attention(self, layer: int | Array, keys: Array, seen: Array, rotated_by: tuple[Array, Array]) -> Array:
+        """What normal queries of these moments attend to, in one layer, at several positions.
 
         A query's logit is normal too, so its exponential is expected to be that of mean plus half the variance. The
         rotation is the mean of those positions', as in Expected Attention (arXiv 2510.00636).
@@ -68,14 +68,13 @@ class QueryMoments:
           layer: index, may be traced.
           keys: ``f32[batch, kv_heads, kvs, half]``, after RoPE; what is past ``head_dim`` doesn't count.
           seen: ``bool[batch, kv_heads, kvs]`` keys that are attended to.
-          first: ``i32[batch]``.
-          count: static.
+          rotated_by: of those positions, ``f32[batch, positions, 1, head_dim / 2]``.
 
         Returns:
           ``f32[batch, kv_heads, group, kvs]``, probabilities; 0 where not seen.
         """
-        head_dim = self.config.head_dim
-        cos, sin = (x.mean(1, keepdims=True) for x in self._rotation(first[:, None] + jnp.arange(count)))
+        head_dim = self.mean.shape[-1]
+        cos, sin = (x.mean(1, keepdims=True) for x in rotated_by)
         keys = rotate(keys[..., :head_dim], (cos, -sin)) * head_dim**-0.5  # the transpose, on the other side
         heads = (*keys.shape[:2], -1, head_dim)
         covariance = self.scatter[layer] / jnp.maximum(self.count, 1.0)[:, None, None, None]
@@ -84,8 +83,3 @@ class QueryMoments:
         variance = jnp.einsum("bhgkd,bhkd->bhgk", spread, keys)
         seen = seen[:, :, None]
         return jnp.where(seen, jax.nn.softmax(jnp.where(seen, mean + variance / 2, -jnp.inf), axis=-1), 0.0)
-
-    def _rotation(self, positions: Array) -> tuple[Array, Array]:
-        """Cosine and sine, ``f32[batch, length, 1, head_dim / 2]``."""
-        config = self.config
-        return rotation(positions, head_dim=config.head_dim, theta=config.rope_theta, scaling=config.rope_scaling)

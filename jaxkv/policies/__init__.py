@@ -1,4 +1,4 @@
-"""What decides which KVs stay: one policy a file, over one mechanism (``jaxkv.compression.evict``)."""
+"""What decides which KVs stay: one method a file, each a scorer and the policy of its name."""
 
 from jaxkv.compression.budget import Budget as Budget
 from jaxkv.compression.budget import KeepFraction as KeepFraction
@@ -6,7 +6,6 @@ from jaxkv.compression.budget import MaxBytes as MaxBytes
 from jaxkv.compression.budget import MaxTokens as MaxTokens
 from jaxkv.compression.budget import Ratio as Ratio
 from jaxkv.compression.budget import Unlimited as Unlimited
-from jaxkv.compression.placement import TierPolicy as TierPolicy
 from jaxkv.compression.policy import Policy as Policy
 from jaxkv.policies.expected_attention import ExpectedAttention as ExpectedAttention
 from jaxkv.policies.h2o import H2O as H2O
@@ -15,6 +14,7 @@ from jaxkv.policies.knorm import KNorm as KNorm
 from jaxkv.policies.kv_compress import KVCompress as KVCompress
 from jaxkv.policies.kvzip import KVzip as KVzip
 from jaxkv.policies.lean_kv import LeanKV as LeanKV
+from jaxkv.policies.mixed import Auto as Auto
 from jaxkv.policies.mixed import Mixed as Mixed
 from jaxkv.policies.names import POLICIES as POLICIES
 from jaxkv.policies.names import make_policy as make_policy

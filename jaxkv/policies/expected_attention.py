@@ -5,12 +5,34 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jax import Array
 
-from jaxkv.compression.policy import Policy
+from jaxkv.compression.evict import Evict
+from jaxkv.compression.observation import ExpectedQueries
+from jaxkv.compression.placement import Placement
+from jaxkv.compression.policy import Method
+from jaxkv.compression.scorer import Scorer
 from jaxkv.compression.shares import PerHead, Shares
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpectedAttention(Policy):
+class ExpectedMass(Scorer):
+    """Expected attention, mean over the group, times the norm of the value."""
+
+    future: int
+    epsilon: float
+
+    @property
+    def observes(self) -> ExpectedQueries:
+        return ExpectedQueries(count=self.future)
+
+    def score(self, mass: Array, held: Array) -> Array:
+        return mass.mean(-2)
+
+    def score_kvs(self, scores: Array, keys: Array, values: Array, positions: Array, held: Array) -> Array:
+        return (scores + self.epsilon) * jnp.linalg.norm(values, axis=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpectedAttention(Method):
     """Expected attention at the next positions, mean over the group, times the norm of the value.
 
     The sinks neither count as queries nor as keys, as in the authors' code (kvpress).
@@ -24,16 +46,5 @@ class ExpectedAttention(Policy):
     sinks: int = 4
     shares: Shares = PerHead()
 
-    @property
-    def expected_queries(self) -> int:
-        return self.future
-
-    @property
-    def reads_kvs(self) -> bool:
-        return True
-
-    def of_prompt(self, mass: Array, held: Array) -> Array:
-        return mass.mean(-2)
-
-    def of_kvs(self, scores: Array, keys: Array, values: Array, positions: Array, held: Array) -> Array:
-        return (scores + self.epsilon) * jnp.linalg.norm(values, axis=-1)
+    def parts(self) -> tuple[Scorer, Placement]:
+        return ExpectedMass(future=self.future, epsilon=self.epsilon), Evict(shares=self.shares)

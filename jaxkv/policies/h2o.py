@@ -2,20 +2,32 @@
 
 from dataclasses import dataclass
 
-from jaxkv.compression.policy import ALL_QUERIES, Policy
+from jaxkv.compression.evict import Evict
+from jaxkv.compression.observation import AllQueries
+from jaxkv.compression.placement import Placement
+from jaxkv.compression.policy import Method
+from jaxkv.compression.scorer import Scorer
 from jaxkv.compression.shares import PerHead, Shares
 
 
 @dataclass(frozen=True, kw_only=True)
-class H2O(Policy):
+class SummedAttention(Scorer):
+    """Attention summed over the whole prompt and over what is decoded."""
+
+    @property
+    def observes(self) -> AllQueries:
+        return AllQueries()
+
+    @property
+    def observes_decoding(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class H2O(Method):
     """Attention summed over the whole prompt and, where it compresses again, over what is decoded."""
 
     shares: Shares = PerHead()
 
-    @property
-    def observed_queries(self) -> None:
-        return ALL_QUERIES
-
-    @property
-    def observes_decoding(self) -> bool:
-        return self.compress_every is not None
+    def parts(self) -> tuple[Scorer, Placement]:
+        return SummedAttention(), Evict(shares=self.shares)

@@ -5,19 +5,26 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jax import Array
 
-from jaxkv.compression.policy import Policy
+from jaxkv.compression.evict import Evict
+from jaxkv.compression.placement import Placement
+from jaxkv.compression.policy import Method
+from jaxkv.compression.scorer import Scorer
 from jaxkv.compression.shares import PerHead, Shares
 
 
 @dataclass(frozen=True, kw_only=True)
-class KNorm(Policy):
+class ShortKeys(Scorer):
+    """The longest keys go first."""
+
+    def score_kvs(self, scores: Array, keys: Array, values: Array, positions: Array, held: Array) -> Array:
+        return -jnp.linalg.norm(keys, axis=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KNorm(Method):
     """The longest keys go first."""
 
     shares: Shares = PerHead()
 
-    @property
-    def reads_kvs(self) -> bool:
-        return True
-
-    def of_kvs(self, scores: Array, keys: Array, values: Array, positions: Array, held: Array) -> Array:
-        return -jnp.linalg.norm(keys, axis=-1)
+    def parts(self) -> tuple[Scorer, Placement]:
+        return ShortKeys(), Evict(shares=self.shares)

@@ -6,11 +6,34 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jax import Array
 
-from jaxkv.compression.policy import Policy
+from jaxkv.compression.evict import Evict
+from jaxkv.compression.observation import Reread
+from jaxkv.compression.placement import Placement
+from jaxkv.compression.policy import Method
+from jaxkv.compression.scorer import Scorer
+from jaxkv.compression.shares import Global, Shares
 
 
 @dataclass(frozen=True, kw_only=True)
-class KVzip(Policy):
+class SecondReading(Scorer):
+    """The strongest attention that a KV gets while the context is reconstructed from it; see ``KVzip``."""
+
+    power: int = 4
+    group: Callable[..., Array] = jnp.max
+
+    @property
+    def observes(self) -> Reread:
+        return Reread()
+
+    def weigh(self, probability: Array) -> Array:
+        return probability**self.power
+
+    def score(self, mass: Array, held: Array) -> Array:
+        return self.group(mass ** (1 / self.power), axis=-2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVzip(Method):
     """The strongest attention that a KV gets while the context is reconstructed from it, over queries and group.
 
     The context follows itself in chunks that don't see each other and aren't cached. The maximum over queries is a
@@ -21,13 +44,7 @@ class KVzip(Policy):
     """Order of the norm over the queries: 1 is the sum."""
     group: Callable[..., Array] = jnp.max
     """How the query heads of a KV head are joined, each with its own norm: ``jnp.max`` or ``jnp.mean``."""
+    shares: Shares = Global()
 
-    @property
-    def rereads(self) -> bool:
-        return True
-
-    def of_probability(self, probability: Array) -> Array:
-        return probability**self.power
-
-    def of_prompt(self, mass: Array, held: Array) -> Array:
-        return self.group(mass ** (1 / self.power), axis=-2)
+    def parts(self) -> tuple[Scorer, Placement]:
+        return SecondReading(power=self.power, group=self.group), Evict(shares=self.shares)

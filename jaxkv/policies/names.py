@@ -1,14 +1,13 @@
 """Policies by the names that command lines and job files use."""
 
-import re
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
-import jax.numpy as jnp
-
 from jaxkv.compression.budget import Budget, MaxBytes, MaxTokens, Ratio
 from jaxkv.compression.policy import Policy
+from jaxkv.compression.two_precisions import TwoPrecisions
 from jaxkv.policies.expected_attention import ExpectedAttention
 from jaxkv.policies.h2o import H2O
 from jaxkv.policies.keydiff import KeyDiff
@@ -16,10 +15,11 @@ from jaxkv.policies.knorm import KNorm
 from jaxkv.policies.kv_compress import KVCompress
 from jaxkv.policies.kvzip import KVzip
 from jaxkv.policies.lean_kv import UNLIMITED, LeanKV
-from jaxkv.policies.mixed import Mixed
+from jaxkv.policies.mixed import Auto, Mixed
 from jaxkv.policies.snapkv import AdaKV, PyramidKV, SnapKV
 from jaxkv.policies.streaming_llm import StreamingLLM
 from jaxkv.policies.tova import TOVA
+from pallas_kernels.tiers import Format
 
 POLICIES: dict[str, Callable[..., Policy]] = {
     "kv-compress": KVCompress,
@@ -34,12 +34,13 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "keydiff": KeyDiff,
     "expected-attention": ExpectedAttention,
     "kvzip": KVzip,
-    # What kept most, of all that docs/evaluation.md has.
-    "auto": partial(Mixed.over, partial(KVzip, group=jnp.mean, protected_window=2, sinks=4)),
-    "leankv": LeanKV.named,
+    "auto": Auto,
+    "leankv": LeanKV,
     "mixed": partial(Mixed.over, KVCompress),
 }
 """Each takes ``budget`` and its own settings by keyword."""
+FIELDS_OF: dict[str, tuple[Any, ...]] = {"kv-compress-full": (KVCompress,), "mixed": (KVCompress, TwoPrecisions)}
+"""Whose fields a policy's settings are, where it isn't a dataclass itself."""
 UNBOUNDED = ("leankv",)
 """Those that need no budget."""
 BUDGETS: dict[str, Callable[[Any], Budget]] = {
@@ -98,10 +99,9 @@ def make_policy(name: str, budget: Budget | None, **settings) -> Policy | None:
         budget = UNLIMITED
     if budget is None:
         raise ValueError(f"policy {name} needs a budget: a ratio, tokens or bytes")
-    try:
-        return POLICIES[name](budget=budget, **settings)
-    except TypeError as error:
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if unknown is None:
-            raise
-        raise ValueError(f"policy {name} has no {unknown[1]}") from None
+    known = {each.name for owner in FIELDS_OF.get(name, (POLICIES[name],)) for each in fields(owner) if each.init}
+    for setting in settings:
+        if setting not in known:
+            raise ValueError(f"policy {name} has no {setting}")
+    formats = {key: Format.named(settings[key]) for key in ("high", "low") if isinstance(settings.get(key), str)}
+    return POLICIES[name](budget=budget, **settings | formats)

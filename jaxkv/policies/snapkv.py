@@ -5,12 +5,34 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxkv.compression.policy import Policy
+from jaxkv.compression.budget import MOST
+from jaxkv.compression.evict import Evict
+from jaxkv.compression.observation import LastQueries
+from jaxkv.compression.placement import Placement
+from jaxkv.compression.policy import Method
+from jaxkv.compression.scorer import Scorer
 from jaxkv.compression.shares import PerHead, PerLayer, Pyramid, Shares
 
 
 @dataclass(frozen=True, kw_only=True)
-class SnapKV(Policy):
+class PooledAttention(Scorer):
+    """The mean attention of the last queries, mean-pooled along the keys, mean over the group."""
+
+    window: int
+    pool: int
+
+    @property
+    def observes(self) -> LastQueries:
+        return LastQueries(count=self.window)
+
+    def score(self, mass: Array, held: Array) -> Array:
+        mass = jnp.where(held, mass.mean(-2) / self.window, 0.0)
+        window = (1,) * (mass.ndim - 1) + (self.pool,)
+        return lax.reduce_window(mass, 0.0, lax.add, window, (1,) * mass.ndim, "SAME") / self.pool
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapKV(Method):
     """The mean attention of the last queries, mean-pooled along the keys, mean over the group; each head the same."""
 
     window: int = 32
@@ -20,20 +42,16 @@ class SnapKV(Policy):
     shares: Shares = PerHead()
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.window is None or self.window < 1:
-            raise ValueError(f"window must be at least 1 query, got {self.window or 0}; kv-compress can observe all")
+        if self.window is None or not 1 <= self.window <= MOST:
+            raise ValueError(
+                f"window must be at least 1 query and below 2**31, got {self.window or 0}; kv-compress can observe all"
+            )
         if self.pool < 1 or self.pool % 2 == 0:
             raise ValueError(f"pool must be odd and at least 1, got {self.pool}")
+        super().__post_init__()
 
-    @property
-    def observed_queries(self) -> int:
-        return self.window
-
-    def of_prompt(self, mass: Array, held: Array) -> Array:
-        mass = jnp.where(held, mass.mean(-2) / self.window, 0.0)
-        window = (1,) * (mass.ndim - 1) + (self.pool,)
-        return lax.reduce_window(mass, 0.0, lax.add, window, (1,) * mass.ndim, "SAME") / self.pool
+    def parts(self) -> tuple[Scorer, Placement]:
+        return PooledAttention(window=self.window, pool=self.pool), Evict(shares=self.shares)
 
 
 @dataclass(frozen=True, kw_only=True)

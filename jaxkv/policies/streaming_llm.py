@@ -4,16 +4,16 @@ from dataclasses import dataclass
 
 from jax import Array
 
-from jaxkv.compression.policy import Policy
+from jaxkv.compression.evict import Evict
+from jaxkv.compression.placement import Placement
+from jaxkv.compression.policy import Method
+from jaxkv.compression.scorer import Scorer
 from jaxkv.compression.shares import PerHead, Shares
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreamingLLM(Policy):
-    """Oldest first, but for the sinks. Keys keep the rotation of their place in the text, gaps and all."""
-
-    sinks: int = 4
-    shares: Shares = PerHead()
+class Newest(Scorer):
+    """Oldest first."""
 
     @property
     def ranks_decoded(self) -> bool:
@@ -21,3 +21,14 @@ class StreamingLLM(Policy):
 
     def rank(self, scores: Array, positions: Array) -> Array:
         return positions.astype(scores.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamingLLM(Method):
+    """Oldest first, but for the sinks. Keys keep the rotation of their place in the text, gaps and all."""
+
+    sinks: int = 4
+    shares: Shares = PerHead()
+
+    def parts(self) -> tuple[Scorer, Placement]:
+        return Newest(), Evict(shares=self.shares)

@@ -16,7 +16,7 @@ from jax import Array
 
 from evaluation.tasks import Item
 from jaxkv import CacheConfig, PagedCache, Policy, Ratio, init_cache, stats
-from jaxkv.generation.decode import compress
+from jaxkv.generation.compress import compress
 from jaxkv.generation.prefill import (
     CHUNK,
     PromptState,

@@ -1,6 +1,6 @@
 """Sizes, bytes and views of the cache."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxkv.cache.state import CacheConfig, init_cache, put_sequences, take_sequences
+from jaxkv.cache import CacheConfig, init_cache
 from jaxkv.cache.stats import stats
 from pallas_kernels.block_writes import write_blocks
 from pallas_kernels.paged_attention import paged_attention
@@ -50,9 +50,9 @@ def test_a_cache_of_bfloat16_keeps_what_bfloat16_keeps():
         decoded = paged_attention(query[:, 0], pool, table, lengths)[0]
         return decoded, prefill_attention(query, query[:, :, :2], query[:, :, 2:], pool, table, lengths)[0]
 
-    got = attention(cache.pool, key, value)
+    got = attention(cache.raw.pool, key, value)
     rounded = (x.astype(jnp.bfloat16).astype(jnp.float32) for x in (key, value))
-    expected = attention(jnp.zeros(cache.pool.shape, jnp.float32), *rounded)
+    expected = attention(jnp.zeros(cache.raw.pool.shape, jnp.float32), *rounded)
     for one, other in zip(got, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
 
@@ -76,14 +76,10 @@ def test_impossible_sizes_are_refused(settings, message):
 def test_stats_are_of_bytes_really_held():
     cache = tiny.empty_cache(batch=2, max_context=64)
     lengths = jnp.zeros_like(cache.lengths).at[0, 0, 0].set(17).at[1, 1, 1].set(16)
-    cache = replace(
-        cache,
-        lengths=lengths,
-        num_tokens=jnp.array([33, 16]),
-    )
+    cache = replace(tiny.with_tables(cache, lengths=lengths), num_tokens=jnp.array([33, 16]))
     got = stats(cache)
     block = 16 * (2 * 16 * 4 + 4 + 4)
-    tables = sum(a.nbytes for a in (cache.block_table, cache.lengths, cache.num_tokens, cache.shared))
+    tables = sum(a.nbytes for a in (cache.raw.tables.block_table, cache.raw.lengths, cache.num_tokens, cache.shared))
     assert got.bytes_allocated == allocated(cache)
     assert got.blocks_held == 3
     assert got.bytes_held == 3 * block + tables
@@ -104,15 +100,13 @@ def test_full_bytes_at_16_bits_count_no_padding():
 def test_rows_taken_out_and_put_back():
     cache = tiny.empty_cache(batch=4, max_context=64)
     rng = np.random.default_rng(0)
-    cache = replace(
-        cache,
-        block_table=jnp.asarray(rng.integers(0, 9, cache.block_table.shape), jnp.int32),
-        lengths=jnp.asarray(rng.integers(0, 60, cache.lengths.shape), jnp.int32),
-        num_tokens=jnp.arange(4),
+    cache = tiny.with_tables(
+        replace(cache, num_tokens=jnp.arange(4)),
+        block_table=jnp.asarray(rng.integers(0, 9, cache.raw.tables.block_table.shape), jnp.int32),
+        lengths=rng.integers(0, 60, cache.lengths.shape),
     )
     rows = jnp.array([2, 0])
-    part = take_sequences(cache, rows)
+    part = cache.rows(rows)
     assert part.num_tokens.tolist() == [2, 0]
-    back = put_sequences(cache, part, rows)
-    for f in fields(cache):
-        np.testing.assert_array_equal(getattr(back, f.name), getattr(cache, f.name), err_msg=f.name)
+    back = cache.with_rows(part, rows)
+    jax.tree.map(np.testing.assert_array_equal, back, cache)

@@ -7,13 +7,15 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from jaxkv.cache.allocator import release_sequences
+from jaxkv.cache import CacheConfig, init_cache, release
+from jaxkv.cache.config import TierConfig
 from jaxkv.cache.prefix import own
-from jaxkv.cache.quantised import TierConfig
-from jaxkv.cache.state import CacheConfig, init_cache, put_sequences, take_sequences
-from jaxkv.generation.decode import compress, decode, decode_step, generate
-from jaxkv.generation.prefill import finish_prompt, prefill, prefill_chunk, score_prompt, start_prompt
-from jaxkv.policies import ExpectedAttention, KVCompress, LeanKV, Mixed, Ratio, TierPolicy
+from jaxkv.generation.compress import compress
+from jaxkv.generation.decode import decode, decode_step, generate
+from jaxkv.generation.prefill import finish_prompt, prefill, prefill_chunk
+from jaxkv.generation.prompt import start_prompt
+from jaxkv.generation.scoring import score_prompt
+from jaxkv.policies import ExpectedAttention, KVCompress, LeanKV, Mixed, Ratio
 
 BATCH = 2
 POLICIES = {
@@ -32,8 +34,8 @@ ONLY = {"expected": ("chunk", "finish"), "lean-kv": TIERED, "mixed": TIERED}
 def empty_cache(policy, dtype):
     """Its pools are far larger than what a step works on."""
     sizes = CacheConfig.for_model(tiny.CONFIG, batch=BATCH, max_context=256, num_blocks=40_000, dtype=dtype)
-    if isinstance(policy, TierPolicy):
-        sizes = replace(sizes, tiers=TierConfig(layout=policy.layout(tiny.CONFIG.head_dim), num_blocks=80_000))
+    if policy is not None and (layout := policy.placement.layout(tiny.CONFIG.head_dim)):
+        sizes = replace(sizes, tiers=TierConfig(layout=layout, num_blocks=80_000))
     return init_cache(sizes)
 
 
@@ -44,23 +46,21 @@ def programs(policy, dtype):
     ids, row = jnp.zeros((BATCH, 64), jnp.int32), jnp.zeros(BATCH, jnp.int32)
     one = jnp.array([1])
 
-    def chunk_of_one_row(state, row, tokens, counts):
-        whole = state.cache
-        state = prefill_chunk(model, replace(state, cache=take_sequences(whole, row)), tokens, counts, policy)
-        return replace(state, cache=put_sequences(whole, state.cache, row))
+    def chunk_of_one_row(cache, state, row, tokens, counts):
+        part, state = prefill_chunk(model, cache.rows(row), state, tokens, counts, policy)
+        return cache.with_rows(part, row), state
 
-    state = start_prompt(model, take_sequences(cache, one), one, policy)
-    state = replace(state, cache=cache)
+    state = start_prompt(model, cache.rows(one), one, policy)
     steps = {
         "prefill": (lambda c, t, n: prefill(model, c, t, n, policy), (cache, ids, row)),
-        "chunk": (chunk_of_one_row, (state, one, ids[:1], one)),
-        "finish": (lambda s: finish_prompt(model, replace(s, cache=take_sequences(s.cache, one)), policy), (state,)),
-        "score": (lambda s: score_prompt(replace(s, cache=take_sequences(s.cache, one)), policy), (state,)),
+        "chunk": (chunk_of_one_row, (cache, state, one, ids[:1], one)),
+        "finish": (lambda c, s: finish_prompt(model, c.rows(one), s, policy), (cache, state)),
+        "score": (lambda c, s: score_prompt(model, c.rows(one), s, policy), (cache, state)),
         "decode_step": (lambda c, t: decode_step(model, c, t, t > 0, policy), (cache, row)),
         "decode": (lambda c, t: decode(model, c, t, t, steps=8, policy=policy), (cache, row)),
         "generate": (lambda c, t, n: generate(model, c, t, n, max_tokens=8, policy=policy), (cache, ids, row)),
         "own": (lambda c: own(c, jnp.int32(1)), (cache,)),
-        "release": (lambda c, t: release_sequences(c, t > 0), (cache, row)),
+        "release": (lambda c, t: release(c, t > 0), (cache, row)),
     }
     if policy is not None:
         steps["compress"] = (lambda c, t: compress(c, policy, tokens=t), (cache, row))
@@ -82,8 +82,8 @@ def check(policy, names=None, dtype=jnp.float32):
     steps = programs(policy, dtype)
     for step in names or steps:
         function, arguments = steps[step]
-        cache = arguments[0] if hasattr(arguments[0], "pool") else arguments[0].cache
-        pools = [cache.pool.nbytes] + ([] if cache.tiers is None else [cache.tiers.pool.nbytes])
+        cache = arguments[0]
+        pools = [cache.raw.pool.nbytes] + ([] if cache.layout is None else [cache.tiers.pool.nbytes])
         memory = jax.jit(function, donate_argnums=0).lower(*arguments).compile().memory_analysis()
         assert memory.alias_size_in_bytes >= sum(pools), step
         assert memory.temp_size_in_bytes < min(pools) / 10, (step, memory.temp_size_in_bytes / min(pools))

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxkv import LLM, KVCompress, Ratio, SamplingParams
-from jaxkv.cache import prefix
-from jaxkv.cache.state import CacheConfig
+from jaxkv.cache import CacheConfig, prefix
 from jaxkv.generation.prefill import prefill
 from jaxkv.policies import H2O
 from jaxkv.requests import Finished, Refused
@@ -65,7 +64,7 @@ def run(llm, jobs):
         assert not isinstance(event, Refused), event
         if isinstance(event, Finished):
             answers[event.request] = event.completion
-    assert int(llm.engine.cache.num_free) == llm.engine.config.num_blocks - 1
+    assert int(llm.engine.cache.raw.tables.free.count) == llm.engine.config.num_blocks - 1
     return answers
 
 
@@ -146,16 +145,16 @@ def test_a_copy_holds_what_was_borrowed_and_the_prefix_stays(blocks, extra, seed
     def held(cache, row):
         return [
             (
-                tiny.by_position(cache, cache.pool, layer, row, head),
-                tiny.by_position(cache, cache.scores, layer, row, head),
+                tiny.by_position(cache, cache.raw.pool, layer, row, head),
+                tiny.by_position(cache, cache.raw.scores, layer, row, head),
             )
             for layer, head in np.ndindex(2, 2)
         ]
 
     first, second = held(cache, 0), held(cache, 1)
     owned = prefix.own(cache, jnp.int32(1))
-    assert int(owned.num_free) == int(cache.num_free) - 4 * blocks
+    assert int(owned.raw.tables.free.count) == int(cache.raw.tables.free.count) - 4 * blocks
     assert owned.shared.tolist() == [5, 0]
     jax.tree.map(np.testing.assert_array_equal, (held(owned, 0), held(owned, 1)), (first, second))
-    table = np.asarray(owned.block_table)
+    table = np.asarray(owned.raw.tables.block_table)
     assert not set(table[:, 1, :, : int(-(-(16 * blocks + extra) // 16))].ravel()) & set(table[:, 0, :, :5].ravel())

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles.kv_compress import evict_greedy, evict_threshold
 
-from jaxkv.cache.allocator import grow
-from jaxkv.cache.moves import plan_moves
-from jaxkv.compression.evict import evict, plan_eviction
+from jaxkv.cache.contents import contents as read
+from jaxkv.cache.home import GONE, RAW
+from jaxkv.cache.moves import Goal, move, moves_of
+from jaxkv.compression.evict import plan_eviction
 from jaxkv.compression.ranking import sort_keys
 
 LAYERS, BATCH, HEADS, KVS, SIZE = 2, 2, 3, 96, 16
@@ -217,7 +218,9 @@ def test_keys_sort_as_the_floats_do():
 def test_moves_fill_every_hole_from_behind_the_new_end(seed):
     _, scores, evictable, lengths = case(seed)
     got = plan(scores, evictable, lengths, jnp.array([7, 7]))
-    moves = plan_moves(got, jnp.asarray(lengths))
+    held = jnp.arange(KVS) < jnp.asarray(lengths)[..., None]
+    kept, moves = moves_of(held & ~got.evicted)
+    np.testing.assert_array_equal(kept, got.lengths)
     ends = np.asarray(got.lengths).reshape(-1)
     for row, end in enumerate(ends):
         sources, holes = (np.flatnonzero(x[row]) for x in (moves.is_source, moves.is_hole))
@@ -236,40 +239,53 @@ def filled():
     rng = np.random.default_rng(0)
     cache = tiny.empty_cache(batch=2, max_context=KVS)
     lengths = jnp.asarray(rng.integers(60, KVS + 1, cache.lengths.shape), jnp.int32)
-    cache, granted = grow(cache, lengths, most=KVS)
+    tables, granted = cache.raw.tables.grow(lengths[..., None], most=KVS)
     assert granted
-    return replace(
-        cache,
-        pool=jnp.asarray(rng.standard_normal(cache.pool.shape), jnp.float32),
-        scores=jnp.asarray(rng.permutation(cache.scores.size).reshape(cache.scores.shape), jnp.float32),
-        positions=jnp.asarray(rng.permutation(cache.positions.size).reshape(cache.positions.shape), jnp.int32),
+    raw = replace(
+        cache.raw,
+        pool=jnp.asarray(rng.standard_normal(cache.raw.pool.shape), jnp.float32),
+        scores=jnp.asarray(rng.permutation(cache.raw.scores.size).reshape(cache.raw.scores.shape), jnp.float32),
+        positions=jnp.asarray(rng.permutation(cache.raw.positions.size).reshape(cache.raw.positions.shape), jnp.int32),
+        tables=tables,
     )
+    return replace(cache, raw=raw)
 
 
-evicted_once = jax.jit(evict)
+@jax.jit
+def evicted_once(cache, scores, evictable, evict_blocks):
+    planned = plan_eviction(scores, evictable, cache.raw.lengths, evict_blocks, block_size=SIZE)
+    now = read(cache)
+    home = jnp.where(now.held & ~planned.evicted, RAW, GONE)
+    return move(cache, now, Goal(home=home, positions=now.positions))
 
 
 def contents(cache, row):
-    kvs = tiny.by_position(cache, cache.pool, *row)
-    scores = tiny.by_position(cache, cache.scores, *row)
+    kvs = tiny.by_position(cache, cache.raw.pool, *row)
+    scores = tiny.by_position(cache, cache.raw.scores, *row)
     return {p: (kv.tobytes(), float(scores[p])) for p, kv in kvs.items()}
 
 
 def test_eviction_moves_frees_and_keeps_the_rest(filled):
     held = jnp.arange(filled.capacity) < filled.lengths[..., None]
-    scores = filled.scores.reshape(-1)[tiny.token_slots(filled)]
+    scores = filled.raw.scores.reshape(-1)[tiny.token_slots(filled)]
     after = evicted_once(filled, scores, held, jnp.array([9, 4]))
     chosen = np.asarray(plan(scores, held, filled.lengths, jnp.array([9, 4])).evicted)
-    slots, positions = np.asarray(tiny.token_slots(filled)), np.asarray(filled.positions).reshape(-1)
-    before_blocks, blocks = np.asarray(filled.blocks_held()), np.asarray(after.blocks_held())
+    slots, positions = np.asarray(tiny.token_slots(filled)), np.asarray(filled.raw.positions).reshape(-1)
+    before_blocks, blocks = tiny.blocks_held(filled), tiny.blocks_held(after)
     assert (before_blocks - blocks).sum((0, 2)).tolist() == [9, 4]
-    assert int(after.num_free) == int(filled.num_free) + 13
-    freed = set(np.asarray(after.free_blocks)[int(filled.num_free) : int(after.num_free)].tolist())
+    assert int(after.raw.tables.free.count) == int(filled.raw.tables.free.count) + 13
+    freed = set(
+        np.asarray(after.raw.tables.free.blocks)[
+            int(filled.raw.tables.free.count) : int(after.raw.tables.free.count)
+        ].tolist()
+    )
     tails = set()
     for row in np.ndindex(blocks.shape):
         kept = blocks[row]
-        np.testing.assert_array_equal(after.block_table[row][:kept], filled.block_table[row][:kept])
-        tails |= set(np.asarray(filled.block_table[row])[kept : before_blocks[row]].tolist())
+        np.testing.assert_array_equal(
+            after.raw.tables.block_table[row][:kept], filled.raw.tables.block_table[row][:kept]
+        )
+        tails |= set(np.asarray(filled.raw.tables.block_table[row])[kept : before_blocks[row]].tolist())
         old, new = contents(filled, row), contents(after, row)
         assert len(new) == int(after.lengths[row])
         gone = set(positions[slots[row]][chosen[row]].tolist())
@@ -283,17 +299,17 @@ def test_eviction_moves_frees_and_keeps_the_rest(filled):
 
 def test_eviction_touches_no_slot_but_its_holes(filled):
     held = jnp.arange(filled.capacity) < filled.lengths[..., None]
-    scores = filled.scores.reshape(-1)[tiny.token_slots(filled)]
+    scores = filled.raw.scores.reshape(-1)[tiny.token_slots(filled)]
     count = jnp.array([9, 4])
     after = evicted_once(filled, scores, held, count)
     planned = plan(scores, held, filled.lengths, count)
     new_end = np.asarray(planned.lengths)[..., None]
     holes = np.asarray(tiny.token_slots(filled))[np.asarray(planned.evicted) & (np.arange(filled.capacity) < new_end)]
-    untouched = np.ones(filled.pool.shape[0] * SIZE, bool)
+    untouched = np.ones(filled.raw.pool.shape[0] * SIZE, bool)
     untouched[holes] = False
     untouched[:SIZE] = False  # the null block
     for name in ("pool", "scores", "positions"):
-        old, new = (np.asarray(getattr(c, name)) for c in (filled, after))
+        old, new = (np.asarray(getattr(c.raw, name)) for c in (filled, after))
         old, new = (x.reshape(-1, x.shape[-1]) if name == "pool" else x.reshape(-1) for x in (old, new))
         np.testing.assert_array_equal(new[: len(untouched)][untouched], old[: len(untouched)][untouched])
     assert len(holes) > 0
@@ -302,25 +318,26 @@ def test_eviction_touches_no_slot_but_its_holes(filled):
 
 def test_asking_for_nothing_changes_nothing(filled):
     held = jnp.arange(filled.capacity) < filled.lengths[..., None]
-    scores = filled.scores.reshape(-1)[tiny.token_slots(filled)]
+    scores = filled.raw.scores.reshape(-1)[tiny.token_slots(filled)]
     after = evicted_once(filled, scores, held, jnp.array([0, 0]))
     jax.tree.map(np.testing.assert_array_equal, after, filled)
 
 
 def test_garbage_past_the_heads_ends_does_not_reach_an_eviction(filled):
     held = jnp.arange(filled.capacity) < filled.lengths[..., None]
-    scores = filled.scores.reshape(-1)[tiny.token_slots(filled)]
-    place = np.arange(filled.block_table.shape[-1])
-    past = place >= np.asarray(filled.blocks_held())[..., None]
+    scores = filled.raw.scores.reshape(-1)[tiny.token_slots(filled)]
+    place = np.arange(filled.raw.tables.block_table.shape[-1])
+    past = place >= tiny.blocks_held(filled)[..., None]
     assert past.any()
-    other = np.broadcast_to(np.asarray(filled.block_table)[..., :1][:, ::-1], past.shape)
-    poisoned = replace(filled, block_table=jnp.asarray(np.where(past, other, filled.block_table), jnp.int32))
+    other = np.broadcast_to(np.asarray(filled.raw.tables.block_table)[..., :1][:, ::-1], past.shape)
+    garbage = np.where(past, other, filled.raw.tables.block_table)
+    poisoned = tiny.with_tables(filled, block_table=jnp.asarray(garbage, jnp.int32))
     clean, dirty = (evicted_once(cache, scores, held, jnp.array([9, 4])) for cache in (filled, poisoned))
     for row in np.ndindex(filled.lengths.shape):
         assert contents(dirty, row) == contents(clean, row)
-    stack = int(clean.num_free)
-    assert int(dirty.num_free) == stack
-    np.testing.assert_array_equal(dirty.free_blocks[:stack], clean.free_blocks[:stack])
+    stack = int(clean.raw.tables.free.count)
+    assert int(dirty.raw.tables.free.count) == stack
+    np.testing.assert_array_equal(dirty.raw.tables.free.blocks[:stack], clean.raw.tables.free.blocks[:stack])
 
 
 def test_evicting_growing_and_evicting_again_keeps_each_heads_best(filled):
@@ -328,12 +345,13 @@ def test_evicting_growing_and_evicting_again_keeps_each_heads_best(filled):
     cache, best = filled, {row: contents(filled, row) for row in np.ndindex(filled.lengths.shape)}
     for count in ([9, 4], [3, 7]):
         held = jnp.arange(cache.capacity) < cache.lengths[..., None]
-        scores = cache.scores.reshape(-1)[tiny.token_slots(cache)]
+        scores = cache.raw.scores.reshape(-1)[tiny.token_slots(cache)]
         before = cache
         cache = evicted_once(cache, scores, held, jnp.array(count))
-        lost = np.asarray(before.blocks_held() - cache.blocks_held()).sum((0, 2))
+        lost = (tiny.blocks_held(before) - tiny.blocks_held(cache)).sum((0, 2))
         assert lost.tolist() == count
-        cache, granted = grow(cache, cache.lengths, most=SIZE)
+        tables, granted = cache.raw.tables.grow(cache.raw.tables.lengths, most=SIZE)
+        cache = replace(cache, raw=replace(cache.raw, tables=tables))
         assert granted
     for row, kvs in best.items():
         left = contents(cache, row)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import jaxkv.engine.engine
 from jaxkv import LLM, KVCompress, MaxTokens, Ratio, SamplingParams
-from jaxkv.cache.state import CacheConfig
+from jaxkv.cache import CacheConfig
 from jaxkv.engine.prefixes import AHEAD
 from jaxkv.requests import Finished, PromptRead, Refused, TextMade
 
@@ -91,7 +91,7 @@ def run(policy, jobs):
                 streamed.setdefault(i, []).extend(token_ids)
             case Refused():
                 raise AssertionError(event)
-    assert int(llm.engine.cache.num_free) == BLOCKS
+    assert int(llm.engine.cache.raw.tables.free.count) == BLOCKS
     for i, answer in answers.items():
         assert streamed.get(i, []) == answer.token_ids
     return answers, llm.engine

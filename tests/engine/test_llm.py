@@ -276,7 +276,7 @@ def test_calls_on_one_model_may_overlap(llm):
 def test_an_old_cache_is_gone_before_there_is_a_new_one(monkeypatch):
     llm = LLM(tiny.MODEL)
     llm.generate([1, 2, 3], SamplingParams(max_tokens=2))
-    old = weakref.ref(llm.engine.cache.pool)
+    old = weakref.ref(llm.engine.cache.raw.pool)
     abandoned = weakref.ref(llm.engine)
 
     def none_left(config):

@@ -11,8 +11,9 @@ import tiny
 from flax import nnx
 
 from jaxkv import KVCompress, LeanKV, MaxTokens, Ratio, compress, init_cache, prefill
-from jaxkv.cache.state import CacheConfig, in_table_order
-from jaxkv.generation.decode import decode_step
+from jaxkv.cache import CacheConfig
+from jaxkv.cache.raw import in_table_order
+from jaxkv.generation import decode_step
 from pallas_kernels import use_implementation
 from pallas_kernels.dispatch import of_platform
 
@@ -35,7 +36,7 @@ def run(policy, dtype, implementation):
     graph, weights = nnx.split(tiny.random_model(CONFIG, dtype))
     chosen = use_implementation(implementation) if implementation else nullcontext()
     with chosen, jax.default_matmul_precision("highest"):
-        layout = policy.layout(CONFIG.head_dim) if hasattr(policy, "layout") else None
+        layout = policy and policy.placement.layout(CONFIG.head_dim)
         sizes = {"batch": 2, "max_context": 256, "dtype": dtype, "layout": layout}
         cache = init_cache(CacheConfig.for_model(CONFIG, **sizes))
 
@@ -59,7 +60,7 @@ def run(policy, dtype, implementation):
 
 def positions_of(cache):
     """Those of the unquantised KVs of each head."""
-    positions = in_table_order(cache.positions, cache.block_table, cache.lengths, cache.block_size)
+    positions = in_table_order(cache.raw.positions, cache.raw.tables.block_table, cache.lengths, cache.raw.block_size)
     heads = zip(positions.reshape(-1, cache.capacity), cache.lengths.reshape(-1), strict=True)
     return [set(np.asarray(p[:n]).tolist()) for p, n in heads]
 

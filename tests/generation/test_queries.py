@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxkv import SamplingParams, prefill
-from jaxkv.cache import moves as tiering
+from jaxkv.cache.contents import contents
 from jaxkv.engine.prefixes import readable
 from jaxkv.generation.query_moments import QueryMoments
 from jaxkv.policies import ExpectedAttention, Mixed, Ratio, make_policy
@@ -62,7 +62,7 @@ def test_a_prompt_within_the_sinks_has_no_score():
     tokens, lengths = tiny.padded([tiny.prompt(3), tiny.prompt(100)])
     cache, _ = jax.jit(lambda c: prefill(tiny.MODEL, c, tokens, lengths, policy))(tiny.empty_cache(batch=2))
     for row, length in enumerate((3, 100)):
-        scores = np.array([tiny.by_position(cache, cache.scores, 1, row, 0)[p] for p in range(length)])
+        scores = np.array([tiny.by_position(cache, cache.raw.scores, 1, row, 0)[p] for p in range(length)])
         assert not scores[:4].any()
         assert (scores[4:] > 0).all()
 
@@ -84,12 +84,12 @@ def test_tiers_rank_by_what_is_expected():
     stacked = stack_layers(nnx.merge(graph, jax.tree.map(jnp.copy, weights)))
     caches = [
         jax.jit(lambda c, m=m, p=p: prefill(m, c, tokens, lengths, p, chunk=64)[0])(tiny.empty_cache(**sizes))
-        for m, p, sizes in ((tiny.MODEL, plain, {}), (stacked, mixed, {"layout": mixed.layout(HEAD_DIM)}))
+        for m, p, sizes in ((tiny.MODEL, plain, {}), (stacked, mixed, {"layout": mixed.placement.layout(HEAD_DIM)}))
     ]
-    assert (mixed.sinks, mixed.expected_queries) == (4, 64)
-    found = tiering.held(caches[1])
+    assert (mixed.sinks, mixed.scorer.observes.count) == (4, 64)
+    found = contents(caches[1])
     for layer, head in np.ndindex(2, 2):
-        scores = tiny.by_position(caches[0], caches[0].scores, layer, 0, head)
+        scores = tiny.by_position(caches[0], caches[0].raw.scores, layer, 0, head)
         at = np.array(found.positions)[layer, 0, head, :150]
         expected = [scores[p] for p in at]
         np.testing.assert_allclose(np.array(found.scores)[layer, 0, head, :150], expected, rtol=1e-4, atol=1e-7)

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from flax import nnx
 
-from jaxkv.cache.state import CacheConfig, init_cache
+from jaxkv.cache import CacheConfig, init_cache
 from jaxkv.cache.stats import stats
 from jaxkv.generation.decode import generate
 from jaxkv.policies import KVCompress, MaxTokens
@@ -53,7 +53,7 @@ def test_kernels_give_what_the_references_give(name, stacked):
     np.testing.assert_allclose(kernels.logprobs, plain.logprobs, atol=1e-4)
     np.testing.assert_array_equal(kernels.cache.lengths, plain.cache.lengths)
     for row in np.ndindex(plain.cache.lengths.shape):
-        one, other = (tiny.by_position(c, c.scores, *row) for c in (kernels.cache, plain.cache))
+        one, other = (tiny.by_position(c, c.raw.scores, *row) for c in (kernels.cache, plain.cache))
         assert one.keys() == other.keys()
         np.testing.assert_allclose([one[p] for p in other], list(other.values()), atol=1e-4)
     assert stats(kernels.cache).kvs_held == stats(plain.cache).kvs_held

@@ -21,7 +21,7 @@ NAMES = {l1: "l1", l2: "l2", jnp.sum: "sum", jnp.mean: "mean", jnp.max: "max"}
 
 
 def scores_of(cache, layer, row, head):
-    found = tiny.by_position(cache, cache.scores, layer, row, head)
+    found = tiny.by_position(cache, cache.raw.scores, layer, row, head)
     return np.array([found[p] for p in sorted(found)])
 
 
@@ -97,9 +97,9 @@ def test_of_prompt_sums_over_the_group_whatever_its_order():
     mass = jnp.asarray(rng.random((1, 1, 2, 3, 40)), jnp.float32)
     held = jnp.ones((1, 1, 2, 40), bool)
     policy = KVCompress(budget=BUDGET)
-    scores = policy.of_prompt(mass, held)
-    np.testing.assert_allclose(policy.of_prompt(mass[..., ::-1, :], held), scores, rtol=1e-6)
-    np.testing.assert_allclose(policy.of_prompt(jnp.concatenate([mass, mass], -2), held), 2 * scores, rtol=1e-6)
+    scores = policy.scorer.score(mass, held)
+    np.testing.assert_allclose(policy.scorer.score(mass[..., ::-1, :], held), scores, rtol=1e-6)
+    np.testing.assert_allclose(policy.scorer.score(jnp.concatenate([mass, mass], -2), held), 2 * scores, rtol=1e-6)
 
 
 def test_recording_changes_no_logit():
@@ -146,12 +146,12 @@ def test_a_new_kv_starts_at_zero_whatever_its_slot_held():
     from dataclasses import replace
 
     cache = tiny.empty_cache()
-    cache = replace(cache, scores=cache.scores + 77.0, positions=cache.positions - 5)
+    cache = replace(cache, scores=cache.raw.scores + 77.0, positions=cache.raw.positions - 5)
     policy = KVCompress(budget=BUDGET, buffer=30, window=8)  # the newest 30 get nothing from the prompt
     cache, _ = read(cache, *tiny.padded([tiny.prompt(64)]), policy)
     for layer, head in np.ndindex(2, 2):
         assert (scores_of(cache, layer, 0, head)[-30 + 7 + 3 :] == 0).all()  # pooling reaches 3 further
-        assert sorted(tiny.by_position(cache, cache.scores, layer, 0, head)) == list(range(64))
+        assert sorted(tiny.by_position(cache, cache.raw.scores, layer, 0, head)) == list(range(64))
 
 
 def test_an_inactive_row_is_left_as_it_is():

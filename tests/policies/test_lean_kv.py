@@ -9,10 +9,11 @@ import pytest
 from oracles.lean_kv import Head
 from tiny import CONFIG, MODEL, dense_run, padded, prompt
 
-from jaxkv.cache import moves as tiering
-from jaxkv.cache.quantised import HIGH, LOW
-from jaxkv.cache.state import CacheConfig, init_cache
-from jaxkv.generation.decode import compress, decode_step
+from jaxkv.cache import CacheConfig, init_cache
+from jaxkv.cache.contents import contents
+from jaxkv.cache.home import HIGH, LOW
+from jaxkv.generation.compress import compress
+from jaxkv.generation.decode import decode_step
 from jaxkv.generation.prefill import prefill
 from jaxkv.policies import LeanKV
 from pallas_kernels.tiers import Format, blocks
@@ -23,7 +24,7 @@ GROUP = CONFIG.num_heads // CONFIG.num_kv_heads
 
 
 def empty(policy: LeanKV, batch: int, **sizes):
-    layout = policy.layout(CONFIG.head_dim)
+    layout = policy.placement.layout(CONFIG.head_dim)
     return init_cache(CacheConfig.for_model(CONFIG, batch=batch, max_context=256, layout=layout, **sizes))
 
 
@@ -49,9 +50,9 @@ def tier_tokens(cache, layer: int, row: int, head: int, tier: int) -> blocks.Tok
     """What a head holds in a tier, dequantised, in order."""
     quantised = cache.tiers
     segments = quantised.layout.tiers[tier]
-    count = int(quantised.lengths[layer, row, head, tier])
+    count = int(quantised.tables.lengths[layer, row, head, tier])
     held = -(-count // segments.tokens)
-    table = np.asarray(quantised.block_table[layer, row, head])
+    table = np.asarray(quantised.tables.block_table[layer, row, head])
     table = table[:held] if tier == HIGH else table[::-1][:held]
     words = np.asarray(quantised.pool).reshape(quantised.pool.shape[0], -1)[table]
     if not held:
@@ -148,13 +149,13 @@ def test_a_short_second_prompt_counts_only_its_own_queries():
     cache = empty(POLICY, 1)
     for part in (tokens[:200], tokens[200:]):
         cache, _ = read(cache, *padded([part]), POLICY)
-    held = jax.jit(tiering.held)(cache)
+    held = jax.jit(contents)(cache)
     np.testing.assert_allclose(
         held.scores[:, 0, :, :208] / np.minimum(age, 64), mass / np.minimum(age, 8), rtol=1e-3, atol=1e-6
     )
     cache, _ = compressed(EVERYTHING, [tokens[:200]])
     cache, _ = read(cache, *padded([tokens[200:]]), EVERYTHING)
-    held = jax.jit(tiering.held)(cache)
+    held = jax.jit(contents)(cache)
     assert (np.asarray(held.positions)[..., :136] == 144).all()  # 64 before the end
     mean = np.asarray(held.scores)[:, 0, :, :208] / np.minimum(age, 64)
     assert 0.9 < mean[..., :200].sum() / (mass[..., :200] / 8).sum() < 1.1  # but for what quantising did

@@ -13,11 +13,11 @@ from test_tiering import UNIFORM, a_prompt, assign, conserved
 from tiny import CONFIG, MODEL, answers, dense_run, padded, prompt
 
 from jaxkv import LLM, SamplingParams, stats
-from jaxkv.cache.allocator import release_sequences
-from jaxkv.cache.quantised import HIGH, LOW
-from jaxkv.cache.state import CacheConfig, init_cache, put_sequences, take_sequences
+from jaxkv.cache import CacheConfig, init_cache, release
+from jaxkv.cache.home import HIGH, LOW
 from jaxkv.generation.decode import decode_step, generate
-from jaxkv.generation.prefill import prefill_chunk, start_prompt
+from jaxkv.generation.prefill import prefill_chunk
+from jaxkv.generation.prompt import start_prompt
 from jaxkv.policies import LeanKV
 
 pytestmark = pytest.mark.once
@@ -38,8 +38,9 @@ def test_a_prompts_logits_do_not_depend_on_the_policy():
 @pytest.mark.parametrize("length", [30, 120])
 def test_the_last_queries_alone_are_counted(length):
     tokens, lengths = padded([prompt(length)])
-    state = start_prompt(MODEL, empty(POLICY, 1), lengths, POLICY)
-    state = jax.jit(lambda s: prefill_chunk(MODEL, s, tokens, lengths, POLICY))(state)
+    cache = empty(POLICY, 1)
+    state = start_prompt(MODEL, cache, lengths, POLICY)
+    _, state = jax.jit(lambda c, s: prefill_chunk(MODEL, c, s, tokens, lengths, POLICY))(cache, state)
     np.testing.assert_allclose(state.mass.sum(-1), min(64, length), rtol=1e-4)
 
 
@@ -47,8 +48,10 @@ def test_the_last_queries_alone_are_counted(length):
 def test_the_order_of_a_query_group_does_not_matter_and_its_highest_counts(seed, order):
     mass = np.random.default_rng(seed).random((2, 1, 2, GROUP, 50)).astype(np.float32)
     held = np.ones((2, 1, 2, 50), bool)
-    scores = POLICY.of_prompt(jnp.asarray(mass), jnp.asarray(held))
-    np.testing.assert_array_equal(scores, POLICY.of_prompt(jnp.asarray(mass[..., list(order), :]), jnp.asarray(held)))
+    scores = POLICY.scorer.score(jnp.asarray(mass), jnp.asarray(held))
+    np.testing.assert_array_equal(
+        scores, POLICY.scorer.score(jnp.asarray(mass[..., list(order), :]), jnp.asarray(held))
+    )
     np.testing.assert_array_equal(scores, mass.max(-2))
 
 
@@ -63,7 +66,6 @@ def test_a_text_twice_as_long_with_the_same_profile_keeps_the_same_share():
         scores=jnp.concatenate([short.scores[..., :100] / 2, short.scores[..., :100] / 2, short.scores[..., 200:]], -1),
         positions=jnp.zeros_like(short.positions),
         num_tokens=count,
-        whole=count,
     )
     short = replace(short, positions=jnp.zeros_like(short.positions))
     of_short, of_long = (np.asarray(assign(policy, held).home) for held in (short, long))
@@ -101,7 +103,7 @@ def test_a_row_of_a_batch_is_classified_as_it_is_alone():
     prompts = [prompt(120, seed=5), prompt(77, seed=6)]
     together, _ = read(empty(POLICY, 2), *padded(prompts), POLICY)
     for row, ids in enumerate(prompts):
-        part = shrink(take_sequences(together, jnp.array([row])), POLICY)
+        part = shrink(together.rows(jnp.array([row])), POLICY)
         alone, _ = compressed(POLICY, [ids])
         for a, b in zip(tiers_of(part, 0), tiers_of(alone, 0), strict=True):
             for x, y in zip(a, b, strict=True):
@@ -157,20 +159,20 @@ def test_without_thresholds_attention_is_over_all_dequantised_kvs():
     np.testing.assert_allclose(after[0], MODEL.logits(hidden)[0, 0], rtol=1e-4, atol=1e-4)
 
 
-free_row = jax.jit(release_sequences)
+free_row = jax.jit(release)
 
 
 @jax.jit
 def read_row(cache, row, tokens, length):
-    part, _ = read(take_sequences(cache, row), tokens, length, POLICY)
-    return put_sequences(cache, shrink(part, POLICY), row)
+    part, _ = read(cache.rows(row), tokens, length, POLICY)
+    return cache.with_rows(shrink(part, POLICY), row)
 
 
 @settings(max_examples=8)
 @given(st.lists(st.tuples(st.sampled_from(["read", "decode", "finish"]), st.integers(0, 1)), min_size=4, max_size=14))
 def test_no_trace_of_prompts_steps_and_ends_loses_a_block(trace):
     cache, busy = empty(POLICY, 2), [False, False]
-    total = int(cache.tiers.free.count)
+    total = int(cache.tiers.tables.free.count)
     for i, (action, row) in enumerate(trace):
         if action == "read" and not busy[row]:
             tokens, lengths = padded([prompt(40 + 30 * (i % 3), seed=i)])
@@ -184,13 +186,13 @@ def test_no_trace_of_prompts_steps_and_ends_loses_a_block(trace):
         conserved(cache)
         assert not np.asarray(cache.lengths).any()  # nothing stays unquantised
     cache = free_row(cache, jnp.ones(2, bool))
-    assert int(cache.tiers.free.count) == total
+    assert int(cache.tiers.tables.free.count) == total
 
 
 def test_where_a_prompt_cannot_be_quantised_nothing_is_decoded_from_it():
     """A step of the policy attends to quantised KVs alone, so it would answer as if there had been no prompt."""
     policy = LeanKV(high_threshold=0.0, low_threshold=0.0, block_tokens=8, protected_window=8)
-    sizes = CacheConfig.for_model(CONFIG, batch=1, max_context=256, layout=policy.layout(CONFIG.head_dim))
+    sizes = CacheConfig.for_model(CONFIG, batch=1, max_context=256, layout=policy.placement.layout(CONFIG.head_dim))
     sizes = replace(sizes, tiers=replace(sizes.tiers, num_blocks=12))
     made = generate(MODEL, init_cache(sizes), *padded([prompt(100)]), max_tokens=6, policy=policy)
     assert made.counts.tolist() == [1]

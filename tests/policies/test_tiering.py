@@ -1,6 +1,6 @@
 """Quantised tiers: what the policies assign, budgets in bytes, conservation of blocks, reading on, the engine."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 
@@ -8,17 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_lean_kv import compressed, empty, read, shrink, step, tier_tokens
 from tiny import CONFIG, MODEL, answers, assert_no_block_is_lost_or_shared, by_position, dense_run, padded, prompt
 
 from jaxkv import LLM, KVCompress, MaxBytes, MaxTokens, Ratio, SamplingParams, stats
-from jaxkv.cache.moves import GONE, RAW, Held, total
-from jaxkv.cache.quantised import HIGH, LOW, TierConfig, grow, init_tiers
-from jaxkv.cache.state import CacheConfig, init_cache
-from jaxkv.compression.placement import most_blocks
-from jaxkv.generation.decode import compress, decode_step, room_to_step
+from jaxkv.cache import CacheConfig, init_cache
+from jaxkv.cache.config import TierConfig
+from jaxkv.cache.contents import Contents
+from jaxkv.cache.home import GONE, HIGH, LOW, RAW
+from jaxkv.compression.budget import Footprint, in_blocks
+from jaxkv.generation.compress import compress
+from jaxkv.generation.decode import decode_step, room_to_step
 from jaxkv.generation.prefill import look_ahead, prefill
 from jaxkv.policies import LeanKV, Mixed, StreamingLLM
 from jaxkv.report import tier_mix
@@ -35,9 +38,19 @@ def mixed(ratio: float, **settings) -> Mixed:
     return Mixed(budget=budget, scoring=KVCompress(budget=budget, protected_window=8), block_tokens=8, **settings)
 
 
-def tiers_of(policy):
-    config = TierConfig(layout=policy.layout(16), num_blocks=400)
-    return init_tiers(config, layers=LAYERS, batch=1, kv_heads=HEADS, max_context=KVS)
+def cache_of(policy):
+    """An empty one, of a single row."""
+    tiers = TierConfig(layout=policy.placement.layout(16), num_blocks=400)
+    sizes = {"num_layers": LAYERS, "num_kv_heads": HEADS, "head_dim": 16, "batch": 1, "max_context": KVS}
+    return init_cache(CacheConfig(**sizes, num_blocks=2, tiers=tiers))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Held(Contents):
+    """What a sequence of so many tokens holds."""
+
+    num_tokens: jax.Array
 
 
 def a_prompt(seed: int, tokens: int) -> Held:
@@ -53,17 +66,23 @@ def a_prompt(seed: int, tokens: int) -> Held:
         scores=jnp.asarray(scores, jnp.float32),
         positions=jnp.asarray(place),
         num_tokens=count,
-        whole=count,
     )
+
+
+def room_of(policy, tokens: int) -> int:
+    """Quantised blocks that its budget leaves."""
+    return int(jnp.maximum(policy.room(cache_of(policy), jnp.int32(tokens)), LAYERS * HEADS))
 
 
 @partial(jax.jit, static_argnums=0)
 def assign(policy, held):
-    return policy.assign(held, tiers_of(policy))
+    cache = replace(cache_of(policy), num_tokens=held.num_tokens)
+    room = jnp.asarray(policy.room(cache, held.num_tokens[0]), jnp.int32)
+    return policy.placement.goal(cache, held, policy.worth(cache, held), room)
 
 
 def blocks_of(home, policy) -> int:
-    tokens = [tier.tokens for tier in policy.layout(16).tiers]
+    tokens = [tier.tokens for tier in policy.placement.layout(16).tiers]
     return sum(int((-(-(home == tier).sum(-1) // tokens[tier])).sum()) for tier in (HIGH, LOW))
 
 
@@ -108,9 +127,9 @@ def test_a_budget_in_bytes_is_never_passed(kind, seed, ratio, tokens):
     policy = LeanKV(budget=Ratio(ratio=ratio), high_threshold=high, low_threshold=low, **SMALL)
     policy = mixed(ratio) if kind == "mixed" else policy
     home = np.asarray(assign(policy, a_prompt(seed, tokens)).home)
-    tiers = tiers_of(policy)
-    most = tokens * LAYERS * HEADS * 64 / ratio - tiers.row_bytes
-    most = max(most // tiers.layout.block_bytes, LAYERS * HEADS)
+    full = LAYERS * HEADS * -(-tokens // 16) * 16 * (2 * 16 * 4 + 8)  # bytes of float32, scores and positions
+    most = room_of(policy, tokens)
+    assert most * policy.placement.layout(16).block_bytes <= max(full / ratio, LAYERS * HEADS * 1000)
     assert blocks_of(home, policy) <= most
     assert (home[..., tokens - 7 : tokens] == HIGH).all()
     if kind == "mixed":
@@ -119,39 +138,42 @@ def test_a_budget_in_bytes_is_never_passed(kind, seed, ratio, tokens):
 
 def test_mixed_keeps_to_its_budget_where_some_kvs_are_low_already():
     policy, rng = mixed(2.0), np.random.default_rng(0)
-    tiers = tiers_of(policy)
     for seed in range(20):
         held = a_prompt(seed, 250)
         low = rng.random(held.home.shape) < rng.choice([0.1, 0.3, 0.5])
         before = np.where(np.asarray(held.home) == GONE, GONE, np.where(low, LOW, HIGH))
         after = np.asarray(assign(policy, replace(held, home=jnp.asarray(before))).home)
         assert (after >= before).all()
-        most = int(most_blocks(policy.budget, held, tiers))
+        most = room_of(policy, 250)
         assert blocks_of(after, policy) == most or (after[before < GONE] != GONE).all()
         assert blocks_of(after, policy) <= most
+
+
+@given(count=st.integers(0, 2**22), sizes=st.tuples(st.integers(100, 70_000), st.integers(1000, 70_000)))
+def test_blocks_of_one_size_are_counted_exactly_in_blocks_of_another(count, sizes):
+    """Beyond what float32 can tell apart."""
+    from_bytes, to_bytes = sizes
+    count = min(count, (2**31 - 1) * to_bytes // from_bytes)
+    assert int(in_blocks(jnp.int32(count), from_bytes, to_bytes)) == count * from_bytes // to_bytes
 
 
 @pytest.mark.parametrize("less", [0, 1, 64])
 @pytest.mark.parametrize("blocks", [7000, 70_001, 70_004])
 def test_a_budget_of_bytes_is_counted_exactly(blocks, less):
-    """Beyond what float32 can tell apart."""
-    layout = LeanKV().layout(128)
-    config = TierConfig(layout=layout, num_blocks=2)
-    tiers = init_tiers(config, layers=32, batch=1, kv_heads=8, max_context=32768)
-    held = replace(a_prompt(0, 9), table_bytes=12345, block_size=16, block_bytes=30_000)
-    size = tiers.row_bytes + held.table_bytes + blocks * layout.block_bytes - less
-    assert int(most_blocks(MaxBytes(size=size), held, tiers)) == blocks - (less > 0)
-    raw = jnp.zeros((1, 1, 2, 40), bool).at[0, 0, 0, :17].set(True)  # two blocks
-    size += 2 * held.block_bytes
-    assert int(most_blocks(MaxBytes(size=size), held, tiers, unquantised=raw)) == blocks - (less > 0)
+    size = LeanKV().placement.layout(128).block_bytes
+    of = Footprint(tokens=9, kvs=9, blocks=9, heads=4, block_size=16, block_bytes=30_000, protected_window=8)
+    assert MaxBytes(size=blocks * size - less).blocks(of, size) == blocks - (less > 0)
 
 
 @pytest.mark.parametrize("policy", [mixed(4.0), LeanKV(budget=Ratio(ratio=4), **SMALL)], ids=["mixed", "leankv"])
-def test_tables_count_in_a_budget(policy):
+def test_a_ratio_divides_what_the_same_cache_would_hold_uncompressed(policy):
+    """In its own dtype, scores and positions included; tables come on top on both sides."""
     cache, _ = compressed(policy, [prompt(240, seed=2)])
     held = stats(cache)
     assert held.kvs_held == held.kvs_high + held.kvs_low
-    assert 0.8 * held.bytes_full_16bit / 4 < held.bytes_held <= held.bytes_full_16bit / 4
+    quantised = held.blocks_held * cache.tiers.layout.block_bytes
+    full = held.blocks_full * cache.raw.block_bytes
+    assert 0.8 * full / 4 < quantised <= full / 4 < held.bytes_full / 4
 
 
 def test_mixed_gives_the_best_to_the_high_tier():
@@ -168,8 +190,8 @@ def test_mixed_gives_the_best_to_the_high_tier():
 def conserved(cache) -> None:
     """Every quantised block is free or in one table, but the null block."""
     tiers = cache.tiers
-    free = np.asarray(tiers.free.blocks)[: int(tiers.free.count)].tolist()
-    table, held = np.asarray(tiers.block_table), np.asarray(tiers.blocks_held())
+    free = np.asarray(tiers.tables.free.blocks)[: int(tiers.tables.free.count)].tolist()
+    table, held = np.asarray(tiers.tables.block_table), np.asarray(tiers.tables.blocks_held())
     width = table.shape[-1]
     taken = [
         block
@@ -183,7 +205,7 @@ def test_blocks_are_conserved_and_a_second_compression_changes_nothing():
     policy = LeanKV(high_threshold=1.2, low_threshold=0.3, **SMALL)
     cache, _ = compressed(policy, [prompt(120, seed=5), prompt(77, seed=6)])
     conserved(cache)
-    assert not np.asarray(cache.lengths).any()
+    assert not np.asarray(cache.raw.lengths).any()
     before = [tier_tokens(cache, 1, row, 0, tier) for row in (0, 1) for tier in (HIGH, LOW)]
     again = shrink(jax.tree.map(jnp.copy, cache), policy)
     conserved(again)
@@ -203,8 +225,6 @@ def quantised(held: Held, policy: LeanKV) -> Held:
 def test_a_second_compression_promotes_nothing_and_keeps_to_the_budget(ratio):
     """At the default window, within which the stored positions of all of a prompt's KVs lie."""
     policy = LeanKV(high_threshold=1.0, low_threshold=0.1, block_tokens=8, budget=Ratio(ratio=ratio))
-    tiers = tiers_of(policy)
-    budget = 250 * LAYERS * HEADS * 64 / ratio - tiers.row_bytes
     once = quantised(a_prompt(7, 250), policy)
     before = np.asarray(once.home)
     assert (before == LOW).any()
@@ -212,7 +232,7 @@ def test_a_second_compression_promotes_nothing_and_keeps_to_the_budget(ratio):
         once = quantised(once, policy)
         after = np.asarray(once.home)
         assert (after >= before).all()
-        assert blocks_of(after, policy) * tiers.layout.block_bytes <= budget
+        assert blocks_of(after, policy) <= room_of(policy, 250)
         assert (after != before)[..., :186].sum() == 0  # older than the window: judged as before
         before = after
 
@@ -239,10 +259,12 @@ def test_sinks_and_window_may_stay_unquantised(ratio):
     conserved(cache)
     assert_no_block_is_lost_or_shared(cache)
     held = stats(cache)
-    assert 0.75 * held.bytes_full_16bit / ratio < held.bytes_held <= held.bytes_full_16bit / ratio
+    tables = held.bytes_full - held.blocks_full * before.raw.block_bytes + cache.tiers.row_bytes
+    most = held.blocks_full * before.raw.block_bytes / ratio
+    assert 0.75 * most < held.bytes_held - tables <= most
     wanted = {*range(3), *range(223, 230)}  # of the window of 8, one is not cached yet
     for layer, head in np.ndindex(LAYERS, HEADS):
-        kept, whole = (by_position(c, c.pool, layer, 0, head) for c in (cache, before))
+        kept, whole = (by_position(c, c.raw.pool, layer, 0, head) for c in (cache, before))
         assert set(kept) == wanted
         for position, kv in kept.items():
             np.testing.assert_array_equal(kv, whole[position])
@@ -256,23 +278,24 @@ def test_sinks_and_window_may_stay_unquantised(ratio):
     cache = shrink(cache, policy)
     conserved(cache)
     assert_no_block_is_lost_or_shared(cache)
-    assert set(by_position(cache, cache.pool, 0, 0, 0)) == {*range(3), *range(235, 242)}
+    assert set(by_position(cache, cache.raw.pool, 0, 0, 0)) == {*range(3), *range(235, 242)}
 
 
 def test_where_blocks_are_short_the_prompt_stays_as_it_is():
     cache = empty(UNIFORM, 1)
-    few = replace(cache.tiers.free, count=jnp.int32(3))
-    cache, _ = read(replace(cache, tiers=replace(cache.tiers, free=few)), *padded([prompt(100)]), UNIFORM)
+    tables = replace(cache.tiers.tables, free=replace(cache.tiers.tables.free, count=jnp.int32(3)))
+    cache = replace(cache, quantised=replace(cache.tiers, tables=tables))
+    cache, _ = read(cache, *padded([prompt(100)]), UNIFORM)
     after = shrink(cache, UNIFORM)
-    assert (np.asarray(after.lengths) == 100).all()
-    assert not np.asarray(after.tiers.lengths).any()
-    assert int(after.tiers.free.count) == 3
+    assert (np.asarray(after.raw.lengths) == 100).all()
+    assert not np.asarray(after.tiers.tables.lengths).any()
+    assert int(after.tiers.tables.free.count) == 3
 
 
 @pytest.mark.parametrize("policy", [UNIFORM, replace(mixed(1.0), budget=MaxBytes(size=10**6))], ids=["leankv", "mixed"])
 def test_a_head_grows_to_the_context_and_not_beyond(policy):
     """Though blocks are free: what lay beyond it would be lost when the sequence is compressed again."""
-    layout = policy.layout(CONFIG.head_dim)
+    layout = policy.placement.layout(CONFIG.head_dim)
     cache = init_cache(CacheConfig.for_model(CONFIG, batch=2, max_context=32, layout=layout))
     tokens, _ = padded([prompt(30, seed=1), prompt(30, seed=2)])
     cache, _ = read(cache, tokens, jnp.array([30, 0]), policy)
@@ -285,14 +308,14 @@ def test_a_head_grows_to_the_context_and_not_beyond(policy):
         cache, logits = advance(cache)
         assert np.isfinite(logits[0]).all()
     assert not room(cache)
-    full = np.asarray(total(cache))
+    full = np.asarray(cache.lengths)
     assert (full[:, 0] == 32).all()
     refused, logits = advance(jax.tree.map(jnp.copy, cache))
     assert np.isnan(logits[0]).all()
     later, logits = read(jax.tree.map(jnp.copy, cache), tokens, jnp.array([1, 0]), policy)
     assert np.isnan(logits[0]).all()
     for after in (refused, later, shrink(cache, policy)):
-        np.testing.assert_array_equal(total(after), full)
+        np.testing.assert_array_equal(after.lengths, full)
         assert int(after.num_tokens[0]) == 32
         conserved(after)
 
@@ -307,7 +330,7 @@ def test_tokens_read_later_see_what_is_quantised():
     np.testing.assert_allclose(MODEL.logits(several[1]), ahead[0], rtol=1e-4, atol=1e-4)
     cache, logits = jax.jit(lambda c: prefill(MODEL, c, *padded([later]), UNIFORM, chunk=16))(cache)
     np.testing.assert_allclose(logits[0], expected[-1], atol=0.15)
-    assert (np.asarray(cache.lengths) == 20).all()
+    assert (np.asarray(cache.raw.lengths) == 20).all()
     held = stats(shrink(cache, UNIFORM))
     assert (held.kvs_high, held.kvs_held) == (140 * CONFIG.num_layers * CONFIG.num_kv_heads,) * 2
 
@@ -323,14 +346,14 @@ def test_tokens_read_later_see_what_is_quantised():
 )
 def test_bytes_of_4000_tokens_beside_16_bits(head_dim, mix, most):
     """Codes, scales, scores, positions, part-filled blocks and tables."""
-    layout = LeanKV().layout(head_dim)
+    layout = LeanKV().placement.layout(head_dim)
     sizes = {"num_layers": 2, "num_kv_heads": 3, "head_dim": head_dim, "batch": 1, "max_context": 4096}
     tiers = TierConfig(layout=layout, num_blocks=600)
     cache = init_cache(CacheConfig(**sizes, num_blocks=2, tiers=tiers))
     lengths = jnp.broadcast_to(jnp.array([round(4000 * part) for part in mix], jnp.int32), (2, 1, 3, 2))
-    quantised, granted = grow(cache.quantised, lengths, most=80)
+    tables, granted = cache.tiers.tables.grow(lengths, most=4000)
     assert granted
-    held = stats(replace(cache, tiers=quantised, num_tokens=jnp.array([4000])))
+    held = stats(replace(cache, quantised=replace(cache.tiers, tables=tables), num_tokens=jnp.array([4000])))
     assert held.bytes_full_16bit == 4000 * 6 * 4 * head_dim
     assert held.nominal_share < held.bytes_held / held.bytes_full_16bit <= most
     assert tier_mix(held).startswith(
@@ -376,9 +399,9 @@ def test_a_budget_is_checked_with_the_quantised_sizes(window):
     """A window of 64 takes a block of each of SmolLM2's 90 heads, one of 65 two."""
     leankv = LeanKV(protected_window=window)
     mixed = Mixed.over(KVCompress, budget=leankv.budget, protected_window=window + 1)
-    layout = leankv.layout(64)
+    layout = leankv.placement.layout(64)
     config = CacheConfig.for_model(SHAPES["smollm2-135m"], batch=4, max_context=2048, layout=layout)
-    need = config.table_bytes // 4 + 90 * (1 + (window > 64)) * layout.block_bytes
+    need = 90 * (1 + (window > 64)) * layout.block_bytes
     assert need < 2_000_000
     for policy in (leankv, mixed):
         replace(policy, budget=MaxBytes(size=need)).check(config)
@@ -391,8 +414,8 @@ def test_a_budget_is_checked_with_the_quantised_sizes(window):
 
 def test_a_budget_pays_for_an_unquantised_window():
     policy = mixed(1.0, unquantised_window=True)
-    config = CacheConfig.for_model(CONFIG, batch=1, max_context=256, layout=policy.layout(16))
-    need = config.table_bytes + 4 * (policy.layout(16).block_bytes + config.block_bytes)
+    config = CacheConfig.for_model(CONFIG, batch=1, max_context=256, layout=policy.placement.layout(16))
+    need = 4 * (policy.placement.layout(16).block_bytes + config.block_bytes)
     replace(policy, budget=MaxBytes(size=need)).check(config)
     with pytest.raises(ValueError, match=f"take {need}"):
         replace(policy, budget=MaxBytes(size=need - 1)).check(config)
@@ -404,9 +427,9 @@ def test_a_window_beyond_the_budget_is_refused():
         llm.generate(prompt(200), SamplingParams(max_tokens=8))
 
 
-def test_a_number_of_blocks_to_evict_is_refused():
-    with pytest.raises(ValueError, match="LeanKV has blocks of two precisions; give a budget, not evict_blocks"):
-        compress(empty(UNIFORM, 1), UNIFORM, evict_blocks=jnp.array([3]))
+def test_a_cache_without_the_policys_blocks_is_refused():
+    with pytest.raises(ValueError, match="this cache has no quantised blocks, and LeanKV needs BlockLayout"):
+        compress(tiny.empty_cache(), UNIFORM)
 
 
 def test_a_memory_that_holds_no_quantised_block_is_refused():

@@ -1,0 +1,61 @@
+"""What the placements have in common that keep KVs at two precisions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax import Array
+
+from jaxkv.cache.config import CacheConfig
+from jaxkv.cache.state import PagedCache
+from jaxkv.compression.budget import Budget
+from jaxkv.compression.placement import Placement
+from pallas_kernels.dispatch import block_tile
+from pallas_kernels.tiers import BlockLayout, Format
+
+K8V4 = Format(key_bits=8, value_bits=4)
+K4V2 = Format(key_bits=4, value_bits=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiered(Placement):
+    """Base of placements in blocks of two precisions; its own ``goal`` is still to be said."""
+
+    high: Format = K8V4
+    low: Format = K4V2
+    block_tokens: int = 64
+    """KVs in a high block."""
+
+    def layout(self, head_dim: int) -> BlockLayout:
+        return BlockLayout(head_dim=head_dim, high=self.high, low=self.low, tokens=self.block_tokens, tile=block_tile())
+
+    def block_bytes(self, cache: PagedCache) -> int:
+        return self.layout(cache.raw.head_dim).block_bytes
+
+    def check(self, config: CacheConfig, budget: Budget, protected_window: int, sinks: int) -> None:
+        given = budget.fixed_bytes(config)
+        if given is None:
+            return
+        layout, protected = self.layout(config.head_dim), self.protected_tokens(protected_window, sinks)
+        raw = self.raw_tokens(protected_window, sinks)
+        need = config.heads * max(1, -(-(protected - raw) // layout.tokens)) * layout.block_bytes
+        need += config.full_blocks(raw) * config.block_bytes
+        if given < need:
+            raise ValueError(
+                f"{budget} leaves a sequence {given} bytes of blocks, but a block a head and the protected {protected} "
+                f"tokens take {need}; give more, or a smaller protected_window"
+            )
+
+    def protected_tokens(self, protected_window: int, sinks: int) -> int:
+        """KVs that a head keeps of any text."""
+        return protected_window
+
+    def raw_tokens(self, protected_window: int, sinks: int) -> int:
+        return 0
+
+    def room_in_tables(self, cache: PagedCache, room: Array) -> Array:
+        """``i32[]``: quantised blocks that the one sequence of a cache may hold: at least one a head."""
+        layers, _, kv_heads = cache.raw.lengths.shape
+        heads = layers * kv_heads
+        return jnp.clip(room, heads, heads * cache.tiers.tables.max_blocks).astype(jnp.int32)

@@ -1,0 +1,91 @@
+"""Any ranking, with two tiers: what ranks highest is kept at high precision, what comes next at low."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax import Array
+
+from jaxkv.cache.contents import Contents
+from jaxkv.cache.home import GONE, HIGH, LOW, RAW
+from jaxkv.cache.moves import Goal
+from jaxkv.cache.state import PagedCache
+from jaxkv.compression.budget import in_blocks
+from jaxkv.compression.placement import Worth
+from jaxkv.compression.ranking import KEPT, sort_keys, take_cheapest
+from jaxkv.compression.scorer import Scorer
+from jaxkv.compression.tiered import Tiered
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoPrecisions(Tiered):
+    """All heads of all layers compete for whole blocks of the budget, first for high ones and then for low ones.
+
+    A block's price is the highest rank among the KVs that it would hold, as in KV-Compress (section 4), so what is
+    allocated is also filled. Tokens decoded later are kept unquantised until they are compressed (``compress_every``),
+    which takes a ranking that needs no scores of them.
+    """
+
+    high_share: float = 0.5
+    """Part of the budget's blocks that are of the high tier; at least those of what is protected."""
+    unquantised_window: bool = False
+    """What is protected, sinks and the recent window, stays as it was computed, in unquantised blocks that the budget
+    pays for; what has been quantised is not brought back."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.high_share <= 1:
+            raise ValueError(f"high_share is a part of the budget, from 0 to 1, got {self.high_share}")
+
+    def protected_tokens(self, protected_window: int, sinks: int) -> int:
+        return protected_window - 1 + sinks  # the newest token isn't cached yet
+
+    def raw_tokens(self, protected_window: int, sinks: int) -> int:
+        return self.protected_tokens(protected_window, sinks) if self.unquantised_window else 0
+
+    def ranks_decoded(self, scorer: Scorer) -> bool:
+        """Scores stay as they are while tokens are decoded."""
+        return scorer.ranks_decoded and not scorer.observes_decoding
+
+    def observes_decoding(self, scorer: Scorer) -> bool:
+        return False
+
+    def goal(self, cache: PagedCache, now: Contents, worth: Worth, room: Array) -> Goal:
+        exists, protected = now.held, now.held & worth.protected
+        stays = protected & (now.home == RAW) & self.unquantised_window
+        exists &= ~stays
+        protected &= ~stays
+        rank = sort_keys(-worth.rank)  # the highest first
+        keys = jnp.where(exists, jnp.where(protected, jnp.iinfo(jnp.int32).min, rank), KEPT)
+        rises = exists & (now.home != LOW)  # what is in the low tier already is not brought back
+
+        high_tokens, low_tokens = (tier.tokens for tier in self.layout(cache.raw.head_dim).tiers)
+        most = self.room_in_tables(cache, room - self._taken(cache, stays))
+        needed = jnp.sum(-(-(protected & rises).sum(-1) // high_tokens))
+        high_blocks = jnp.clip(jnp.round(most * self.high_share).astype(jnp.int32), needed, jnp.maximum(most, needed))
+        high = _best(jnp.where(rises, keys, KEPT), high_tokens, high_blocks)
+        left = jnp.maximum(most - jnp.sum(-(-high.sum(-1) // high_tokens)), 0)
+        low = _best(jnp.where(high, KEPT, keys), low_tokens, left)
+        home = jnp.where(stays, RAW, jnp.where(high, HIGH, jnp.where(low, LOW, GONE)))
+        return Goal(home=home, positions=now.positions, raw_stays=self.unquantised_window)
+
+    def _taken(self, cache: PagedCache, stays: Array) -> Array | int:
+        """Quantised blocks that the unquantised ones cost."""
+        if not self.unquantised_window:
+            return 0
+        blocks = jnp.sum(-(-stays.sum(-1) // cache.raw.block_size))
+        size = self.block_bytes(cache)
+        return in_blocks(blocks, cache.raw.block_bytes, size) + 1  # rounded up
+
+
+def _best(keys: Array, tokens: int, count: Array) -> Array:
+    """``bool`` like keys: the KVs that ``count`` blocks of a tier hold, the lowest keys of each head first.
+
+    The heads get the blocks that are cheapest by their first key; a key of ``KEPT`` is no KV.
+    """
+    ascending = jnp.sort(keys, axis=-1)
+    price = ascending[..., ::tokens]
+    blocks = take_cheapest(price.reshape(1, -1), count[None]).reshape(price.shape).sum(-1, dtype=jnp.int32)
+    kvs = keys.shape[-1]
+    taken = take_cheapest(keys.reshape(-1, kvs), tokens * blocks.reshape(-1), ascending.reshape(-1, kvs))
+    return taken.reshape(keys.shape)

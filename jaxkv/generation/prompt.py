@@ -1,0 +1,59 @@
+"""A prompt that is being read, chunk by chunk: what is known of it so far beside the cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxkv.cache.state import PagedCache
+from jaxkv.compression.observation import ExpectedQueries, Nothing, Observation
+from jaxkv.compression.policy import Policy
+from jaxkv.generation.query_moments import QueryMoments
+from models import Llama
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class PromptState:
+    """What reading has found so far."""
+
+    mass: Array
+    """``f32[layers, batch, heads, capacity]``: observed attention on each KV so far; no KVs wide where none is."""
+    end: Array
+    """``i32[batch]``: position after the prompt's last token."""
+    lengths: Array
+    """``i32[batch]``: tokens of this prompt."""
+    hidden: Array
+    """``[batch, hidden]`` of the last token read."""
+    granted: Array
+    """``bool[]``: all chunks so far found room. What comes after one that did not is read no more."""
+    queries: QueryMoments | None = None
+    """Of this prompt's queries so far, where a policy expects others like them."""
+    fresh: bool = field(default=False, metadata={"static": True})
+    """The sequences held nothing before, so there is nothing quantised to read."""
+
+
+def start_prompt(
+    model: Llama, cache: PagedCache, lengths: Array, policy: Policy | None, *, fresh: bool = False
+) -> PromptState:
+    """Before the first chunk of prompts of ``i32[batch]`` lengths; ``fresh`` where the sequences hold nothing."""
+    sizes, observes = model.config, observation_of(policy)
+    layers, batch, _ = cache.raw.lengths.shape
+    width = cache.capacity if observes.watches else 0
+    return PromptState(
+        mass=jnp.zeros((layers, batch, sizes.num_heads, width)),
+        end=cache.num_tokens + lengths,
+        lengths=lengths,
+        hidden=jnp.zeros((batch, sizes.hidden_size)),
+        granted=jnp.bool_(True),
+        queries=QueryMoments.none(sizes, batch) if isinstance(observes, ExpectedQueries) else None,
+        fresh=fresh,
+    )
+
+
+def observation_of(policy: Policy | None) -> Observation:
+    """Whose attention a policy wants to know of; without a policy nobody's."""
+    return Nothing() if policy is None else policy.scorer.observes

@@ -1,0 +1,79 @@
+"""From attention, keys and values to the scores of a prompt's KVs."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxkv.cache.contents import Contents, contents, readable, unquantised, with_scores
+from jaxkv.cache.raw import NULL_BLOCK
+from jaxkv.cache.state import PagedCache
+from jaxkv.compression.observation import ExpectedQueries, LastQueries
+from jaxkv.compression.policy import Policy
+from jaxkv.generation.prompt import PromptState
+from models import Llama
+from pallas_kernels.pool_values import read_rows
+
+
+def score_prompt(model: Llama, cache: PagedCache, prompt: PromptState, policy: Policy | None) -> PagedCache:
+    """The cache with scores from attention and KVs: of a prompt, or of a part of one that is read in parts.
+
+    What the last queries observed, or what others are expected to, replaces the scores that there are; what all queries
+    did, or a second reading, adds to them.
+    """
+    if policy is None:
+        return cache
+    scorer, observes = policy.scorer, policy.scorer.observes
+    if not (observes.watches or isinstance(observes, ExpectedQueries) or scorer.reads_kvs):
+        return cache
+    quantised, cache = cache.quantised, unquantised(cache) if prompt.fresh else cache
+    now = contents(cache)
+    scores, positions = _scores(model, cache, now, prompt, policy), now.positions
+    if observes.adds_up:
+        scores += now.scores
+    elif isinstance(observes, LastQueries):
+        seen = jnp.minimum(prompt.lengths, observes.count)
+        scores, positions = policy.placement.rescored(scores, positions, cache.num_tokens, seen)
+    reads = prompt.lengths > 0
+    of_row = reads[:, None, None]
+    scores, positions = jnp.where(of_row, scores, now.scores), jnp.where(of_row, positions, now.positions)
+    cache = with_scores(cache, scores, positions, reads)
+    return PagedCache(
+        raw=cache.raw,
+        quantised=quantised if prompt.fresh else cache.quantised,
+        num_tokens=cache.num_tokens,
+        shared=cache.shared,
+    )
+
+
+def _scores(model: Llama, cache: PagedCache, now: Contents, prompt: PromptState, policy: Policy) -> Array:
+    """``f32`` like ``now.scores``, of what this prompt alone tells; 0 where there is no KV."""
+    scorer, held = policy.scorer, now.held
+    layers, batch, kv_heads, _ = held.shape
+    each = jnp.arange(layers)  # a layer at a time: what is copied out of the pool is one layer's
+    scores = jnp.zeros(held.shape)
+    if prompt.queries is not None and isinstance(scorer.observes, ExpectedQueries):
+        moments, count = prompt.queries, scorer.observes.count
+        following = cache.num_tokens[:, None] + jnp.arange(count)
+
+        def expected(layer: Array) -> Array:
+            keys, _, positions = _kvs(cache, now, layer)
+            seen = held[layer] & (positions >= policy.sinks)
+            return moments.attention(layer, keys, seen, model.rotation(layer, following))
+
+        scores = scorer.score(lax.map(expected, each), held)
+    elif scorer.observes.watches:
+        scores = scorer.score(prompt.mass.reshape(layers, batch, kv_heads, -1, cache.capacity), held)
+    if scorer.reads_kvs:
+        scores = lax.map(lambda layer: scorer.score_kvs(scores[layer], *_kvs(cache, now, layer), held[layer]), each)
+    return jnp.where(held, scores, 0.0)
+
+
+def _kvs(cache: PagedCache, now: Contents, layer: Array) -> tuple[Array, Array, Array]:
+    """A layer's keys, values and positions as ``Scorer.score_kvs`` takes them."""
+    (pool, table, _), positions = readable(cache, now, layer)
+    held = now.held[layer]
+    blocks = jnp.where(held[..., :: cache.raw.block_size], table, NULL_BLOCK)
+    rows = read_rows(pool[blocks]).reshape(*held.shape, -1)
+    keys, values = jnp.split(jnp.where(held[..., None], rows, 0.0), 2, axis=-1)
+    return keys, values, positions
