@@ -19,6 +19,8 @@ LANE = plgpu.LoweringSemantics.Lane
 """Said each time: the default changed between jax 0.10 and 0.11."""
 WIDTHS = (128, 256)
 """Values of a pool row: K beside V, 64 or 128 each."""
+MASKED = -1e30
+"""A logit that counts for nothing; finite, so that a maximum over nothing is no NaN."""
 BLOCK_SIZES = (16, 32, 64, 128)
 IN_PLACE = (0, 11)
 """First jax version whose mutable arrays alias a kernel's argument inside jit."""

@@ -21,7 +21,7 @@ from pallas_kernels.block_moves import Moves, move_kvs
 from pallas_kernels.pool_values import read_rows, to_rows
 from pallas_kernels.tiered_attention import Weakest
 from pallas_kernels.tiers import blocks
-from pallas_kernels.tiers.walk import walk
+from pallas_kernels.walk import walk
 
 RAW, GONE = 2, 3
 """Where a KV lives, beside ``HIGH`` and ``LOW``."""

@@ -8,7 +8,7 @@ serve that better than the copy engine, which likes long rows.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.block_moves.reference import ranked_slots
+from pallas_kernels.block_moves.types import Moves
 from pallas_kernels.warpgroup_gpu import LANE, check_in_place, check_pool, load
-
-if TYPE_CHECKING:
-    from pallas_kernels.block_moves.api import Moves
 
 BATCH = 32
 """KVs that a program moves at once: they and their slots fit the registers."""

@@ -9,7 +9,7 @@ positions go the same way in integers, in table order, and are put back in their
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import slot_values
+from pallas_kernels.block_moves.types import Moves
 from pallas_kernels.tiles_tpu import (
     SMEM_ENTRIES,
     UNCHECKED,
@@ -29,9 +30,6 @@ from pallas_kernels.tiles_tpu import (
     rows_at_once,
     tiling,
 )
-
-if TYPE_CHECKING:
-    from pallas_kernels.block_moves.api import Moves
 
 TILE_KVS = 256
 BUFFERS = 8

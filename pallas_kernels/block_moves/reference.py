@@ -3,18 +3,13 @@
 The loop's bound is data, so the cost follows the KVs that move.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import jax.numpy as jnp
 from jax import Array, lax
 
-if TYPE_CHECKING:
-    from pallas_kernels.block_moves.api import Moves
+from pallas_kernels.block_moves.types import Moves
+from pallas_kernels.pool_values import IN_BOUNDS
 
 MOVES_A_STEP = 512
-IN_BOUNDS = "promise_in_bounds"
 
 
 def move_kvs(

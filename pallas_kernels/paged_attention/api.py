@@ -1,14 +1,10 @@
 """Decode attention over per-head block tables: checks the shapes and picks the implementation."""
 
-from collections.abc import Callable
-
 from jax import Array
 
 from pallas_kernels.dispatch import Implementation, check_row, choose, or_xla
 from pallas_kernels.paged_attention import reference
-
-Observe = Callable[[Array], Array]
-"""Turns probabilities ``[..., group, kvs]`` into one value a KV, ``[..., kvs]``; runs inside the kernel."""
+from pallas_kernels.paged_attention.types import Observe
 
 
 def paged_attention(

@@ -18,7 +18,6 @@ MIN_TILES = 2
 TILE_BYTES = 32 * 1024
 STAGES = 3
 """Tiles in shared memory, all but one of them on their way: 96 KiB, so two programs fit a multiprocessor."""
-MASKED = -1e30  # finite, so that a maximum over nothing is no NaN
 
 Carry = TypeVar("Carry")
 

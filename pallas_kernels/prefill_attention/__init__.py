@@ -1,4 +1,4 @@
 """Attention of a prompt chunk over the KVs already cached and over its own."""
 
-from pallas_kernels.prefill_attention.api import Observed as Observed
 from pallas_kernels.prefill_attention.api import prefill_attention as prefill_attention
+from pallas_kernels.prefill_attention.types import Observed as Observed

@@ -1,33 +1,10 @@
 """Attention of a prompt chunk: checks the shapes and picks the implementation."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-
-import jax
 from jax import Array
 
 from pallas_kernels.dispatch import Implementation, check_row, choose, or_xla
 from pallas_kernels.prefill_attention import reference
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class Observed:
-    """Which queries of the chunk are observed, and what becomes of their attention probabilities.
-
-    A key gets the sum, over the observed queries, of ``function(probability)``, for each query head apart: what joins
-    the query heads of a KV head (and max-pooling before that) is the policy's affair.
-    """
-
-    rows: Array
-    """``i32[batch, observed]`` indices into the chunk; -1 where there is none."""
-    positions: Array
-    """``i32[batch, length]`` position in the text of each query, which is also that of its own key."""
-    cached_positions: Array
-    """``i32[batch, kv_heads, max_blocks * block_size]`` positions of the cached keys, in table order."""
-    function: Callable[[Array], Array] = field(metadata={"static": True})
-    buffer: int = field(default=0, metadata={"static": True})
-    """A query tells nothing of keys less than so many tokens before it (KV-Compress, section 3, ``v``)."""
+from pallas_kernels.prefill_attention.types import Observed
 
 
 def prefill_attention(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.prefill_attention.types import Observed
 from pallas_kernels.warpgroup_gpu import LANE, ROWS, laid, load, product, tiled
-
-if TYPE_CHECKING:
-    from pallas_kernels.prefill_attention.api import Observed
 
 
 def masses(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.prefill_attention.types import Observed
 from pallas_kernels.tiles_tpu import CORES, UNCHECKED, TileStream, Tiling, as_column, held_blocks, product
-
-if TYPE_CHECKING:
-    from pallas_kernels.prefill_attention.api import Observed
 
 
 def queries_a_block(count: int, group: int, query_rows: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +18,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.prefill_attention.masses_gpu import masses
-from pallas_kernels.warpgroup_gpu import LANE, ROWS, check_block_size, check_pool, iota, laid, product, tiled
-
-if TYPE_CHECKING:
-    from pallas_kernels.prefill_attention.api import Observed
+from pallas_kernels.prefill_attention.types import Observed
+from pallas_kernels.warpgroup_gpu import LANE, MASKED, ROWS, check_block_size, check_pool, iota, laid, product, tiled
 
 COMPUTING = 2
 """Warpgroups that compute; each has as many queries as the tensor cores take rows."""
 TILE = ROWS * COMPUTING
 """Keys that a step takes, as many as a program's queries: so one tile holds the diagonal."""
 STAGES = 2
-MASKED = -1e30
 
 
 def prefill_attention(

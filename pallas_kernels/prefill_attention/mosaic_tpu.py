@@ -8,7 +8,7 @@ second kernel (``masses_tpu``), since a query's probabilities are known only aft
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.prefill_attention.masses_tpu import masses, queries_a_block
+from pallas_kernels.prefill_attention.types import Observed
 from pallas_kernels.tiles_tpu import (
     CORES,
     MASKED,
@@ -32,9 +33,6 @@ from pallas_kernels.tiles_tpu import (
     rows_at_once,
     tiling,
 )
-
-if TYPE_CHECKING:
-    from pallas_kernels.prefill_attention.api import Observed
 
 QUERY_ROWS = 512
 """Queries of all heads of a group in one product, about."""

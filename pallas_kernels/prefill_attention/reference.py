@@ -1,57 +1,34 @@
 """Chunk attention in plain XLA: the oracle of the kernels' tests, and the path on CPU.
 
 Cached keys are taken a tile at a time by a loop whose bound is data, the chunk's own keys in query blocks that see
-only the keys before their end; nothing of size length x context exists. Partial results are merged by their running
+only the keys before their end; nothing of size length x context exists. Softmax results are merged by their running
 maximum and sum.
 """
-
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.pool_values import read_rows
-
-if TYPE_CHECKING:
-    from pallas_kernels.prefill_attention.api import Observed
+from pallas_kernels.online_softmax import MASKED, Softmax, merge
+from pallas_kernels.pool_values import IN_BOUNDS, read_rows
+from pallas_kernels.prefill_attention.types import Observed
 
 TILE_KVS = 512
 QUERY_BLOCK = 256
-MASKED = -1e30
-IN_BOUNDS = "promise_in_bounds"
 
 
-class Partial(NamedTuple):
-    """Softmax attention over some of the keys, not yet normalised."""
-
-    maximum: Array  # f32[batch, kv_heads, group, queries]
-    total: Array  # f32[batch, kv_heads, group, queries]
-    output: Array  # f32[batch, kv_heads, group, queries, head_dim]
-
-
-def attend(query: Array, key: Array, value: Array, visible: Array) -> Partial:
+def attend(query: Array, key: Array, value: Array, visible: Array) -> Softmax:
     """Scaled query ``[b, h, g, q, d]``, key and value ``[b, h, k, d]``, visible broadcasts to ``[b, h, g, q, k]``."""
     s = jnp.where(visible, logits(query, key), MASKED)
     maximum = s.max(-1)
     p = jnp.where(visible, jnp.exp(s - maximum[..., None]), 0.0)
     b, h, g, q, k = p.shape
     output = jnp.einsum("bhmk,bhkd->bhmd", p.reshape(b, h, g * q, k), value).reshape(b, h, g, q, -1)
-    return Partial(maximum, p.sum(-1), output)
+    return Softmax(maximum, p.sum(-1), output)
 
 
 def logits(query: Array, key: Array) -> Array:
     b, h, g, q, d = query.shape
     return jnp.einsum("bhmd,bhkd->bhmk", query.reshape(b, h, g * q, d), key).reshape(b, h, g, q, -1)
-
-
-def merge(one: Partial, other: Partial) -> Partial:
-    maximum = jnp.maximum(one.maximum, other.maximum)
-    w1, w2 = jnp.exp(one.maximum - maximum), jnp.exp(other.maximum - maximum)
-    return Partial(
-        maximum, one.total * w1 + other.total * w2, one.output * w1[..., None] + other.output * w2[..., None]
-    )
 
 
 def prefill_attention(
@@ -89,13 +66,13 @@ def prefill_attention(
         kv = read_rows(pool.at[blocks].get(mode=IN_BOUNDS)).reshape(batch, kv_heads, tile_kvs, 2 * half)
         return jnp.where(held[..., None], kv, 0.0), held
 
-    def attend_cached(i: Array, partial: Partial) -> Partial:
+    def attend_cached(i: Array, softmax: Softmax) -> Softmax:
         kv, held = cached_tile(i)
         tile = attend(scaled, kv[..., :head_dim], kv[..., half : half + head_dim], held[:, :, None, None])
-        return merge(partial, tile)
+        return merge(softmax, tile)
 
     shape = (batch, kv_heads, group, length)
-    nothing = Partial(jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, head_dim)))
+    nothing = Softmax.none(*shape, head_dim=head_dim)
     cached = lax.fori_loop(0, tiles, attend_cached, nothing)
 
     parts = []
@@ -103,11 +80,10 @@ def prefill_attention(
         end = min(start + QUERY_BLOCK, length)
         causal = jnp.arange(end) <= jnp.arange(start, end)[:, None]
         own = attend(scaled[..., start:end, :], key[:, :, :end], value[:, :, :end], causal)
-        before = Partial(*(x[:, :, :, start:end] for x in cached))
+        before = Softmax(*(x[:, :, :, start:end] for x in cached))
         parts.append(merge(before, own))
-    whole = Partial(*(jnp.concatenate(xs, axis=3) for xs in zip(*parts, strict=True)))
-    output = whole.output / whole.total[..., None]
-    output = output.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim).astype(query.dtype)
+    whole = Softmax(*(jnp.concatenate(xs, axis=3) for xs in zip(*parts, strict=True)))
+    output = whole.normalised().transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim).astype(query.dtype)
     if observed is None:
         return output, None
 

@@ -1,60 +1,12 @@
 """Decode attention over both tiers of quantised blocks: checks the shapes and picks the implementation."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
-
-import jax
 from jax import Array
 
 from pallas_kernels.dispatch import Implementation, choose, or_xla
+from pallas_kernels.kvs import RawKVs
 from pallas_kernels.tiered_attention import reference
+from pallas_kernels.tiered_attention.types import Significance, Tiered
 from pallas_kernels.tiers import BlockLayout
-
-
-class RawKVs(NamedTuple):
-    """Unquantised KVs of the same heads, as ``paged_attention`` takes them."""
-
-    pool: Array
-    """``[blocks, block_size, 2 * half]``."""
-    block_table: Array
-    """``i32[batch, kv_heads, max_blocks]``."""
-    lengths: Array
-    """``i32[batch, kv_heads]``."""
-
-
-@dataclass(frozen=True)
-class Significance:
-    """What attention tells of the quantised KVs; runs inside the kernel."""
-
-    observe: Callable[[Array], Array]
-    """Probabilities ``[..., group, kvs]`` to what each KV's score gains, ``[..., kvs]``."""
-    value: Callable[[Array, Array, Array], Array]
-    """Scores, positions ``[..., kvs]`` and the next token's position ``[..., 1]`` to how much a KV is worth, infinite
-    where it must stay."""
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class Weakest:
-    """The KV of each head and tier that is worth least; of equals, the first."""
-
-    value: Array
-    """``f32[2, batch, kv_heads]``, high and low tier; infinite where none may go."""
-    index: Array
-    """``i32[2, batch, kv_heads]`` within the head's tier."""
-
-
-class Tiered(NamedTuple):
-    """What ``tiered_attention`` gives."""
-
-    output: Array
-    """``[batch, heads, head_dim]``."""
-    pool: Array
-    """With the scores that were added to."""
-    weakest: Weakest | None
 
 
 def tiered_attention(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +18,18 @@ import numpy as np
 from jax import Array, lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.kvs import RawKVs
+from pallas_kernels.online_softmax import Softmax
 from pallas_kernels.paged_attention import mosaic_gpu as paged_gpu
 from pallas_kernels.paged_attention.merge_gpu import merge
 from pallas_kernels.paged_attention.segments_gpu import plan_work
 from pallas_kernels.paged_attention.tensor_cores_gpu import QUERIES
 from pallas_kernels.tiered_attention import reference, softmax_gpu
+from pallas_kernels.tiered_attention.types import Significance, Tiered
 from pallas_kernels.tiers import BlockLayout
 from pallas_kernels.tiers.layout import LANES, Segments
-from pallas_kernels.tiers.walk import Walk, walk
+from pallas_kernels.walk import Walk, walk
 from pallas_kernels.warpgroup_gpu import LANE, ROWS, tiled
-
-if TYPE_CHECKING:
-    from pallas_kernels.tiered_attention.api import RawKVs, Significance, Tiered
 
 HEAD_DIMS = (64, 128)
 SEGMENT_KVS = 256
@@ -68,8 +68,6 @@ def tiered_attention(
     Raises:
       ValueError: a shape or dtype that the kernels can't take.
     """
-    from pallas_kernels.tiered_attention.api import Tiered
-
     batch, heads, head_dim = query.shape
     kv_heads = block_table.shape[1]
     rows, group = batch * kv_heads, heads // kv_heads
@@ -90,7 +88,7 @@ def tiered_attention(
     output = whole.output.reshape(batch, heads, head_dim).astype(query.dtype)
     if significance is None or next_position is None:
         return Tiered(output, pool, None)
-    softmax = reference.Softmax(whole.maximum * math.log(2), whole.total, whole.output)
+    softmax = Softmax(whole.maximum * math.log(2), whole.total, whole.output)
     of_steps = [_steps_of(*each, group) for each in zip(logits, layout.tiers, walks, strict=True)]
     return Tiered(output, *reference.observe(pool, softmax, layout, walks, of_steps, significance, next_position))
 
@@ -168,8 +166,7 @@ def _attend(
     stages = max(2, RING_BYTES // (4 * block[0] * LANES))
     shapes = [(segments, head_dim, QUERIES), (segments, QUERIES), (segments, QUERIES)]
     if keep:
-        every = -(-rows * max_blocks // blocks_of.step) * blocks_of.step
-        shapes.append((every, softmax_gpu.tiles(tier) * ROWS, QUERIES))
+        shapes.append((blocks_of.most_steps * blocks_of.step, softmax_gpu.tiles(tier) * ROWS, QUERIES))
     laid_out = tiled(jnp.dtype(jnp.bfloat16), bool(interpret))
     output, maximum, total, *logits = plgpu.kernel(
         softmax_gpu.segment_kernel(tier, head_dim, parts, from_right, bool(interpret)),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,14 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.kvs import RawKVs
 from pallas_kernels.paged_attention import mosaic_tpu as paged_tpu
 from pallas_kernels.tiered_attention.significance_tpu import Kept
-from pallas_kernels.tiered_attention.softmax_tpu import SUBLANES, BlockStream, KVs, Softmax, attend, join
+from pallas_kernels.tiered_attention.softmax_tpu import BlockStream, KVs, Softmax, attend, join
+from pallas_kernels.tiered_attention.types import Significance, Tiered, Weakest
 from pallas_kernels.tiers import BlockLayout
 from pallas_kernels.tiers.layout import LANES
+from pallas_kernels.tiers.vectors_tpu import SUBLANES, check_layout
 from pallas_kernels.tiles_tpu import (
     BUFFERS,
     CORES,
@@ -32,9 +35,6 @@ from pallas_kernels.tiles_tpu import (
     ceil_div,
     rows_at_once,
 )
-
-if TYPE_CHECKING:
-    from pallas_kernels.tiered_attention.api import RawKVs, Significance, Tiered
 
 
 class Rows(NamedTuple):
@@ -73,11 +73,9 @@ def tiered_attention(
     Raises:
       ValueError: a layout that the kernel can't read, or a table row too long for SMEM.
     """
-    from pallas_kernels.tiered_attention.api import Tiered, Weakest
-
     batch, heads, head_dim = query.shape
     kv_heads, max_blocks = block_table.shape[1:]
-    check(layout)
+    check_layout(layout)
     at_once = rows_at_once(max_blocks + 3, smem_entries)
     tiles = tiles or tiling(layout, max_blocks)
     rows, group = batch * kv_heads, heads // kv_heads
@@ -111,18 +109,6 @@ def tiered_attention(
         return Tiered(out, pool, None)
     value, index = (x[:, 0, :2].T.reshape(2, batch, kv_heads) for x in weakest)
     return Tiered(out, pool, Weakest(value=value, index=index))
-
-
-def check(layout: BlockLayout) -> None:
-    """Raises ValueError for blocks that the kernels can't read."""
-    if layout.head_dim not in (64, 128):
-        raise ValueError(
-            f"on a TPU quantised heads have 64 or 128 values, not {layout.head_dim}: pad K and V to the next of them"
-        )
-    if layout.rows % SUBLANES:
-        raise ValueError(
-            f"a TPU keeps arrays in tiles of {SUBLANES} rows, not {layout.rows}: give the layout tile={SUBLANES}"
-        )
 
 
 def tiling(layout: BlockLayout, max_blocks: int) -> Tiling:

@@ -1,38 +1,22 @@
 """Attention over both tiers in plain XLA: the oracle of the kernels' tests, and the path on CPU.
 
-As in ``paged_attention.reference`` the resident blocks of all rows (a row: one KV head of one sequence) are walked as
-one flat list by loops whose bound is data, first the high tier, then the low one, then unquantised blocks, with one
-running softmax. Codes go to the dot products as they are; scales and minima are applied to logits and probabilities.
+The resident blocks of all rows are walked (``walk``), first the high tier, then the low one, then unquantised blocks,
+with one running softmax. Codes go to the dot products as they are; scales and minima are applied to logits and
+probabilities.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.pool_values import read_rows
+from pallas_kernels.kvs import RawKVs
+from pallas_kernels.online_softmax import MASKED, Softmax
+from pallas_kernels.pool_values import IN_BOUNDS, read_rows
+from pallas_kernels.tiered_attention.types import Significance, Tiered, Weakest
 from pallas_kernels.tiers import BlockLayout, blocks, quantizer
 from pallas_kernels.tiers.layout import Segments
-from pallas_kernels.tiers.walk import Part, Walk, walk
-
-if TYPE_CHECKING:
-    from pallas_kernels.tiered_attention.api import RawKVs, Significance, Tiered, Weakest
-
-MASKED = -1e30
-IN_BOUNDS = "promise_in_bounds"
-
-
-class Softmax(NamedTuple):
-    """A running softmax of each row."""
-
-    maximum: Array
-    """``f32[rows, group]``."""
-    total: Array
-    output: Array
-    """``f32[rows, group, head_dim]``."""
+from pallas_kernels.walk import Walk, walk
 
 
 def tiered_attention(
@@ -47,8 +31,6 @@ def tiered_attention(
     next_position: Array | None,
 ) -> Tiered:
     """See ``api.tiered_attention``."""
-    from pallas_kernels.tiered_attention.api import Tiered
-
     batch, heads, head_dim = query.shape
     kv_heads = block_table.shape[1]
     rows, group = batch * kv_heads, heads // kv_heads
@@ -59,22 +41,22 @@ def tiered_attention(
         (tier, walk(columns, lengths[i].reshape(rows), tier.tokens))
         for i, (tier, columns) in enumerate(zip(layout.tiers, (table, table[:, ::-1]), strict=True))
     )
-    softmax = Softmax(jnp.full((rows, group), MASKED), jnp.zeros((rows, group)), jnp.zeros((rows, group, head_dim)))
+    softmax = Softmax.none(rows, group, head_dim=head_dim)
     logits = []
     for tier, blocks_of in tiers:
         softmax, kept = _attend_tier(softmax, scaled, words, tier, blocks_of, keep=significance is not None)
         logits.append(kept)
     if raw is not None:
         softmax = _attend_raw(softmax, scaled, raw)
-    total = jnp.maximum(softmax.total, jnp.finfo(jnp.float32).tiny)
-    output = (softmax.output / total[..., None]).reshape(batch, heads, head_dim).astype(query.dtype)
+    softmax = softmax.floored()
+    output = softmax.normalised().reshape(batch, heads, head_dim).astype(query.dtype)
     if significance is None or next_position is None:
         return Tiered(output, pool, None)
 
     def steps_of(kept: Array) -> Callable[[Array], Array]:
         return lambda i: lax.dynamic_index_in_dim(kept, i, 0, keepdims=False)
 
-    softmax, walks = softmax._replace(total=total), [blocks_of for _, blocks_of in tiers]
+    walks = [blocks_of for _, blocks_of in tiers]
     arguments = pool, softmax, layout, walks, [steps_of(kept) for kept in logits], significance, next_position
     return Tiered(output, *observe(*arguments))
 
@@ -98,8 +80,6 @@ def observe(
       logits: what gives those of a walk's ``i``-th step, ``f32[step, group, tokens]``.
       significance, next_position: see ``api.tiered_attention``.
     """
-    from pallas_kernels.tiered_attention.api import Weakest
-
     batch = next_position.shape[0]
     words = pool.reshape(pool.shape[0], -1)
     position = jnp.repeat(next_position, softmax.total.shape[0] // batch)
@@ -115,9 +95,8 @@ def _attend_tier(
     softmax: Softmax, scaled: Array, words: Array, tier: Segments, blocks_of: Walk, *, keep: bool
 ) -> tuple[Softmax, Array]:
     """The softmax with a tier's KVs in it; and the logits, ``f32[steps, step, group, tokens]``, if they are kept."""
-    rows, group, head_dim = scaled.shape
-    most = -(-rows * blocks_of.row_blocks // blocks_of.step) if keep else 0
-    logits = jnp.zeros((most, blocks_of.step, group, tier.tokens))
+    _, group, head_dim = scaled.shape
+    logits = jnp.zeros((blocks_of.most_steps if keep else 0, blocks_of.step, group, tier.tokens))
 
     def step(i: Array, carry: tuple[Softmax, Array]) -> tuple[Softmax, Array]:
         softmax, logits = carry
@@ -127,7 +106,7 @@ def _attend_tier(
         s = jnp.where(part.held[:, None], _dot_keys(q, key), MASKED)
         if keep:
             logits = lax.dynamic_update_index_in_dim(logits, s, i, 0)
-        return _add(softmax, part, s, lambda p: _dot_values(p, value, part.held)), logits
+        return softmax.add(part.row, s, part.held, lambda p: _dot_values(p, value, part.held)), logits
 
     return lax.fori_loop(0, blocks_of.steps, step, (softmax, logits))
 
@@ -143,21 +122,9 @@ def _attend_raw(softmax: Softmax, scaled: Array, raw: RawKVs) -> Softmax:
         s = jnp.einsum("cgd,ctd->cgt", scaled.at[part.row].get(mode=IN_BOUNDS), kv[..., :head_dim])
         value = jnp.where(part.held[..., None], kv[..., half : half + head_dim], 0.0)
         s = jnp.where(part.held[:, None], s, MASKED)
-        return _add(softmax, part, s, lambda p: jnp.einsum("cgt,ctd->cgd", p, value))
+        return softmax.add(part.row, s, part.held, lambda p: jnp.einsum("cgt,ctd->cgd", p, value))
 
     return lax.fori_loop(0, blocks_of.steps, step, softmax)
-
-
-def _add(softmax: Softmax, part: Part, s: Array, dot_values: Callable[[Array], Array]) -> Softmax:
-    """The softmax with logits ``[step, group, tokens]`` and their values in it."""
-    maximum = softmax.maximum.at[part.row].max(s.max(-1), mode=IN_BOUNDS)
-    p = jnp.where(part.held[:, None], jnp.exp(s - maximum[part.row][..., None]), 0.0)
-    decay = jnp.exp(softmax.maximum - maximum)
-    return Softmax(
-        maximum,
-        (softmax.total * decay).at[part.row].add(p.sum(-1), mode=IN_BOUNDS),
-        (softmax.output * decay[..., None]).at[part.row].add(dot_values(p), mode=IN_BOUNDS),
-    )
 
 
 def _dot_keys(query: Array, key: quantizer.Codes) -> Array:
@@ -198,8 +165,7 @@ def _observe(
     def step(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         words, least, index = carry
         part = blocks_of.part(i)
-        p = jnp.exp(logits(i) - softmax.maximum[part.row][..., None]) / softmax.total[part.row][..., None]
-        p = jnp.where(part.held[:, None], p, 0.0)
+        p = softmax.probabilities(part.row, logits(i), part.held)
         values = words.at[part.blocks, tier.scores : tier.end].get(mode=IN_BOUNDS)
         scores = lax.bitcast_convert_type(values[:, : tier.tokens], jnp.float32) + significance.observe(p)
         positions = lax.bitcast_convert_type(values[:, tier.tokens :], jnp.int32)

@@ -13,11 +13,11 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tiered_attention.api import Significance
-from pallas_kernels.tiered_attention.softmax_tpu import SUBLANES, BlockStream, KVs, Softmax
+from pallas_kernels.tiered_attention.softmax_tpu import BlockStream, KVs, Softmax
+from pallas_kernels.tiered_attention.types import Significance
 from pallas_kernels.tiers import BlockLayout
 from pallas_kernels.tiers.layout import LANES, Segments
-from pallas_kernels.tiers.vectors_tpu import lay, line
+from pallas_kernels.tiers.vectors_tpu import SUBLANES, lay, line
 from pallas_kernels.tiles_tpu import Tiling
 
 NOWHERE = jnp.iinfo(jnp.int32).max

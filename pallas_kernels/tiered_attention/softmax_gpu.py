@@ -17,11 +17,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.paged_attention.segments_gpu import MASKED
 from pallas_kernels.paged_attention.tensor_cores_gpu import QUERIES
 from pallas_kernels.tiers.layout import LANES, Segments
 from pallas_kernels.tiers.quantizer import unpack_meta
-from pallas_kernels.warpgroup_gpu import ROWS, gather, iota, laid, load, product
+from pallas_kernels.warpgroup_gpu import MASKED, ROWS, gather, iota, laid, load, product
 
 LAYOUT = plgpu.Layout.WGMMA
 

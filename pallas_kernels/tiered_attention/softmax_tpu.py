@@ -11,10 +11,8 @@ from jax import Array, lax
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tiers.layout import LANES, Segments
-from pallas_kernels.tiers.vectors_tpu import halves, line, unpack
+from pallas_kernels.tiers.vectors_tpu import SUBLANES, halves, line, unpack
 from pallas_kernels.tiles_tpu import MASKED, TileStream, Tiling, ceil_div
-
-SUBLANES = 8
 
 
 class BlockStream(TileStream):

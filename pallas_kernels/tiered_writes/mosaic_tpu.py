@@ -15,14 +15,13 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tiered_attention.mosaic_tpu import check
 from pallas_kernels.tiers import BlockLayout
 from pallas_kernels.tiers.blocks import Tokens
 from pallas_kernels.tiers.layout import LANES
 from pallas_kernels.tiers.patches import Patches, patches, take
+from pallas_kernels.tiers.vectors_tpu import SUBLANES, check_layout
 from pallas_kernels.tiles_tpu import SMEM_ENTRIES, UNCHECKED, floor_div, rows_at_once
 
-SUBLANES = 8
 STEP_KVS = 32
 """KVs a grid step: some 6 tiles of 4 KiB each."""
 TWICE = -1
@@ -40,7 +39,7 @@ def write_kvs(
     **options: Any,
 ) -> Array:
     """See ``api.write_kvs``; the options are those of ``put``."""
-    check(layout)
+    check_layout(layout)
     new = Tokens(key.astype(jnp.float32), value.astype(jnp.float32), jnp.zeros(blocks.shape), positions)
     return put(pool, blocks, patches(new, offsets, layout.tiers[0]), **options)
 
@@ -55,7 +54,7 @@ def lower_kvs(
     **options: Any,
 ) -> Array:
     """See ``api.lower_kvs``; the options are those of ``put``."""
-    check(layout)
+    check_layout(layout)
     high, low = layout.tiers
     kvs = take(pool, from_blocks, from_offsets, high, layout.head_dim)
     return put(pool, to_blocks, patches(kvs, to_offsets, low), **options)

@@ -10,7 +10,22 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tiers.layout import LANES
+from pallas_kernels.tiers.layout import LANES, BlockLayout
+
+SUBLANES = 8
+"""Rows of a tile, in which a TPU keeps arrays of words."""
+
+
+def check_layout(layout: BlockLayout) -> None:
+    """Raises ValueError for blocks that the kernels can't read."""
+    if layout.head_dim not in (64, 128):
+        raise ValueError(
+            f"on a TPU quantised heads have 64 or 128 values, not {layout.head_dim}: pad K and V to the next of them"
+        )
+    if layout.rows % SUBLANES:
+        raise ValueError(
+            f"a TPU keeps arrays in tiles of {SUBLANES} rows, not {layout.rows}: give the layout tile={SUBLANES}"
+        )
 
 
 def unpack(words: Array, bits: int, dtype: jnp.dtype) -> Array:

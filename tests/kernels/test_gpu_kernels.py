@@ -25,6 +25,7 @@ from pallas_kernels.block_writes import mosaic_gpu as writes_gpu
 from pallas_kernels.paged_attention import cuda_cores_gpu, merge_gpu, segments_gpu, tensor_cores_gpu
 from pallas_kernels.paged_attention import mosaic_gpu as paged_gpu
 from pallas_kernels.prefill_attention import mosaic_gpu as prefill_gpu
+from pallas_kernels.warpgroup_gpu import MASKED
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}
 SKEWED = np.array([[300, 0, 1], [2, 65, 16]])
@@ -148,11 +149,11 @@ def test_segments_are_joined_by_row(run, axis, layout):
     got = run(merge_gpu.merge, jnp.asarray(end, jnp.int32), *(jnp.asarray(x, jnp.float32) for x in given), **options)
     for row, last in enumerate(end):
         mine = slice(end[row - 1] if row else 0, last)
-        weight = np.exp2(maximum[mine] - maximum[mine].max(0, initial=merge_gpu.MASKED))
+        weight = np.exp2(maximum[mine] - maximum[mine].max(0, initial=MASKED))
         whole = (total[mine] * weight).sum(0)
         wanted = (output[mine] * weight[..., None]).sum(0) / np.maximum(whole, 1e-30)[:, None]
         assert_close(np.moveaxis(got[0][row], axis, 0), wanted, jnp.float32)
-        assert_close(got[1][row], maximum[mine].max(0, initial=merge_gpu.MASKED), jnp.float32)
+        assert_close(got[1][row], maximum[mine].max(0, initial=MASKED), jnp.float32)
         assert_close(got[2][row], whole, jnp.float32)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.walk import walk
 
 
 def mass(p):
@@ -130,12 +131,11 @@ def test_where_blocks_lie_does_not_matter():
 
 
 def test_work_follows_resident_blocks_not_the_tables_width():
-    """Steps of the walk, read off its plan: a wide table of short heads takes no more than a narrow one."""
-    from pallas_kernels.paged_attention.reference import plan_walk
-
+    """A wide table of short heads takes no more steps than a narrow one."""
     lengths = jnp.array([1, 0, 4000, 130])
-    walk = plan_walk(lengths, 16, 8)
-    assert int(walk.segments) == 1 + 0 + 32 + 2
+    for max_blocks in (250, 10_000):
+        plan = walk(jnp.zeros((4, max_blocks), int), lengths, 16, segment_blocks=8, segments_a_step=1)
+        assert int(plan.steps) == 1 + 0 + 32 + 2
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from interpreted import interpreter as interpreter
 from oracles.tiers import attend
 from tiered import LAYOUTS, SIGNIFICANCE, WINDOW, block_of, hold, layout_of, slots
 
+from pallas_kernels import walk as blocks_walk
 from pallas_kernels.tiered_attention import mosaic_tpu, tiered_attention
-from pallas_kernels.tiers import walk as tier_walk
 from pallas_kernels.tiles_tpu import Tiling
 
 GROUP = 3
@@ -110,7 +110,7 @@ def test_the_reference_against_numpy(name, seed):
 
 def test_the_reference_in_many_steps(monkeypatch):
     """Of two blocks each; heads begin and end within them."""
-    monkeypatch.setattr(tier_walk, "FEW_KVS", 64)
+    monkeypatch.setattr(blocks_walk, "FEW_KVS", 64)
     rng, layout = np.random.default_rng(), LAYOUTS["plain"]
     held = hold(rng, layout, SKEWED)
     query = query_of(rng, held, layout)
