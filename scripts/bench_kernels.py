@@ -24,11 +24,11 @@ import numpy as np
 
 from pallas_kernels.block_moves import Moves, move_kvs
 from pallas_kernels.block_writes import write_blocks
-from pallas_kernels.dispatch import block_tile
+from pallas_kernels.dispatch import Implementation, block_tile
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.prefill_attention import prefill_attention
+from pallas_kernels.quantised_block import BlockLayout, Format, blocks
 from pallas_kernels.tiered_attention import tiered_attention
-from pallas_kernels.tiers import BlockLayout, Format, blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,23 +78,9 @@ def operations(platform: str) -> Operations:
     """By operation and implementation. The kernels of a platform are tried on no other."""
     api = {"decode": paged_attention, "writes": write_blocks, "moves": move_kvs, "prefill": prefill_attention}
     api["tiers"] = tiered_attention
-    found: Operations = {what: {"xla": partial(call, implementation="xla")} for what, call in api.items()}
-    if platform == "tpu":
-        for what, call in api.items():
-            found[what]["mosaic_tpu"] = partial(call, implementation="mosaic_tpu")
-    if platform == "gpu":
-        from pallas_kernels.block_moves import mosaic_gpu as moves
-        from pallas_kernels.block_writes import mosaic_gpu as writes
-        from pallas_kernels.paged_attention import mosaic_gpu as decode
-        from pallas_kernels.prefill_attention import mosaic_gpu as prefill
-        from pallas_kernels.tiered_attention import mosaic_gpu as tiers
-
-        found["decode"]["mosaic_gpu"] = decode.paged_attention
-        found["writes"]["mosaic_gpu"] = writes.write_blocks
-        found["moves"]["mosaic_gpu"] = moves.move_kvs
-        found["prefill"]["mosaic_gpu"] = prefill.prefill_attention
-        found["tiers"]["mosaic_gpu"] = tiers.tiered_attention
-    return found
+    own: dict[str, Implementation] = {"tpu": "mosaic_tpu", "gpu": "mosaic_gpu"}
+    names: list[Implementation] = ["xla", own[platform]] if platform in own else ["xla"]
+    return {what: {name: partial(call, implementation=name) for name in names} for what, call in api.items()}
 
 
 def seconds(call: Callable[..., Any], *arguments: Any, repeats: int, carried: bool = False) -> float:

@@ -30,9 +30,9 @@ from pallas_kernels.block_moves import Moves, move_kvs
 from pallas_kernels.block_writes import write_blocks
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.prefill_attention import Observed, prefill_attention
+from pallas_kernels.quantised_block import BlockLayout
+from pallas_kernels.quantised_writes import lower_kvs, write_kvs
 from pallas_kernels.tiered_attention import Significance, tiered_attention
-from pallas_kernels.tiered_writes import lower_kvs, write_kvs
-from pallas_kernels.tiers import BlockLayout
 
 BATCH, CONTEXT, BLOCK_SIZE, CHUNK, WINDOW = 32, 16_384, 64, 512, 32
 KERNEL_POOL = 2 * GIB

@@ -19,8 +19,8 @@ from jaxkv.cache.quantised import HIGH, LOW, Tiers
 from jaxkv.cache.state import PagedCache, in_table_order, num_blocks, to_slots
 from pallas_kernels.block_moves import Moves, move_kvs
 from pallas_kernels.pool_values import read_rows, to_rows
+from pallas_kernels.quantised_block import blocks
 from pallas_kernels.tiered_attention import Weakest
-from pallas_kernels.tiers import blocks
 from pallas_kernels.walk import walk
 
 RAW, GONE = 2, 3

@@ -13,7 +13,7 @@ from jax import Array
 from jaxkv.cache.quantised import TierConfig, Tiers, init_tiers
 from pallas_kernels import padded_head_dim, slot_values
 from pallas_kernels.pool_values import pool_dtype
-from pallas_kernels.tiers import BlockLayout
+from pallas_kernels.quantised_block import BlockLayout
 
 if TYPE_CHECKING:
     from models import LlamaConfig

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxkv.cache.state import CacheConfig, init_cache
 from jaxkv.policies import Policy, TierPolicy
 from jaxkv.requests import Request
-from pallas_kernels.tiers import BlockLayout
+from pallas_kernels.quantised_block import BlockLayout
 
 LEAST_PART = 64
 """Tokens: smaller parts would compress more often than they read."""

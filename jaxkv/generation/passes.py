@@ -17,8 +17,8 @@ from jaxkv.cache.quantised import HIGH, LOW, Tiers
 from jaxkv.cache.state import PagedCache, stamp_slots
 from jaxkv.compression.placement import Step, TierPolicy
 from pallas_kernels.block_writes import write_blocks
+from pallas_kernels.quantised_writes import lower_kvs, write_kvs
 from pallas_kernels.tiered_attention import RawKVs, Weakest, tiered_attention
-from pallas_kernels.tiered_writes import lower_kvs, write_kvs
 
 if TYPE_CHECKING:
     from models import Llama

@@ -2,8 +2,7 @@
 
 from jax import Array
 
-from pallas_kernels.dispatch import Implementation, check_row, choose, or_xla
-from pallas_kernels.paged_attention import reference
+from pallas_kernels.dispatch import Implementation, backend, check_row
 from pallas_kernels.paged_attention.types import Observe
 
 
@@ -40,19 +39,5 @@ def paged_attention(
     check_row(pool, head_dim)
     if block_table.shape[0] != batch or lengths.shape != (batch, kv_heads):
         raise ValueError(f"batch and KV heads disagree: {query.shape=}, {block_table.shape=}, {lengths.shape=}")
-    choice = choose(implementation)
-    if choice.implementation == "mosaic_tpu":
-        from pallas_kernels.paged_attention import mosaic_tpu
-
-        return mosaic_tpu.paged_attention(
-            query, pool, block_table, lengths, observe=observe, interpret=choice.interpret
-        )
-    if choice.implementation == "mosaic_gpu":
-        from pallas_kernels.paged_attention import mosaic_gpu
-
-        choice = or_xla(choice, lambda: mosaic_gpu.check(pool, heads // kv_heads))
-        if choice.implementation == "mosaic_gpu":
-            return mosaic_gpu.paged_attention(
-                query, pool, block_table, lengths, observe=observe, interpret=choice.interpret
-            )
-    return reference.paged_attention(query, pool, block_table, lengths, observe=observe)
+    kernels, options = backend("paged_attention", implementation, query, pool, block_table)
+    return kernels.paged_attention(query, pool, block_table, lengths, observe=observe, **options)

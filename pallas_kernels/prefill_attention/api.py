@@ -2,8 +2,7 @@
 
 from jax import Array
 
-from pallas_kernels.dispatch import Implementation, check_row, choose, or_xla
-from pallas_kernels.prefill_attention import reference
+from pallas_kernels.dispatch import Implementation, backend, check_row
 from pallas_kernels.prefill_attention.types import Observed
 
 
@@ -46,16 +45,5 @@ def prefill_attention(
     check_row(pool, head_dim)
     if block_table.shape[0] != batch or lengths.shape != (batch, kv_heads):
         raise ValueError(f"batch and KV heads disagree: {query.shape=}, {block_table.shape=}, {lengths.shape=}")
-    arguments = query, key, value, pool, block_table, lengths
-    choice = choose(implementation)
-    if choice.implementation == "mosaic_tpu":
-        from pallas_kernels.prefill_attention import mosaic_tpu
-
-        return mosaic_tpu.prefill_attention(*arguments, observed=observed, interpret=choice.interpret)
-    if choice.implementation == "mosaic_gpu":
-        from pallas_kernels.prefill_attention import mosaic_gpu
-
-        choice = or_xla(choice, lambda: mosaic_gpu.check(pool, bool(choice.interpret)))
-        if choice.implementation == "mosaic_gpu":
-            return mosaic_gpu.prefill_attention(*arguments, observed=observed, interpret=choice.interpret)
-    return reference.prefill_attention(*arguments, observed=observed)
+    kernels, options = backend("prefill_attention", implementation, pool, head_dim)
+    return kernels.prefill_attention(query, key, value, pool, block_table, lengths, observed=observed, **options)

@@ -2,11 +2,10 @@
 
 from jax import Array
 
-from pallas_kernels.dispatch import Implementation, choose, or_xla
+from pallas_kernels.dispatch import Implementation, backend
 from pallas_kernels.kvs import RawKVs
-from pallas_kernels.tiered_attention import reference
+from pallas_kernels.quantised_block import BlockLayout
 from pallas_kernels.tiered_attention.types import Significance, Tiered
-from pallas_kernels.tiers import BlockLayout
 
 
 def tiered_attention(
@@ -48,17 +47,6 @@ def tiered_attention(
         raise ValueError(f"batch and KV heads disagree: {query.shape=}, {block_table.shape=}, {lengths.shape=}")
     if (significance is None) != (next_position is None):
         raise ValueError("significance and next_position go together")
-    arguments = query, pool, block_table, lengths, layout
-    options = {"raw": raw, "significance": significance, "next_position": next_position}
-    choice = choose(implementation)
-    if choice.implementation == "mosaic_tpu":
-        from pallas_kernels.tiered_attention import mosaic_tpu
-
-        return mosaic_tpu.tiered_attention(*arguments, **options, interpret=choice.interpret)
-    if choice.implementation == "mosaic_gpu":
-        from pallas_kernels.tiered_attention import mosaic_gpu
-
-        choice = or_xla(choice, lambda: mosaic_gpu.check(layout, heads // kv_heads, raw))
-        if choice.implementation == "mosaic_gpu":
-            return mosaic_gpu.tiered_attention(*arguments, **options, interpret=choice.interpret)
-    return reference.tiered_attention(*arguments, **options)
+    kernels, options = backend("tiered_attention", implementation, query, block_table, layout, raw)
+    observed = {"significance": significance, "next_position": next_position}
+    return kernels.tiered_attention(query, pool, block_table, lengths, layout, raw=raw, **observed, **options)

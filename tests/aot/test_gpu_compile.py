@@ -16,15 +16,15 @@ from gpu import compile_for_h200, why_not
 from models.shapes import SHAPES
 from pallas_kernels import use_implementation
 from pallas_kernels.block_moves import Moves
-from pallas_kernels.block_moves import mosaic_gpu as moves_gpu
-from pallas_kernels.block_writes import mosaic_gpu as writes_gpu
-from pallas_kernels.paged_attention import mosaic_gpu as paged_gpu
+from pallas_kernels.block_moves import gpu as moves_gpu
+from pallas_kernels.block_writes import gpu as writes_gpu
+from pallas_kernels.paged_attention import gpu as paged_gpu
 from pallas_kernels.prefill_attention import Observed
-from pallas_kernels.prefill_attention import mosaic_gpu as prefill_gpu
+from pallas_kernels.prefill_attention import gpu as prefill_gpu
+from pallas_kernels.quantised_block import BlockLayout, Format
+from pallas_kernels.quantised_writes import gpu as tiered_writes_gpu
 from pallas_kernels.tiered_attention import RawKVs, Significance
-from pallas_kernels.tiered_attention import mosaic_gpu as tiered_gpu
-from pallas_kernels.tiered_writes import mosaic_gpu as tiered_writes_gpu
-from pallas_kernels.tiers import BlockLayout, Format
+from pallas_kernels.tiered_attention import gpu as tiered_gpu
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 in_place = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="kernels that write in place need jax 0.11")

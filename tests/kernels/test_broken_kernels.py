@@ -10,8 +10,8 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 from tiered import LAYOUTS
 
-from pallas_kernels.tiered_attention.softmax_tpu import BlockStream
-from pallas_kernels.tiles_tpu import TileStream
+from pallas_kernels.tiered_attention.tpu_softmax import BlockStream
+from pallas_kernels.tpu_tiles import TileStream
 
 pytestmark = pytest.mark.once
 

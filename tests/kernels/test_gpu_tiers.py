@@ -12,11 +12,11 @@ from test_tiered_attention import arguments, close, options, query_of, reference
 from test_tiered_writes import garbage, lower, lowered, new_kvs, write
 from tiered import hold, layout_of
 
-from pallas_kernels.tiered_attention import mosaic_gpu as attention_gpu
-from pallas_kernels.tiered_attention import softmax_gpu, tiered_attention
-from pallas_kernels.tiered_writes import mosaic_gpu as writes_gpu
-from pallas_kernels.tiered_writes import write_kvs
-from pallas_kernels.tiers import blocks
+from pallas_kernels.quantised_block import blocks
+from pallas_kernels.quantised_writes import gpu as writes_gpu
+from pallas_kernels.quantised_writes import write_kvs
+from pallas_kernels.tiered_attention import gpu as attention_gpu
+from pallas_kernels.tiered_attention import gpu_softmax, tiered_attention
 
 SKEWED = np.array([[[70, 0, 1]], [[97, 0, 130]]])
 """High, then low tier: an empty head, blocks that are part-filled and full."""
@@ -32,18 +32,18 @@ LAYOUTS = {
 def test_tiles_hold_every_token_once_where_its_codes_are(name):
     for tier in LAYOUTS[name].tiers:
         row = np.arange(tier.tokens)
-        token = softmax_gpu.token_of(row, tier)
+        token = gpu_softmax.token_of(row, tier)
         np.testing.assert_array_equal(np.sort(token), row)
         for bits in (tier.format.key_bits, tier.format.value_bits):
             wanted = blocks.locate(jnp.asarray(token), tier, bits)
-            for got, other in zip(softmax_gpu.locate(jnp.asarray(row), tier, bits), wanted, strict=True):
+            for got, other in zip(gpu_softmax.locate(jnp.asarray(row), tier, bits), wanted, strict=True):
                 np.testing.assert_array_equal(got, other)
 
 
 @given(st.floats(1.0, 2.0, width=32), st.integers(-60, 60), st.sampled_from([-1, 1]))
 def test_three_numbers_of_16_bits_are_one_of_32(fraction, exponent, sign):
     x = jnp.float32(sign * fraction * 2.0**exponent)
-    assert sum(np.float64(part) for part in softmax_gpu.split(x, 3)) == np.float64(x)
+    assert sum(np.float64(part) for part in gpu_softmax.split(x, 3)) == np.float64(x)
 
 
 def check_attention(run, layout, *, lengths=SKEWED, dtype=np.float32, raw=False, significance=True):

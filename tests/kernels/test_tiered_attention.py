@@ -14,8 +14,8 @@ from oracles.tiers import attend
 from tiered import LAYOUTS, SIGNIFICANCE, WINDOW, block_of, hold, layout_of, slots
 
 from pallas_kernels import walk as blocks_walk
-from pallas_kernels.tiered_attention import mosaic_tpu, tiered_attention
-from pallas_kernels.tiles_tpu import Tiling
+from pallas_kernels.tiered_attention import tiered_attention, tpu
+from pallas_kernels.tpu_tiles import Tiling
 
 GROUP = 3
 SKEWED = np.array([[[70, 0, 1, 33, 5]], [[65, 0, 193, 2, 0]]])
@@ -125,7 +125,7 @@ def check_tpu(interpreter, layout, *, lengths=SKEWED, dtype=np.float32, raw=Fals
     query = query_of(rng, held, layout, dtype)
     given = options(held, raw, significance)
     more = {"tiles": Tiling(block_size=layout.rows, blocks=2, max_blocks=held.table.shape[-1], buffers=3), **more}
-    got = interpreter.run(mosaic_tpu.tiered_attention, *arguments(held, query, layout), **given, **more)
+    got = interpreter.run(tpu.tiered_attention, *arguments(held, query, layout), **given, **more)
     wanted = reference(*arguments(held, query.astype(jnp.float32), layout), **given)
     assert got.output.dtype == dtype
     tolerance = 1e-5 if dtype == np.float32 else 2e-2

@@ -12,9 +12,9 @@ from interpreted import eager as eager
 from interpreted import interpreter as interpreter
 from tiered import LAYOUTS, block_of, layout_of
 
-from pallas_kernels.tiered_writes import lower_kvs, mosaic_tpu, write_kvs
-from pallas_kernels.tiers import BlockLayout, Format, blocks
-from pallas_kernels.tiers.patches import take
+from pallas_kernels.quantised_block import BlockLayout, Format, blocks
+from pallas_kernels.quantised_block.patches import take
+from pallas_kernels.quantised_writes import lower_kvs, tpu, write_kvs
 
 BLOCKS, KVS = 9, 4
 seeds = given(seed=st.integers(0, 2**32 - 1))
@@ -132,10 +132,10 @@ def check_writes(interpreter, layout, **options):
     rng = np.random.default_rng()
     pool, kvs = garbage(rng, layout), new_kvs(rng, layout)
     arguments = jnp.asarray(pool), *map(jnp.asarray, kvs), layout
-    got = interpreter.run(mosaic_tpu.write_kvs, *arguments, **options)
+    got = interpreter.run(tpu.write_kvs, *arguments, **options)
     np.testing.assert_array_equal(np.asarray(got)[1:], np.asarray(write(*arguments))[1:])
     arguments = *map(jnp.asarray, lowered(rng, layout)), layout
-    got = interpreter.run(mosaic_tpu.lower_kvs, *arguments, **options)
+    got = interpreter.run(tpu.lower_kvs, *arguments, **options)
     np.testing.assert_array_equal(np.asarray(got)[1:], np.asarray(lower(*arguments))[1:])
 
 

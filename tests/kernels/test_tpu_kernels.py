@@ -8,11 +8,11 @@ from interpreted import interpreter as interpreter
 from test_paged_attention import mass, paged, squared_mass
 
 from pallas_kernels import block_moves, block_writes, paged_attention, prefill_attention
-from pallas_kernels.block_moves import mosaic_tpu as moves_tpu
-from pallas_kernels.block_writes import mosaic_tpu as writes_tpu
-from pallas_kernels.paged_attention import mosaic_tpu as paged_tpu
-from pallas_kernels.prefill_attention import mosaic_tpu as prefill_tpu
-from pallas_kernels.tiles_tpu import Tiling
+from pallas_kernels.block_moves import tpu as moves_tpu
+from pallas_kernels.block_writes import tpu as writes_tpu
+from pallas_kernels.paged_attention import tpu as paged_tpu
+from pallas_kernels.prefill_attention import tpu as prefill_tpu
+from pallas_kernels.tpu_tiles import Tiling
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}
 SKEWED = np.array([[75, 0, 1], [2, 33, 16]])

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from oracles.tiers import Block, Tokens
 
+from pallas_kernels.quantised_block import BlockLayout, Format
 from pallas_kernels.tiered_attention import RawKVs, Significance
-from pallas_kernels.tiers import BlockLayout, Format
 
 WINDOW = 20
 SIGNIFICANCE = Significance(

@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tiles_tpu import SMEM_ENTRIES, UNCHECKED, check_pool, floor_div, rows_at_once, sublanes
+from pallas_kernels.tpu_tiles import SMEM_ENTRIES, UNCHECKED, check_pool, floor_div, rows_at_once, sublanes
 
 STEP_BYTES = 2 * 2**20
 """New KVs that one grid step lays out in VMEM."""
@@ -45,7 +45,6 @@ def write_blocks(
     """See ``api.write_blocks``; ``heads_a_step`` and ``smem_entries`` are for tests."""
     batch, length, kv_heads, head_dim = key.shape
     _, block_size, width = pool.shape
-    check_pool(pool, head_dim)
     rows = batch * kv_heads
     size = sublanes(pool.dtype) if length == 1 else block_size
     count = 1 if length == 1 else (length + size - 2) // size + 1
@@ -70,6 +69,11 @@ def write_blocks(
         part = slice(at, at + at_once)
         pool = _run(pool, new[part], places[part], shifts[part], counts[part], units, interpret)
     return pool
+
+
+def check(pool: Array, head_dim: int) -> None:
+    """Raises ValueError for what the kernel can't take."""
+    check_pool(pool, head_dim)
 
 
 def _run(pool: Array, new: Array, places: Array, shifts: Array, counts: Array, units: Units, interpret: Any) -> Array:

@@ -17,9 +17,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.prefill_attention.masses_gpu import masses
+from pallas_kernels.dispatch import choose
+from pallas_kernels.gpu_warpgroup import LANE, MASKED, ROWS, check_block_size, check_pool, iota, laid, product, tiled
+from pallas_kernels.prefill_attention.gpu_masses import masses
 from pallas_kernels.prefill_attention.types import Observed
-from pallas_kernels.warpgroup_gpu import LANE, MASKED, ROWS, check_block_size, check_pool, iota, laid, product, tiled
 
 COMPUTING = 2
 """Warpgroups that compute; each has as many queries as the tensor cores take rows."""
@@ -39,14 +40,9 @@ def prefill_attention(
     observed: Observed | None = None,
     interpret: Any = False,
 ) -> tuple[Array, tuple[Array, Array] | None]:
-    """See ``api.prefill_attention``; ``interpret`` takes ``InterpretGPUParams``, which also allow a float32 pool.
-
-    Raises:
-      ValueError: a shape or dtype that the kernel can't take.
-    """
+    """See ``api.prefill_attention``; ``interpret`` takes ``InterpretGPUParams``, which also allow a float32 pool."""
     batch, length, heads, head_dim = query.shape
     kv_heads = block_table.shape[1]
-    check(pool, bool(interpret))
     half = pool.shape[2] // 2
     lengths, block_table = lengths.astype(jnp.int32), block_table.astype(jnp.int32)
     padded = -(-length // TILE) * TILE
@@ -81,11 +77,12 @@ def prefill_attention(
     return output, masses(queries, lse, own, pool, block_table, lengths, observed, head_dim**-0.5, interpret)
 
 
-def check(pool: Array, interpret: bool) -> None:
-    """Refuses what the kernel can't take."""
+def check(pool: Array, head_dim: int) -> None:
+    """Raises ValueError for what the kernel can't take."""
     check_pool(pool)
     check_block_size(pool)
-    if pool.dtype != jnp.bfloat16 and not (interpret and pool.dtype == jnp.float32):
+    interpreted = choose("mosaic_gpu").interpret  # the interpreter takes float32 too
+    if pool.dtype != jnp.bfloat16 and not interpreted:
         raise ValueError(f"the tensor cores take a pool of bfloat16, not {pool.dtype}; use implementation='xla'")
 
 

@@ -2,7 +2,7 @@
 
 All query heads of a KV head share what is read for it: ``group * block`` queries make the rows of one matrix product.
 The chunk's own K and V come beside each other like the pool's, so both kinds of tile take the same path. Masses are a
-second kernel (``masses_tpu``), since a query's probabilities are known only after its last key.
+second kernel (``tpu_masses``), since a query's probabilities are known only after its last key.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.prefill_attention.masses_tpu import masses, queries_a_block
+from pallas_kernels.prefill_attention.tpu_masses import masses, queries_a_block
 from pallas_kernels.prefill_attention.types import Observed
-from pallas_kernels.tiles_tpu import (
+from pallas_kernels.tpu_tiles import (
     CORES,
     MASKED,
     SMEM_ENTRIES,
@@ -56,11 +56,10 @@ def prefill_attention(
     """See ``api.prefill_attention``; ``tiles``, ``query_rows`` and ``smem_entries`` are for tests.
 
     Raises:
-      ValueError: a pool whose rows or blocks don't fill registers, or a table row too long for SMEM.
+      ValueError: a table row too long for SMEM.
     """
     batch, length, heads, head_dim = query.shape
     kv_heads, max_blocks = block_table.shape[1:]
-    check_pool(pool, head_dim)
     at_once = rows_at_once(max_blocks, smem_entries)
     tiles = tiles or tiling(pool, max_blocks, kvs=TILE_KVS)
     rows, group = batch * kv_heads, heads // kv_heads
@@ -99,6 +98,11 @@ def prefill_attention(
         on_cached.reshape(batch, heads, -1)[..., :kvs],
         on_own.reshape(batch, heads, -1)[..., :length],
     )
+
+
+def check(pool: Array, head_dim: int) -> None:
+    """Raises ValueError for what the kernel can't take."""
+    check_pool(pool, head_dim)
 
 
 def _run(

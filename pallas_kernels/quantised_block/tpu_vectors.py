@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tiers.layout import LANES, BlockLayout
+from pallas_kernels.quantised_block.layout import LANES, BlockLayout
 
 SUBLANES = 8
 """Rows of a tile, in which a TPU keeps arrays of words."""

@@ -18,14 +18,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.kvs import RawKVs
-from pallas_kernels.paged_attention import mosaic_tpu as paged_tpu
-from pallas_kernels.tiered_attention.significance_tpu import Kept
-from pallas_kernels.tiered_attention.softmax_tpu import BlockStream, KVs, Softmax, attend, join
+from pallas_kernels.paged_attention import tpu as paged_tpu
+from pallas_kernels.quantised_block import BlockLayout
+from pallas_kernels.quantised_block.layout import LANES
+from pallas_kernels.quantised_block.tpu_vectors import SUBLANES, check_layout
+from pallas_kernels.tiered_attention.tpu_significance import Kept
+from pallas_kernels.tiered_attention.tpu_softmax import BlockStream, KVs, Softmax, attend, join
 from pallas_kernels.tiered_attention.types import Significance, Tiered, Weakest
-from pallas_kernels.tiers import BlockLayout
-from pallas_kernels.tiers.layout import LANES
-from pallas_kernels.tiers.vectors_tpu import SUBLANES, check_layout
-from pallas_kernels.tiles_tpu import (
+from pallas_kernels.tpu_tiles import (
     BUFFERS,
     CORES,
     SMEM_ENTRIES,
@@ -71,11 +71,10 @@ def tiered_attention(
     ``tiles`` and ``smem_entries`` are for tests: how heads are cut, and how large a table one call may take.
 
     Raises:
-      ValueError: a layout that the kernel can't read, or a table row too long for SMEM.
+      ValueError: a table row too long for SMEM.
     """
     batch, heads, head_dim = query.shape
     kv_heads, max_blocks = block_table.shape[1:]
-    check_layout(layout)
     at_once = rows_at_once(max_blocks + 3, smem_entries)
     tiles = tiles or tiling(layout, max_blocks)
     rows, group = batch * kv_heads, heads // kv_heads
@@ -109,6 +108,13 @@ def tiered_attention(
         return Tiered(out, pool, None)
     value, index = (x[:, 0, :2].T.reshape(2, batch, kv_heads) for x in weakest)
     return Tiered(out, pool, Weakest(value=value, index=index))
+
+
+def check(query: Array, block_table: Array, layout: BlockLayout, raw: RawKVs | None) -> None:
+    """Raises ValueError for what the kernels can't take."""
+    check_layout(layout)
+    if raw is not None:
+        paged_tpu.check(query, raw.pool, raw.block_table)
 
 
 def tiling(layout: BlockLayout, max_blocks: int) -> Tiling:

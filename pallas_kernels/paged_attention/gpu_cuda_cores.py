@@ -14,8 +14,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.paged_attention.segments_gpu import Segment
-from pallas_kernels.warpgroup_gpu import MASKED, laid, load
+from pallas_kernels.gpu_warpgroup import MASKED, laid, load
+from pallas_kernels.paged_attention.gpu_segments import Segment
 
 SLAB = 8
 LAYOUT = plgpu.Layout.TILED(

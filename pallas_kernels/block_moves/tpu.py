@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import slot_values
 from pallas_kernels.block_moves.types import Moves
-from pallas_kernels.tiles_tpu import (
+from pallas_kernels.tpu_tiles import (
     SMEM_ENTRIES,
     UNCHECKED,
     TileStream,
@@ -50,7 +50,6 @@ def move_kvs(
     interpret: Any = False,
 ) -> tuple[Array, Array, Array]:
     """See ``api.move_kvs``; ``tiles`` and ``smem_entries`` are for tests."""
-    check_pool(pool, pool.shape[-1] // 2)
     rows, max_blocks = block_table.shape
     tiles = tiles or tiling(pool, max_blocks, kvs=TILE_KVS, buffers=BUFFERS)
     at_once = rows_at_once(max_blocks + 2 * tiles.tiles + 6, smem_entries)
@@ -60,6 +59,11 @@ def move_kvs(
             pool, scores, positions, block_table[part], moves.is_source[part], moves.is_hole[part], tiles, interpret
         )
     return pool, scores, positions
+
+
+def check(pool: Array) -> None:
+    """Raises ValueError for what the kernel can't take."""
+    check_pool(pool, pool.shape[-1] // 2)
 
 
 def _run(

@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.tiers import BlockLayout
-from pallas_kernels.tiers.blocks import Tokens, read_tokens, write_tokens
+from pallas_kernels.quantised_block import BlockLayout
+from pallas_kernels.quantised_block.blocks import Tokens, read_tokens, write_tokens
 
 
 def write_kvs(

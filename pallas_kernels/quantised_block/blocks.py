@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from pallas_kernels.tiers.layout import LANES, Segments
-from pallas_kernels.tiers.quantizer import Codes, dequantize, pack, quantize, unpack
+from pallas_kernels.quantised_block.layout import LANES, Segments
+from pallas_kernels.quantised_block.quantizer import Codes, dequantize, pack, quantize, unpack
 
 
 class Tokens(NamedTuple):

@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.warpgroup_gpu import LANE, MASKED, ROWS, laid, load
+from pallas_kernels.gpu_warpgroup import LANE, MASKED, ROWS, laid, load
 
 TURN = 16
 """Segments that are loaded before the first is used: so many share one wait, and they fit the registers."""

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tiers.layout import LANES, Segments
-from pallas_kernels.tiers.vectors_tpu import SUBLANES, halves, line, unpack
-from pallas_kernels.tiles_tpu import MASKED, TileStream, Tiling, ceil_div
+from pallas_kernels.quantised_block.layout import LANES, Segments
+from pallas_kernels.quantised_block.tpu_vectors import SUBLANES, halves, line, unpack
+from pallas_kernels.tpu_tiles import MASKED, TileStream, Tiling, ceil_div
 
 
 class BlockStream(TileStream):

@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tiles_tpu import (
+from pallas_kernels.tpu_tiles import (
     CORES,
     LANES,
     MASKED,
@@ -48,7 +48,7 @@ def paged_attention(
     ``tiles`` and ``smem_entries`` are for tests: how heads are cut, and how large a table one call may take.
 
     Raises:
-      ValueError: a pool whose rows or blocks don't fill registers, or a table row too long for SMEM.
+      ValueError: a table row too long for SMEM.
     """
     batch, kv_heads, max_blocks = block_table.shape
     tiles = tiles or tiling(pool, max_blocks)
@@ -56,6 +56,11 @@ def paged_attention(
     out, *masses = _in_calls(run, query, pool, block_table, lengths, smem_entries)
     kvs = max_blocks * tiles.block_size
     return out, tuple(m.reshape(batch, kv_heads, -1)[..., :kvs] for m in masses)
+
+
+def check(query: Array, pool: Array, block_table: Array) -> None:
+    """Raises ValueError for what the kernel can't take."""
+    check_pool(pool, query.shape[-1])
 
 
 def partial_attention(
@@ -79,7 +84,6 @@ def _in_calls(
     """As many rows a call as SMEM takes: output ``[batch, heads, head_dim]``, and the rest by row."""
     batch, heads, head_dim = query.shape
     kv_heads, max_blocks = block_table.shape[1:]
-    check_pool(pool, head_dim)
     at_once = rows_at_once(max_blocks, smem_entries)
     rows, group = batch * kv_heads, heads // kv_heads
     lanes = lanes_of(pool)

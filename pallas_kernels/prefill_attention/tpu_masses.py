@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.prefill_attention.types import Observed
-from pallas_kernels.tiles_tpu import CORES, UNCHECKED, TileStream, Tiling, as_column, held_blocks, product
+from pallas_kernels.tpu_tiles import CORES, UNCHECKED, TileStream, Tiling, as_column, held_blocks, product
 
 
 def queries_a_block(count: int, group: int, query_rows: int) -> int:
@@ -38,7 +38,7 @@ def masses(
     """Masses on the cached keys, ``f32[rows, group, tiles * kvs]``, and on the chunk's own, ``[rows, group, length]``.
 
     Args:
-      pool, query, own, table, lengths: as ``mosaic_tpu._run`` takes them.
+      pool, query, own, table, lengths: as ``tpu._run`` takes them.
       log_total: ``f32[rows, group, length]`` log of each query's softmax sum.
       observed: see ``api.Observed``.
       head_dim: of the model; the arrays may be padded.

@@ -15,8 +15,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.paged_attention.segments_gpu import Segment
-from pallas_kernels.warpgroup_gpu import MASKED, iota, laid, load, product
+from pallas_kernels.gpu_warpgroup import MASKED, iota, laid, load, product
+from pallas_kernels.paged_attention.gpu_segments import Segment
 
 QUERIES = 8
 """Columns of the narrowest instruction: the queries of a KV head, and zeros."""

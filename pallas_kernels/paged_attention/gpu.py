@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.paged_attention import cuda_cores_gpu, tensor_cores_gpu
-from pallas_kernels.paged_attention.merge_gpu import merge
-from pallas_kernels.paged_attention.segments_gpu import STAGES, TILE_BYTES, copies, plan_work
-from pallas_kernels.paged_attention.tensor_cores_gpu import QUERIES
-from pallas_kernels.warpgroup_gpu import LANE, check_block_size, check_pool, tiled
+from pallas_kernels.gpu_warpgroup import LANE, check_block_size, check_pool, tiled
+from pallas_kernels.paged_attention import gpu_cuda_cores, gpu_tensor_cores
+from pallas_kernels.paged_attention.gpu_merge import merge
+from pallas_kernels.paged_attention.gpu_segments import STAGES, TILE_BYTES, copies, plan_work
+from pallas_kernels.paged_attention.gpu_tensor_cores import QUERIES
 
 
 def paged_attention(
@@ -32,11 +32,7 @@ def paged_attention(
     observe: tuple[Callable[[Array], Array], ...] = (),
     interpret: Any = False,
 ) -> tuple[Array, tuple[Array, ...]]:
-    """See ``api.paged_attention``; ``interpret`` takes ``InterpretGPUParams``.
-
-    Raises:
-      ValueError: a shape or dtype that the kernel can't take.
-    """
+    """See ``api.paged_attention``; ``interpret`` takes ``InterpretGPUParams``."""
     batch, heads, head_dim = query.shape
     kv_heads, max_blocks = block_table.shape[1:]
     arguments = query, pool, block_table, lengths
@@ -58,15 +54,11 @@ def partial_attention(
     Returns:
       Output ``f32[rows, group, head_dim]``; maximum of the logits, for powers of two, and sum, ``f32[rows, group]``;
       and if they are to be kept the logits, ``f32[rows, group, kvs]``.
-
-    Raises:
-      ValueError: a shape or dtype that the kernel can't take.
     """
     batch, heads, head_dim = query.shape
     kv_heads, max_blocks = block_table.shape[1:]
     block_size, half = pool.shape[1], pool.shape[2] // 2
     rows, group = batch * kv_heads, heads // kv_heads
-    check(pool, group)
     tile = TILE_BYTES // (2 * half * pool.dtype.itemsize)
     width = -(-max_blocks * block_size // tile) * tile
     lengths = lengths.reshape(rows).astype(jnp.int32)
@@ -77,7 +69,7 @@ def partial_attention(
     arrived = plgpu.Barrier(num_arrivals=copies(tile, block_size), num_barriers=STAGES)
     scratch: tuple[Any, ...]
     if pool.dtype == jnp.bfloat16:
-        kernel = tensor_cores_gpu.segment_kernel(head_dim**-0.5, bool(interpret))
+        kernel = gpu_tensor_cores.segment_kernel(head_dim**-0.5, bool(interpret))
         query_rows = jnp.pad(query_rows.astype(pool.dtype), ((0, 0), (0, QUERIES - group), (0, 0)))
         layout = tiled(pool.dtype, bool(interpret))
         scratch = (
@@ -87,13 +79,13 @@ def partial_attention(
             plgpu.SMEM((QUERIES, tile), pool.dtype, transforms=layout),
             plgpu.Barrier(),
         )
-        mine, axis = tensor_cores_gpu.LAYOUT, 1  # queries lie across
+        mine, axis = gpu_tensor_cores.LAYOUT, 1  # queries lie across
         shapes = (half, QUERIES), (rows, width, QUERIES)
     else:
-        kernel = cuda_cores_gpu.segment_kernel(bool(interpret))
+        kernel = gpu_cuda_cores.segment_kernel(bool(interpret))
         query_rows = query_rows.astype(jnp.float32) * (head_dim**-0.5 * math.log2(math.e))
         scratch = plgpu.SMEM((STAGES, tile, 2 * half), pool.dtype), arrived
-        mine, axis = cuda_cores_gpu.LAYOUT, 0
+        mine, axis = gpu_cuda_cores.LAYOUT, 0
         shapes = (QUERIES, half), (rows, group, width)
     shapes = [(segments, *shapes[0]), (segments, QUERIES), (segments, QUERIES), *shapes[1:]]
     output, maximum, total, *logits = plgpu.kernel(
@@ -111,9 +103,15 @@ def partial_attention(
     return output[:, :group, :head_dim], maximum[:, :group], total[:, :group], logits
 
 
-def check(pool: Array, group: int) -> None:
-    """Refuses what the kernel can't take."""
+def check(query: Array, pool: Array, block_table: Array) -> None:
+    """Raises ValueError for what the kernel can't take."""
     check_pool(pool)
     check_block_size(pool)
+    check_group(query, block_table)
+
+
+def check_group(query: Array, block_table: Array) -> None:
+    """Raises ValueError for more query heads a KV head than the tensor cores' narrowest instruction takes."""
+    group = query.shape[1] // block_table.shape[1]
     if not 1 <= group <= QUERIES:
-        raise ValueError(f"the GPU kernel takes 1 to {QUERIES} query heads a KV head, not {group=}; use 'xla'")
+        raise ValueError(f"the GPU kernels take 1 to {QUERIES} query heads a KV head, not {group=}; use 'xla'")

@@ -13,11 +13,11 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.tiers import BlockLayout
-from pallas_kernels.tiers.blocks import Tokens
-from pallas_kernels.tiers.layout import LANES
-from pallas_kernels.tiers.patches import Patches, patches, take
-from pallas_kernels.warpgroup_gpu import LANE, check_in_place, load
+from pallas_kernels.gpu_warpgroup import LANE, check_in_place, load
+from pallas_kernels.quantised_block import BlockLayout
+from pallas_kernels.quantised_block.blocks import Tokens
+from pallas_kernels.quantised_block.layout import LANES
+from pallas_kernels.quantised_block.patches import Patches, patches, take
 
 
 def write_kvs(
@@ -31,12 +31,7 @@ def write_kvs(
     *,
     interpret: Any = False,
 ) -> Array:
-    """See ``api.write_kvs``; ``interpret`` takes ``InterpretGPUParams``.
-
-    Raises:
-      ValueError: a layout that the kernel can't take, or a jax that would copy the pool.
-    """
-    check(layout)
+    """See ``api.write_kvs``; ``interpret`` takes ``InterpretGPUParams``."""
     new = Tokens(key.astype(jnp.float32), value.astype(jnp.float32), jnp.zeros(blocks.shape), positions)
     return put(pool, blocks, patches(new, offsets, layout.tiers[0]), interpret)
 
@@ -52,14 +47,13 @@ def lower_kvs(
     interpret: Any = False,
 ) -> Array:
     """See ``api.lower_kvs``; for the rest ``write_kvs``."""
-    check(layout)
     high, low = layout.tiers
     kvs = take(pool, from_blocks, from_offsets, high, layout.head_dim)
     return put(pool, to_blocks, patches(kvs, to_offsets, low), interpret)
 
 
 def check(layout: BlockLayout) -> None:
-    """Refuses what the kernel can't take."""
+    """Raises ValueError for what the kernel can't take."""
     if LANES % layout.head_dim:
         raise ValueError(
             f"the GPU kernel takes quantised heads that divide a row of {LANES} words, not {layout.head_dim}; use 'xla'"

@@ -18,18 +18,18 @@ import numpy as np
 from jax import Array, lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gpu_warpgroup import LANE, ROWS, tiled
 from pallas_kernels.kvs import RawKVs
 from pallas_kernels.online_softmax import Softmax
-from pallas_kernels.paged_attention import mosaic_gpu as paged_gpu
-from pallas_kernels.paged_attention.merge_gpu import merge
-from pallas_kernels.paged_attention.segments_gpu import plan_work
-from pallas_kernels.paged_attention.tensor_cores_gpu import QUERIES
-from pallas_kernels.tiered_attention import reference, softmax_gpu
+from pallas_kernels.paged_attention import gpu as paged_gpu
+from pallas_kernels.paged_attention.gpu_merge import merge
+from pallas_kernels.paged_attention.gpu_segments import plan_work
+from pallas_kernels.paged_attention.gpu_tensor_cores import QUERIES
+from pallas_kernels.quantised_block import BlockLayout
+from pallas_kernels.quantised_block.layout import LANES, Segments
+from pallas_kernels.tiered_attention import gpu_softmax, xla
 from pallas_kernels.tiered_attention.types import Significance, Tiered
-from pallas_kernels.tiers import BlockLayout
-from pallas_kernels.tiers.layout import LANES, Segments
 from pallas_kernels.walk import Walk, walk
-from pallas_kernels.warpgroup_gpu import LANE, ROWS, tiled
 
 HEAD_DIMS = (64, 128)
 SEGMENT_KVS = 256
@@ -63,15 +63,10 @@ def tiered_attention(
     next_position: Array | None = None,
     interpret: Any = False,
 ) -> Tiered:
-    """See ``api.tiered_attention``; ``interpret`` takes ``InterpretGPUParams``.
-
-    Raises:
-      ValueError: a shape or dtype that the kernels can't take.
-    """
+    """See ``api.tiered_attention``; ``interpret`` takes ``InterpretGPUParams``."""
     batch, heads, head_dim = query.shape
     kv_heads = block_table.shape[1]
     rows, group = batch * kv_heads, heads // kv_heads
-    check(layout, group, raw)
     table, lengths = (x.astype(jnp.int32) for x in (block_table.reshape(rows, -1), lengths.reshape(2, rows)))
     attend = partial(
         _attend, query.reshape(rows, group, head_dim), pool, table, keep=significance is not None, interpret=interpret
@@ -90,17 +85,16 @@ def tiered_attention(
         return Tiered(output, pool, None)
     softmax = Softmax(whole.maximum * math.log(2), whole.total, whole.output)
     of_steps = [_steps_of(*each, group) for each in zip(logits, layout.tiers, walks, strict=True)]
-    return Tiered(output, *reference.observe(pool, softmax, layout, walks, of_steps, significance, next_position))
+    return Tiered(output, *xla.observe(pool, softmax, layout, walks, of_steps, significance, next_position))
 
 
-def check(layout: BlockLayout, group: int, raw: RawKVs | None) -> None:
-    """Refuses what the kernels can't take."""
+def check(query: Array, block_table: Array, layout: BlockLayout, raw: RawKVs | None) -> None:
+    """Raises ValueError for what the kernels can't take."""
     if layout.head_dim not in HEAD_DIMS:
         raise ValueError(
             f"the GPU kernels take quantised heads of {HEAD_DIMS} values, not {layout.head_dim}; use 'xla'"
         )
-    if not 1 <= group <= QUERIES:
-        raise ValueError(f"the GPU kernels take 1 to {QUERIES} query heads a KV head, not {group=}; use 'xla'")
+    paged_gpu.check_group(query, block_table)
     if layout.block_bytes > MOST_BYTES:
         raise ValueError(
             f"the GPU kernels take quantised blocks of at most {MOST_BYTES} bytes, not {layout.block_bytes}: give the "
@@ -112,7 +106,7 @@ def check(layout: BlockLayout, group: int, raw: RawKVs | None) -> None:
             f"the GPU kernels take vectors of at most {MOST_GROUPS} groups, not {high} and {low}; use 'xla'"
         )
     if raw is not None:
-        paged_gpu.check(raw.pool, group)
+        paged_gpu.check(query, raw.pool, raw.block_table)
 
 
 def join(parts: list[Part]) -> Part:
@@ -137,7 +131,7 @@ def _attend(
     interpret: Any,
 ) -> tuple[Part, list[Array]]:
     """The softmax over a tier's KVs; and if they are to be kept the logits, ``f32[blocks of all rows, n, QUERIES]`` of
-    ``n`` KVs in the order of ``softmax_gpu.token_of``.
+    ``n`` KVs in the order of ``gpu_softmax.token_of``.
 
     Args:
       queries: ``[rows, group, head_dim]``.
@@ -160,16 +154,16 @@ def _attend(
     padded = jnp.pad(queries.astype(jnp.float32), ((0, 0), (0, QUERIES - group), (0, 0)))
     groups = jnp.arange(fmt.key_groups)[:, None, None]
     own = jnp.where(jnp.arange(head_dim) // (head_dim // fmt.key_groups) == groups, padded[:, None], 0.0)
-    split = jnp.stack(softmax_gpu.split(own, parts), axis=2).reshape(rows, -1, QUERIES, head_dim)
+    split = jnp.stack(gpu_softmax.split(own, parts), axis=2).reshape(rows, -1, QUERIES, head_dim)
 
-    block = softmax_gpu.rows_held(tier, head_dim), LANES
+    block = gpu_softmax.rows_held(tier, head_dim), LANES
     stages = max(2, RING_BYTES // (4 * block[0] * LANES))
     shapes = [(segments, head_dim, QUERIES), (segments, QUERIES), (segments, QUERIES)]
     if keep:
-        shapes.append((blocks_of.most_steps * blocks_of.step, softmax_gpu.tiles(tier) * ROWS, QUERIES))
+        shapes.append((blocks_of.most_steps * blocks_of.step, gpu_softmax.tiles(tier) * ROWS, QUERIES))
     laid_out = tiled(jnp.dtype(jnp.bfloat16), bool(interpret))
     output, maximum, total, *logits = plgpu.kernel(
-        softmax_gpu.segment_kernel(tier, head_dim, parts, from_right, bool(interpret)),
+        gpu_softmax.segment_kernel(tier, head_dim, parts, from_right, bool(interpret)),
         out_type=tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),
         scratch_types=(
             plgpu.SMEM((stages, *block), jnp.uint32),
@@ -184,14 +178,14 @@ def _attend(
         interpret=interpret,
     )(split, own.sum(-1), pool, table, lines)
     output, maximum, total = merge(
-        work.end, output, maximum, total, axis=1, layout=softmax_gpu.LAYOUT, interpret=interpret
+        work.end, output, maximum, total, axis=1, layout=gpu_softmax.LAYOUT, interpret=interpret
     )
     return Part(output.swapaxes(1, 2)[:, :group], maximum[:, :group], total[:, :group]), logits
 
 
 def _steps_of(kept: list[Array], tier: Segments, blocks_of: Walk, group: int) -> Callable[[Array], Array]:
     """What gives the logits of a step of the walk, for powers of e: ``f32[step, group, tokens]``."""
-    place = np.argsort(softmax_gpu.token_of(np.arange(tier.tokens), tier))
+    place = np.argsort(gpu_softmax.token_of(np.arange(tier.tokens), tier))
 
     def step(i: Array) -> Array:
         logits = lax.dynamic_slice_in_dim(kept[0], i * blocks_of.step, blocks_of.step)

@@ -1,12 +1,9 @@
 """New KVs into high slots, and high KVs requantised into low slots: checks the shapes and picks the implementation."""
 
-from typing import Any
-
 from jax import Array
 
-from pallas_kernels.dispatch import Implementation, choose, or_xla
-from pallas_kernels.tiered_writes import reference
-from pallas_kernels.tiers import BlockLayout
+from pallas_kernels.dispatch import Implementation, backend
+from pallas_kernels.quantised_block import BlockLayout
 
 
 def write_kvs(
@@ -36,9 +33,8 @@ def write_kvs(
     _check(pool, blocks, layout)
     if value.shape != key.shape or key.shape != (blocks.shape[0], layout.head_dim):
         raise ValueError(f"K and V must be one vector a slot: {key.shape=}, {value.shape=}, {blocks.shape=}")
-    arguments = pool, key, value, positions, blocks, offsets, layout
-    kernels, options = _chosen(implementation, layout)
-    return kernels.write_kvs(*arguments, **options)
+    kernels, options = backend("quantised_writes", implementation, layout)
+    return kernels.write_kvs(pool, key, value, positions, blocks, offsets, layout, **options)
 
 
 def lower_kvs(
@@ -64,25 +60,8 @@ def lower_kvs(
       ValueError: shapes that don't belong together, or that this implementation can't take.
     """
     _check(pool, to_blocks, layout)
-    arguments = pool, from_blocks, from_offsets, to_blocks, to_offsets, layout
-    kernels, options = _chosen(implementation, layout)
-    return kernels.lower_kvs(*arguments, **options)
-
-
-def _chosen(implementation: Implementation | None, layout: BlockLayout) -> tuple[Any, dict[str, Any]]:
-    """The module that has both operations, and what else it takes."""
-    choice = choose(implementation)
-    if choice.implementation == "mosaic_tpu":
-        from pallas_kernels.tiered_writes import mosaic_tpu
-
-        return mosaic_tpu, {"interpret": choice.interpret}
-    if choice.implementation == "mosaic_gpu":
-        from pallas_kernels.tiered_writes import mosaic_gpu
-
-        choice = or_xla(choice, lambda: mosaic_gpu.check(layout))
-        if choice.implementation == "mosaic_gpu":
-            return mosaic_gpu, {"interpret": choice.interpret}
-    return reference, {}
+    kernels, options = backend("quantised_writes", implementation, layout)
+    return kernels.lower_kvs(pool, from_blocks, from_offsets, to_blocks, to_offsets, layout, **options)
 
 
 def _check(pool: Array, blocks: Array, layout: BlockLayout) -> None:

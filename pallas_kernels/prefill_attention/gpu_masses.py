@@ -16,8 +16,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gpu_warpgroup import LANE, ROWS, laid, load, product, tiled
 from pallas_kernels.prefill_attention.types import Observed
-from pallas_kernels.warpgroup_gpu import LANE, ROWS, laid, load, product, tiled
 
 
 def masses(

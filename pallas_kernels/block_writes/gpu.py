@@ -11,7 +11,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.warpgroup_gpu import LANE, check_in_place, check_pool
+from pallas_kernels.gpu_warpgroup import LANE, check_in_place, check_pool
 
 ROWS = 16
 """KVs of one head that a program writes, unless there is but one."""
@@ -27,13 +27,8 @@ def write_blocks(
     *,
     interpret: Any = False,
 ) -> Array:
-    """See ``api.write_blocks``; KVs past ``counts`` are written nowhere. ``interpret`` takes ``InterpretGPUParams``.
-
-    Raises:
-      ValueError: a shape or dtype that the kernel can't take, or a jax that would copy the pool.
-    """
+    """See ``api.write_blocks``; KVs past ``counts`` are written nowhere. ``interpret`` takes ``InterpretGPUParams``."""
     batch, length, kv_heads, head_dim = key.shape
-    check(pool)
     half = pool.shape[2] // 2
     rows = ROWS if length > 1 else 1
     padded = -(-length // rows) * rows
@@ -61,8 +56,8 @@ def write_blocks(
     return jax.freeze(ref)
 
 
-def check(pool: Array) -> None:
-    """Refuses what the kernel can't take."""
+def check(pool: Array, head_dim: int) -> None:
+    """Raises ValueError for what the kernel can't take."""
     check_pool(pool)
     check_in_place()
 

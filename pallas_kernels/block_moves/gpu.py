@@ -16,9 +16,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.block_moves.reference import ranked_slots
 from pallas_kernels.block_moves.types import Moves
-from pallas_kernels.warpgroup_gpu import LANE, check_in_place, check_pool, load
+from pallas_kernels.block_moves.xla import ranked_slots
+from pallas_kernels.gpu_warpgroup import LANE, check_in_place, check_pool, load
 
 BATCH = 32
 """KVs that a program moves at once: they and their slots fit the registers."""
@@ -36,13 +36,8 @@ def move_kvs(
     programs: int | None = None,
     interpret: Any = False,
 ) -> tuple[Array, Array, Array]:
-    """See ``api.move_kvs``; ``interpret`` takes ``InterpretGPUParams``, ``programs`` how many there are at most.
-
-    Raises:
-      ValueError: a shape or dtype that the kernel can't take, or a jax that would copy the pool.
-    """
+    """See ``api.move_kvs``; ``interpret`` takes ``InterpretGPUParams``, ``programs`` how many there are at most."""
     block_size, width = pool.shape[1:]
-    check(pool)
     source, count = ranked_slots(moves.is_source, block_table, block_size)
     hole, _ = ranked_slots(moves.is_hole, block_table, block_size)
     size = -(-source.shape[0] // BATCH) * BATCH
@@ -68,7 +63,7 @@ def move_kvs(
 
 
 def check(pool: Array) -> None:
-    """Refuses what the kernel can't take."""
+    """Raises ValueError for what the kernel can't take."""
     check_pool(pool)
     check_in_place()
 

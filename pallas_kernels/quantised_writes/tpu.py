@@ -15,12 +15,12 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tiers import BlockLayout
-from pallas_kernels.tiers.blocks import Tokens
-from pallas_kernels.tiers.layout import LANES
-from pallas_kernels.tiers.patches import Patches, patches, take
-from pallas_kernels.tiers.vectors_tpu import SUBLANES, check_layout
-from pallas_kernels.tiles_tpu import SMEM_ENTRIES, UNCHECKED, floor_div, rows_at_once
+from pallas_kernels.quantised_block import BlockLayout
+from pallas_kernels.quantised_block.blocks import Tokens
+from pallas_kernels.quantised_block.layout import LANES
+from pallas_kernels.quantised_block.patches import Patches, patches, take
+from pallas_kernels.quantised_block.tpu_vectors import SUBLANES, check_layout
+from pallas_kernels.tpu_tiles import SMEM_ENTRIES, UNCHECKED, floor_div, rows_at_once
 
 STEP_KVS = 32
 """KVs a grid step: some 6 tiles of 4 KiB each."""
@@ -39,7 +39,6 @@ def write_kvs(
     **options: Any,
 ) -> Array:
     """See ``api.write_kvs``; the options are those of ``put``."""
-    check_layout(layout)
     new = Tokens(key.astype(jnp.float32), value.astype(jnp.float32), jnp.zeros(blocks.shape), positions)
     return put(pool, blocks, patches(new, offsets, layout.tiers[0]), **options)
 
@@ -54,10 +53,14 @@ def lower_kvs(
     **options: Any,
 ) -> Array:
     """See ``api.lower_kvs``; the options are those of ``put``."""
-    check_layout(layout)
     high, low = layout.tiers
     kvs = take(pool, from_blocks, from_offsets, high, layout.head_dim)
     return put(pool, to_blocks, patches(kvs, to_offsets, low), **options)
+
+
+def check(layout: BlockLayout) -> None:
+    """Raises ValueError for what the kernel can't take."""
+    check_layout(layout)
 
 
 def put(

@@ -2,7 +2,7 @@
 
 Codes are whole numbers below 256, which bfloat16 holds exactly. They go from the words in shared memory by shift and
 mask into the registers that the tensor cores read, 64 tokens at a time, in the order in which a word holds them. As in
-``paged_attention.tensor_cores_gpu`` the KVs lie down and the queries across; scales and minima meet logits and
+``paged_attention.gpu_tensor_cores`` the KVs lie down and the queries across; scales and minima meet logits and
 probabilities. What a query or a weight has beyond bfloat16 is added by further products, where float32 is asked for.
 """
 
@@ -17,10 +17,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.paged_attention.tensor_cores_gpu import QUERIES
-from pallas_kernels.tiers.layout import LANES, Segments
-from pallas_kernels.tiers.quantizer import unpack_meta
-from pallas_kernels.warpgroup_gpu import MASKED, ROWS, gather, iota, laid, load, product
+from pallas_kernels.gpu_warpgroup import MASKED, ROWS, gather, iota, laid, load, product
+from pallas_kernels.paged_attention.gpu_tensor_cores import QUERIES
+from pallas_kernels.quantised_block.layout import LANES, Segments
+from pallas_kernels.quantised_block.quantizer import unpack_meta
 
 LAYOUT = plgpu.Layout.WGMMA
 

@@ -13,9 +13,9 @@ from jax import Array, lax
 from pallas_kernels.kvs import RawKVs
 from pallas_kernels.online_softmax import MASKED, Softmax
 from pallas_kernels.pool_values import IN_BOUNDS, read_rows
+from pallas_kernels.quantised_block import BlockLayout, blocks, quantizer
+from pallas_kernels.quantised_block.layout import Segments
 from pallas_kernels.tiered_attention.types import Significance, Tiered, Weakest
-from pallas_kernels.tiers import BlockLayout, blocks, quantizer
-from pallas_kernels.tiers.layout import Segments
 from pallas_kernels.walk import Walk, walk
 
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.tiers.blocks import Tokens, locate
-from pallas_kernels.tiers.layout import LANES, Segments
-from pallas_kernels.tiers.quantizer import Codes, dequantize, quantize
+from pallas_kernels.quantised_block.blocks import Tokens, locate
+from pallas_kernels.quantised_block.layout import LANES, Segments
+from pallas_kernels.quantised_block.quantizer import Codes, dequantize, quantize
 
 
 class Patches(NamedTuple):
