@@ -18,9 +18,10 @@ from jaxkv.cache import quantised as tiers
 from jaxkv.cache.quantised import HIGH, LOW, Tiers
 from jaxkv.cache.state import PagedCache, in_table_order, num_blocks, to_slots
 from pallas_kernels.block_moves import Moves, move_kvs
+from pallas_kernels.kvs import RawKVs
+from pallas_kernels.paged_attention import Weakest
 from pallas_kernels.pool_values import read_rows, to_rows
 from pallas_kernels.quantised_block import blocks
-from pallas_kernels.tiered_attention import Weakest
 from pallas_kernels.walk import walk
 
 RAW, GONE = 2, 3
@@ -179,8 +180,8 @@ def read_layer(cache: PagedCache, now: Held, layer: int | Array) -> tuple[Array,
     return lax.cond(jnp.any(quantised.lengths > 0), read_tiers, lambda kv: kv, kv)
 
 
-def unquantised_layer(cache: PagedCache, now: Held, layer: int | Array) -> tuple[Array, Array, Array]:
-    """A layer's KVs dequantised, as pool, block table and lengths of their own, which attention kernels can read."""
+def unquantised_layer(cache: PagedCache, now: Held, layer: int | Array) -> RawKVs:
+    """A layer's KVs dequantised, in a pool of their own, which attention kernels can read."""
     kv = read_layer(cache, now, layer)
     batch, kv_heads, _, head_dim = kv[0].shape
     half = cache.pool.shape[2] // 2
@@ -188,7 +189,7 @@ def unquantised_layer(cache: PagedCache, now: Held, layer: int | Array) -> tuple
     rows = to_rows(jnp.concatenate([jnp.pad(part, pad) for part in kv], axis=-1), cache.pool.dtype)
     pool = rows.reshape(-1, cache.block_size, 2 * half)
     table = jnp.arange(pool.shape[0], dtype=jnp.int32).reshape(batch, kv_heads, -1)
-    return pool, table, now.lengths[layer]
+    return RawKVs(pool, table, now.lengths[layer])
 
 
 def put_scores(cache: PagedCache, scores: Array, positions: Array) -> PagedCache:

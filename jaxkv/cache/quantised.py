@@ -14,8 +14,8 @@ import numpy as np
 from jax import Array
 
 from jaxkv.cache.free_list import FreeList
+from pallas_kernels.paged_attention import Weakest
 from pallas_kernels.quantised_block import BlockLayout
-from pallas_kernels.tiered_attention import Weakest
 
 HIGH, LOW = 0, 1
 

@@ -13,8 +13,8 @@ from jaxkv.cache.quantised import Tiers
 from jaxkv.compression.budget import MOST, Budget
 from jaxkv.compression.policy import Policy
 from pallas_kernels.dispatch import block_tile
+from pallas_kernels.paged_attention import Significance
 from pallas_kernels.quantised_block import BlockLayout, Format
-from pallas_kernels.tiered_attention import Significance
 
 if TYPE_CHECKING:
     from jaxkv.cache.state import CacheConfig

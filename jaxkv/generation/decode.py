@@ -22,7 +22,7 @@ from jaxkv.generation.prefill import prefill
 from jaxkv.generation.sampling import Greedy, Sampler, logprobs_of
 from jaxkv.policies import Policy, TierPolicy
 from pallas_kernels.block_writes import write_blocks
-from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.paged_attention import RawKVs, paged_attention
 
 if TYPE_CHECKING:
     from models import Llama
@@ -139,9 +139,9 @@ def decode_step(
         table, length = cache.block_table[layer], lengths[layer]
         pool = write_blocks(pool, key, value, table, starts[layer], counts)
         if observer is None:
-            out, _ = paged_attention(query[:, 0], pool, table, length)
+            out, _ = paged_attention(query[:, 0], RawKVs(pool, table, length))
             return (pool, scores), out[:, None]
-        out, (mass,) = paged_attention(query[:, 0], pool, table, length, observe=(observer.of_decoding,))
+        out, mass = paged_attention(query[:, 0], RawKVs(pool, table, length), observe=observer.of_decoding)
         if observer.observed_buffer:
             key_positions = in_table_order(cache.positions, table, length, cache.block_size)
             mass = jnp.where(key_positions <= positions[..., None] - observer.observed_buffer, mass, 0.0)

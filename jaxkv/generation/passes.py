@@ -17,8 +17,8 @@ from jaxkv.cache.quantised import HIGH, LOW, Tiers
 from jaxkv.cache.state import PagedCache, stamp_slots
 from jaxkv.compression.placement import Step, TierPolicy
 from pallas_kernels.block_writes import write_blocks
+from pallas_kernels.paged_attention import RawKVs, TieredKVs, Weakest, paged_attention
 from pallas_kernels.quantised_writes import lower_kvs, write_kvs
-from pallas_kernels.tiered_attention import RawKVs, Weakest, tiered_attention
 
 if TYPE_CHECKING:
     from models import Llama
@@ -110,22 +110,15 @@ def decode_step(
         key, value = key.reshape(-1, layout.head_dim), value.reshape(-1, layout.head_dim)
         blocks, offsets = new_blocks[layer].reshape(-1), new_offsets[layer].reshape(-1)
         pool = write_kvs(pool, key, value, each_position, blocks, offsets, layout)
-        done = tiered_attention(
-            query[:, 0],
-            pool,
-            quantised.block_table[layer],
-            jnp.moveaxis(seen[layer], -1, 0),
-            layout,
-            significance=policy.significance,
-            next_position=positions + 1,
-        )
-        assert done.weakest is not None  # since there is a significance
+        assert policy.significance is not None  # of a policy that has a step
+        tiers = TieredKVs(pool=pool, block_table=quantised.block_table[layer], lengths=seen[layer], layout=layout)
+        options = {"observe": policy.significance, "next_position": positions + 1}
+        out, found = paged_attention(query[:, 0], None, tiers=tiers, **options)
 
         def put(old: Array, found: Array) -> Array:
-            new = jnp.where(acts[:, None, None], jnp.moveaxis(found, 0, -1), old[layer])
-            return old.at[layer].set(new)
+            return old.at[layer].set(jnp.where(acts[:, None, None], found, old[layer]))
 
-        return (done.pool, jax.tree.map(put, weakest, done.weakest)), done.output[:, None]
+        return (found.pool, jax.tree.map(put, weakest, found.weakest)), out[:, None]
 
     (pool, weakest), hidden = model(tokens[:, None], positions[:, None], attend, (quantised.pool, quantised.weakest))
     quantised = replace(quantised, pool=pool, weakest=weakest)
@@ -148,15 +141,11 @@ def _unquantised_step(
 
     def attend(state: Array, layer: int | Array, query: Array, key: Array, value: Array) -> tuple[Array, Array]:
         pool = write_blocks(state, key, value, cache.block_table[layer], starts[layer], counts)
-        done = tiered_attention(
-            query[:, 0],
-            quantised.pool,
-            quantised.block_table[layer],
-            jnp.moveaxis(seen[layer], -1, 0),
-            quantised.layout,
-            raw=RawKVs(pool, cache.block_table[layer], lengths[layer]),
-        )
-        return pool, done.output[:, None]
+        raw = RawKVs(pool, cache.block_table[layer], lengths[layer])
+        table = quantised.block_table[layer]
+        tiers = TieredKVs(pool=quantised.pool, block_table=table, lengths=seen[layer], layout=quantised.layout)
+        out, _ = paged_attention(query[:, 0], raw, tiers=tiers)
+        return pool, out[:, None]
 
     pool, hidden = model(tokens[:, None], positions, attend, cache.pool)
     cache = replace(cache, pool=pool, num_tokens=cache.num_tokens + counts)

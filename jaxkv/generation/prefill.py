@@ -22,7 +22,7 @@ from jaxkv.generation.query_moments import QueryMoments
 from jaxkv.policies import Policy
 from pallas_kernels.block_writes import write_blocks
 from pallas_kernels.pool_values import read_rows
-from pallas_kernels.prefill_attention import Observed, prefill_attention
+from pallas_kernels.prefill_attention import ObservedQueries, RawKVs, prefill_attention
 
 if TYPE_CHECKING:
     from models import Llama
@@ -147,10 +147,10 @@ def prefill_chunk(model: Llama, state: PromptState, tokens: Array, counts: Array
         pool = write_blocks(pool, key, value, cache.block_table[layer], starts[layer], counts)
         cached, cached_positions = _layer(replace(before, pool=pool), held, layer)
         observed = _observed(policy, positions, cached_positions, counts, end)
-        out, masses = prefill_attention(query, key, value, *cached, observed=observed)
+        out, masses = prefill_attention(query, key, value, cached, observe=observed)
         if masses is not None:
             on_cached, on_own = masses
-            mass = mass.at[layer].add(_join(on_cached, on_own, cached[2], counts))
+            mass = mass.at[layer].add(_join(on_cached, on_own, cached.lengths, counts))
             out = out + _zero_from(on_cached).astype(out.dtype)
         if queries is not None:
             queries = queries.with_layer(layer, query, positions, typical)
@@ -203,17 +203,17 @@ def _look(
     def attend(state: Array, layer: int | Array, query: Array, key: Array, value: Array) -> tuple[Array, Array]:
         (pool, *rows_of), cached_positions = _layer(cache, held, layer)
         table, lengths = (jnp.broadcast_to(x, (len(tokens), *x.shape[1:])) for x in rows_of)
-        cached = pool, table, lengths
+        cached = RawKVs(pool, table, lengths)
         observed = None
         if policy is not None and rows is not None:
-            observed = Observed(
+            observed = ObservedQueries(
                 rows=rows,
                 positions=positions,
                 cached_positions=cached_positions,
                 function=policy.of_probability,
                 buffer=policy.observed_buffer,
             )
-        out, masses = prefill_attention(query, key, value, *cached, observed=observed)
+        out, masses = prefill_attention(query, key, value, cached, observe=observed)
         return state if masses is None else state.at[layer].add(masses[0]), out
 
     return model(tokens, positions, attend, mass)
@@ -224,14 +224,12 @@ def _held(cache: PagedCache, *, fresh: bool) -> tiering.Held | None:
     return tiering.held(cache) if cache.tiers is not None and not fresh else None
 
 
-def _layer(
-    cache: PagedCache, held: tiering.Held | None, layer: int | Array
-) -> tuple[tuple[Array, Array, Array], Array]:
-    """A layer's pool, block table and lengths as ``prefill_attention`` takes them, and the positions of its KVs."""
+def _layer(cache: PagedCache, held: tiering.Held | None, layer: int | Array) -> tuple[RawKVs, Array]:
+    """A layer's KVs as ``prefill_attention`` takes them, and the positions of its KVs."""
     if held is not None:
         return tiering.unquantised_layer(cache, held, layer), held.positions[layer]
     table, lengths = cache.block_table[layer], cache.lengths[layer]
-    return (cache.pool, table, lengths), in_table_order(cache.positions, table, lengths, cache.block_size)
+    return RawKVs(cache.pool, table, lengths), in_table_order(cache.positions, table, lengths, cache.block_size)
 
 
 def finish_prompt(model: Llama, state: PromptState, policy: Policy | None) -> tuple[PagedCache, Array]:
@@ -296,7 +294,7 @@ def _kvs(cache: PagedCache, held: Array, where: tiering.Held | None, layer: Arra
 
 def _observed(
     policy: Policy | None, positions: Array, cached_positions: Array, counts: Array, end: Array
-) -> Observed | None:
+) -> ObservedQueries | None:
     """The chunk's queries that are among the prompt's last ``observed_queries``."""
     if policy is None or policy.observed_queries == 0:
         return None
@@ -310,7 +308,7 @@ def _observed(
         real = rows < counts[:, None]
         if policy.observed_queries is not None:
             real &= positions >= end[:, None] - window
-    return Observed(
+    return ObservedQueries(
         rows=jnp.where(real, rows, -1),
         positions=positions,
         cached_positions=cached_positions,

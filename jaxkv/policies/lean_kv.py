@@ -15,7 +15,7 @@ from jaxkv.cache.quantised import HIGH, LOW, Tiers, num_blocks
 from jaxkv.compression.budget import Budget, Unlimited
 from jaxkv.compression.placement import Goal, Step, TierPolicy, most_blocks, with_formats
 from jaxkv.policies.calibrated import GENERAL, Thresholds, thresholds_for
-from pallas_kernels.tiered_attention import Significance
+from pallas_kernels.paged_attention import Significance
 
 if TYPE_CHECKING:
     from models import LlamaConfig

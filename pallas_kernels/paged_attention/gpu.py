@@ -8,7 +8,6 @@ bfloat16, on the CUDA cores for float32. What loading takes is the time; the ari
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,37 +16,33 @@ from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu_warpgroup import LANE, check_block_size, check_pool, tiled
+from pallas_kernels.kvs import RawKVs
 from pallas_kernels.paged_attention import gpu_cuda_cores, gpu_tensor_cores
 from pallas_kernels.paged_attention.gpu_merge import merge
 from pallas_kernels.paged_attention.gpu_segments import STAGES, TILE_BYTES, copies, plan_work
 from pallas_kernels.paged_attention.gpu_tensor_cores import QUERIES
+from pallas_kernels.paged_attention.types import Observe
 
 
 def paged_attention(
-    query: Array,
-    pool: Array,
-    block_table: Array,
-    lengths: Array,
-    *,
-    observe: tuple[Callable[[Array], Array], ...] = (),
-    interpret: Any = False,
-) -> tuple[Array, tuple[Array, ...]]:
+    query: Array, raw: RawKVs, *, observe: Observe | None = None, interpret: Any = False
+) -> tuple[Array, Array | None]:
     """See ``api.paged_attention``; ``interpret`` takes ``InterpretGPUParams``."""
     batch, heads, head_dim = query.shape
+    pool, block_table, lengths = raw
     kv_heads, max_blocks = block_table.shape[1:]
-    arguments = query, pool, block_table, lengths
-    output, maximum, total, logits = partial_attention(*arguments, keep=bool(observe), interpret=interpret)
+    output, maximum, total, logits = partial_attention(query, raw, keep=observe is not None, interpret=interpret)
     output = output.reshape(batch, heads, head_dim).astype(query.dtype)
-    if not observe:
-        return output, ()
+    if observe is None:
+        return output, None
     held = jnp.arange(logits[0].shape[2]) < lengths.reshape(-1, 1, 1)
     p = jnp.where(held, jnp.exp2(logits[0] - maximum[..., None]) / total[..., None], 0.0)
     p = p[..., : max_blocks * pool.shape[1]].reshape(batch, kv_heads, heads // kv_heads, -1)
-    return output, tuple(f(p) for f in observe)
+    return output, observe(p)
 
 
 def partial_attention(
-    query: Array, pool: Array, block_table: Array, lengths: Array, *, keep: bool = False, interpret: Any = False
+    query: Array, raw: RawKVs, *, keep: bool = False, interpret: Any = False
 ) -> tuple[Array, Array, Array, list[Array]]:
     """What can be joined with the softmax over other KVs of the same rows: KV heads of all sequences in turn.
 
@@ -56,6 +51,7 @@ def partial_attention(
       and if they are to be kept the logits, ``f32[rows, group, kvs]``.
     """
     batch, heads, head_dim = query.shape
+    pool, block_table, lengths = raw
     kv_heads, max_blocks = block_table.shape[1:]
     block_size, half = pool.shape[1], pool.shape[2] // 2
     rows, group = batch * kv_heads, heads // kv_heads
@@ -103,11 +99,11 @@ def partial_attention(
     return output[:, :group, :head_dim], maximum[:, :group], total[:, :group], logits
 
 
-def check(query: Array, pool: Array, block_table: Array) -> None:
+def check(query: Array, raw: RawKVs) -> None:
     """Raises ValueError for what the kernel can't take."""
-    check_pool(pool)
-    check_block_size(pool)
-    check_group(query, block_table)
+    check_pool(raw.pool)
+    check_block_size(raw.pool)
+    check_group(query, raw.block_table)
 
 
 def check_group(query: Array, block_table: Array) -> None:

@@ -12,6 +12,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.kvs import RawKVs
+from pallas_kernels.paged_attention.types import Observe
 from pallas_kernels.tpu_tiles import (
     CORES,
     LANES,
@@ -34,15 +36,13 @@ Running = tuple[Array, Array, Array]
 
 def paged_attention(
     query: Array,
-    pool: Array,
-    block_table: Array,
-    lengths: Array,
+    raw: RawKVs,
     *,
-    observe: tuple[Callable[[Array], Array], ...] = (),
+    observe: Observe | None = None,
     tiles: Tiling | None = None,
     smem_entries: int = SMEM_ENTRIES,
     interpret: Any = False,
-) -> tuple[Array, tuple[Array, ...]]:
+) -> tuple[Array, Array | None]:
     """See ``api.paged_attention``.
 
     ``tiles`` and ``smem_entries`` are for tests: how heads are cut, and how large a table one call may take.
@@ -50,47 +50,44 @@ def paged_attention(
     Raises:
       ValueError: a table row too long for SMEM.
     """
-    batch, kv_heads, max_blocks = block_table.shape
-    tiles = tiles or tiling(pool, max_blocks)
-    run = partial(_run, pool, observe=observe, tiles=tiles, interpret=interpret)
-    out, *masses = _in_calls(run, query, pool, block_table, lengths, smem_entries)
-    kvs = max_blocks * tiles.block_size
-    return out, tuple(m.reshape(batch, kv_heads, -1)[..., :kvs] for m in masses)
+    batch, kv_heads, max_blocks = raw.block_table.shape
+    tiles = tiles or tiling(raw.pool, max_blocks)
+    run = partial(_run, raw.pool, observe=observe, tiles=tiles, interpret=interpret)
+    out, *masses = _in_calls(run, query, raw, smem_entries)
+    if not masses:
+        return out, None
+    return out, masses[0].reshape(batch, kv_heads, -1)[..., : max_blocks * tiles.block_size]
 
 
-def check(query: Array, pool: Array, block_table: Array) -> None:
+def check(query: Array, raw: RawKVs) -> None:
     """Raises ValueError for what the kernel can't take."""
-    check_pool(pool, query.shape[-1])
+    check_pool(raw.pool, query.shape[-1])
 
 
-def partial_attention(
-    query: Array, pool: Array, block_table: Array, lengths: Array, *, interpret: Any = False
-) -> tuple[Array, Array]:
+def partial_attention(query: Array, raw: RawKVs, *, interpret: Any = False) -> tuple[Array, Array]:
     """Attention to some of a head's KVs, to be joined with that to others.
 
     Returns:
       Output as of ``paged_attention``, float32; and ``f32[rows, group, 128]``, of which the first two lanes are the
       maximum of the logits and the sum of their exponentials.
     """
-    tiles = tiling(pool, block_table.shape[-1])
-    run = partial(_run, pool, observe=(), tiles=tiles, sums=True, interpret=interpret)
-    out, sums = _in_calls(run, query.astype(jnp.float32), pool, block_table, lengths, SMEM_ENTRIES)
+    tiles = tiling(raw.pool, raw.block_table.shape[-1])
+    run = partial(_run, raw.pool, tiles=tiles, sums=True, interpret=interpret)
+    out, sums = _in_calls(run, query.astype(jnp.float32), raw, SMEM_ENTRIES)
     return out, sums
 
 
-def _in_calls(
-    run: Callable[..., list[Array]], query: Array, pool: Array, block_table: Array, lengths: Array, smem_entries: int
-) -> list[Array]:
+def _in_calls(run: Callable[..., list[Array]], query: Array, raw: RawKVs, smem_entries: int) -> list[Array]:
     """As many rows a call as SMEM takes: output ``[batch, heads, head_dim]``, and the rest by row."""
     batch, heads, head_dim = query.shape
-    kv_heads, max_blocks = block_table.shape[1:]
+    kv_heads, max_blocks = raw.block_table.shape[1:]
     at_once = rows_at_once(max_blocks, smem_entries)
     rows, group = batch * kv_heads, heads // kv_heads
-    lanes = lanes_of(pool)
+    lanes = lanes_of(raw.pool)
 
     query = query.reshape(rows, group, head_dim)
     padded = jnp.pad(query, ((0, 0), (0, 0), (0, lanes.width - head_dim)))
-    arguments = (padded, block_table.reshape(rows, max_blocks), lengths.reshape(rows))
+    arguments = (padded, raw.block_table.reshape(rows, max_blocks), raw.lengths.reshape(rows))
     parts = [run(*(x[at : at + at_once] for x in arguments), scale=head_dim**-0.5) for at in range(0, rows, at_once)]
     out, *rest = [jnp.concatenate(xs) for xs in zip(*parts, strict=True)]
     return [out[..., lanes.value_at : lanes.value_at + head_dim].reshape(batch, heads, head_dim), *rest]
@@ -103,39 +100,44 @@ def _run(
     lengths: Array,
     *,
     scale: float,
-    observe: tuple[Callable[[Array], Array], ...],
+    observe: Observe | None = None,
     tiles: Tiling,
     sums: bool = False,
     interpret: Any,
 ) -> list[Array]:
-    """One call: query ``[rows, group, width]`` -> output like it, and masses ``f32[rows, tiles, kvs]``.
+    """One call: query ``[rows, group, width]`` -> output like it.
 
-    With ``sums`` also ``f32[rows, group, 128]``, maximum and sum in the first lanes.
+    With ``observe`` also masses ``f32[rows, tiles, kvs]``; with ``sums`` also ``f32[rows, group, 128]``, maximum and
+    sum in the first lanes.
     """
     rows, group, width = query.shape
     steps = -(-rows // CORES)
     pad = CORES * steps - rows
     query = jnp.pad(query, ((0, pad), (0, 0), (0, 0)))
-    mass = jax.ShapeDtypeStruct((CORES * steps, tiles.tiles, tiles.kvs), jnp.float32)
-    of_query = pl.BlockSpec((1, group, width), lambda core, step, *_: (core * steps + step, 0, 0))
-    of_mass = pl.BlockSpec((1, tiles.tiles, tiles.kvs), lambda core, step, *_: (core * steps + step, 0, 0))
-    of_sums = pl.BlockSpec((1, group, LANES), lambda core, step, *_: (core * steps + step, 0, 0))
-    sum_shape = jax.ShapeDtypeStruct((CORES * steps, group, LANES), jnp.float32)
-    logits = [pltpu.VMEM((tiles.tiles, group, tiles.kvs), jnp.float32)] if observe else []
+
+    def of_row(*dims: int) -> pl.BlockSpec:
+        return pl.BlockSpec((1, *dims), lambda core, step, *_: (core * steps + step, 0, 0))
+
+    mass, both_sums = (tiles.tiles, tiles.kvs), (group, LANES)
+    beside = [mass] * bool(observe) + [both_sums] * sums
+    logits = [pltpu.VMEM((tiles.tiles, group, tiles.kvs), jnp.float32)] * bool(observe)
     kernel = partial(_kernel, scale=scale, observe=observe, tiles=tiles, steps=steps, sums=sums)
     results = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(CORES, steps),
-            in_specs=[of_query, pl.BlockSpec(memory_space=pltpu.HBM)],
-            out_specs=[of_query] + [of_mass for _ in observe] + [of_sums] * sums,
+            in_specs=[of_row(group, width), pl.BlockSpec(memory_space=pltpu.HBM)],
+            out_specs=[of_row(group, width), *(of_row(*dims) for dims in beside)],
             scratch_shapes=[*TileStream.scratch_shapes(tiles, pool), *logits],
         ),
-        out_shape=[jax.ShapeDtypeStruct(query.shape, query.dtype)] + [mass for _ in observe] + [sum_shape] * sums,
+        out_shape=[
+            jax.ShapeDtypeStruct(query.shape, query.dtype),
+            *(jax.ShapeDtypeStruct((CORES * steps, *dims), jnp.float32) for dims in beside),
+        ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=_vmem_limit(tiles, pool, group, observe),
+            vmem_limit_bytes=_vmem_limit(tiles, pool, observed=bool(observe)),
             **UNCHECKED,
         ),
         name="paged_attention",
@@ -144,9 +146,9 @@ def _run(
     return [x[:rows] for x in results]
 
 
-def _vmem_limit(tiles: Tiling, pool: Array, group: int, observe: tuple[Any, ...]) -> int:
+def _vmem_limit(tiles: Tiling, pool: Array, *, observed: bool) -> int:
     buffers = tiles.buffers * tiles.kvs * pool.shape[-1] * pool.dtype.itemsize
-    masses = tiles.tiles * tiles.kvs * 4 * (2 * len(observe) + 8 * bool(observe))
+    masses = tiles.tiles * tiles.kvs * 4 * 10 * observed
     return 16 * 2**20 + buffers + masses
 
 
@@ -158,13 +160,12 @@ def _kernel(
     out_ref: Any,
     *rest: Any,
     scale: float,
-    observe: tuple[Callable[[Array], Array], ...],
+    observe: Observe | None,
     tiles: Tiling,
     steps: int,
     sums: bool,
 ) -> None:
-    mass_refs, rest = rest[: len(observe)], rest[len(observe) :]
-    sum_refs, (buffer, arrived, state, *logits_ref) = rest[:sums], rest[sums:]
+    beside, (buffer, arrived, state, *logits_ref) = rest[: bool(observe) + sums], rest[bool(observe) + sums :]
     core, step = pl.program_id(0), pl.program_id(1)
     row = core * steps + step
     length = lengths[row]
@@ -207,22 +208,22 @@ def _kernel(
     maximum, total, output = lax.fori_loop(0, end, attend, start)
     share = 1.0 / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
     out_ref[0] = (output * share).astype(out_ref.dtype)
-    for sum_ref in sum_refs:
+    if sums:
+        sum_ref = beside[-1]
         lane = lax.broadcasted_iota(jnp.int32, sum_ref.shape[1:], 1)
         sum_ref[0] = jnp.where(lane == 0, maximum, total)
 
     if observe:
+        mass_ref = beside[0]
 
         def normalise(tile: Array, _: None) -> None:
             s = logits_ref[0][tile]
             held = lax.broadcasted_iota(jnp.int32, s.shape, 1) < length - tile * tiles.kvs
             p = jnp.where(held, jnp.exp(s - maximum) * share, 0.0)
-            for mass_ref, function in zip(mass_refs, observe, strict=True):
-                mass_ref[0, pl.ds(tile, 1)] = function(p[None])
+            mass_ref[0, pl.ds(tile, 1)] = observe(p[None])
 
         def clear(tile: Array, _: None) -> None:
-            for mass_ref in mass_refs:
-                mass_ref[0, pl.ds(tile, 1)] = jnp.zeros((1, tiles.kvs))
+            mass_ref[0, pl.ds(tile, 1)] = jnp.zeros((1, tiles.kvs))
 
         lax.fori_loop(0, end, normalise, None)
         lax.fori_loop(end, tiles.tiles, clear, None)

@@ -6,6 +6,7 @@ The resident blocks of all rows are walked in segments of about 128 KVs (``walk`
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.kvs import RawKVs
 from pallas_kernels.online_softmax import MASKED, Softmax
 from pallas_kernels.paged_attention.types import Observe
 from pallas_kernels.pool_values import IN_BOUNDS, read_rows
@@ -15,11 +16,10 @@ SEGMENT_KVS = 128
 SEGMENTS_A_STEP = 16
 
 
-def paged_attention(
-    query: Array, pool: Array, block_table: Array, lengths: Array, *, observe: tuple[Observe, ...] = ()
-) -> tuple[Array, tuple[Array, ...]]:
+def paged_attention(query: Array, raw: RawKVs, *, observe: Observe | None = None) -> tuple[Array, Array | None]:
     """See ``api.paged_attention``."""
     batch, heads, head_dim = query.shape
+    pool, block_table, lengths = raw
     kv_heads, max_blocks = block_table.shape[1:]
     block_size, half = pool.shape[1], pool.shape[2] // 2
     rows, group = batch * kv_heads, heads // kv_heads
@@ -46,17 +46,15 @@ def paged_attention(
     softmax, logits = lax.fori_loop(0, segments.steps, attend, start)
     softmax = softmax.floored()
     output = softmax.normalised().reshape(batch, heads, head_dim).astype(query.dtype)
-    if not observe:
-        return output, ()
+    if observe is None:
+        return output, None
 
-    def normalise(i: Array, masses: tuple[Array, ...]) -> tuple[Array, ...]:
+    def normalise(i: Array, masses: Array) -> Array:
         part = segments.part(i)
         s = lax.dynamic_slice(logits, (i * segments.step, 0, 0), (segments.step, group, segment_kvs))
         p = softmax.probabilities(part.row, s, part.held)
-        at = part.row, part.segment  # a segment that doesn't exist is dropped
-        return tuple(m.at[at].set(f(p), mode="drop") for m, f in zip(masses, observe, strict=True))
+        return masses.at[part.row, part.segment].set(observe(p), mode="drop")  # but for a segment that doesn't exist
 
-    empty = tuple(jnp.zeros((rows, segments.row_segments, segment_kvs)) for _ in observe)
-    masses = lax.fori_loop(0, segments.steps, normalise, empty)
-    width = max_blocks * block_size
-    return output, tuple(m.reshape(batch, kv_heads, -1)[..., :width] for m in masses)
+    masses = jnp.zeros((rows, segments.row_segments, segment_kvs))
+    masses = lax.fori_loop(0, segments.steps, normalise, masses)
+    return output, masses.reshape(batch, kv_heads, -1)[..., : max_blocks * block_size]

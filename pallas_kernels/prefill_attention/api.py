@@ -3,18 +3,17 @@
 from jax import Array
 
 from pallas_kernels.dispatch import Implementation, backend, check_row
-from pallas_kernels.prefill_attention.types import Observed
+from pallas_kernels.kvs import RawKVs
+from pallas_kernels.prefill_attention.types import ObservedQueries
 
 
 def prefill_attention(
     query: Array,
     key: Array,
     value: Array,
-    pool: Array,
-    block_table: Array,
-    lengths: Array,
+    raw: RawKVs,
     *,
-    observed: Observed | None = None,
+    observe: ObservedQueries | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Array, tuple[Array, Array] | None]:
     """A chunk of queries over all KVs cached before it and, causally, over its own.
@@ -23,27 +22,25 @@ def prefill_attention(
       query: ``[batch, length, heads, head_dim]``.
       key, value: ``[batch, length, kv_heads, head_dim]``, the chunk's own; rows past a sequence's end come last, so
         causality hides them from every real query.
-      pool: ``[blocks, block_size, 2 * half]``, K beside V, each the first ``head_dim`` values of its half.
-      block_table: ``i32[batch, kv_heads, max_blocks]``.
-      lengths: ``i32[batch, kv_heads]`` KVs cached before the chunk.
-      observed: whose attention to record, or None.
+      raw: the KVs cached before the chunk.
+      observe: whose attention to record, or None.
       implementation: see ``dispatch.Implementation``; None: the platform's own.
 
     Returns:
-      Output ``[batch, length, heads, head_dim]`` and, where ``observed``, the masses ``f32[batch, heads, max_blocks *
-      block_size]`` on the cached keys in table order and ``f32[batch, heads, length]`` on the chunk's own.
+      Output ``[batch, length, heads, head_dim]`` and, with ``observe``, the masses ``f32[batch, heads, max_blocks *
+      block_size]`` on the cached keys in table order and ``f32[batch, heads, length]`` on the chunk's own; else None.
 
     Raises:
       ValueError: shapes that don't belong together, or that this implementation can't take.
     """
     batch, length, heads, head_dim = query.shape
-    kv_heads = block_table.shape[1]
+    kv_heads = raw.block_table.shape[1]
     if heads % kv_heads:
         raise ValueError(f"query heads must be a multiple of KV heads: {heads=}, {kv_heads=}")
     if key.shape != (batch, length, kv_heads, head_dim) or value.shape != key.shape:
         raise ValueError(f"keys and values must match the queries: {query.shape=}, {key.shape=}, {value.shape=}")
-    check_row(pool, head_dim)
-    if block_table.shape[0] != batch or lengths.shape != (batch, kv_heads):
-        raise ValueError(f"batch and KV heads disagree: {query.shape=}, {block_table.shape=}, {lengths.shape=}")
-    kernels, options = backend("prefill_attention", implementation, pool, head_dim)
-    return kernels.prefill_attention(query, key, value, pool, block_table, lengths, observed=observed, **options)
+    check_row(raw.pool, head_dim)
+    if raw.block_table.shape[0] != batch or raw.lengths.shape != (batch, kv_heads):
+        raise ValueError(f"batch and KV heads disagree: {query.shape=}, {raw.block_table.shape=}, {raw.lengths.shape=}")
+    kernels, options = backend("prefill_attention", implementation, raw.pool, head_dim)
+    return kernels.prefill_attention(query, key, value, raw, observe=observe, **options)

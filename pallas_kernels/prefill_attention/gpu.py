@@ -19,8 +19,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dispatch import choose
 from pallas_kernels.gpu_warpgroup import LANE, MASKED, ROWS, check_block_size, check_pool, iota, laid, product, tiled
+from pallas_kernels.kvs import RawKVs
 from pallas_kernels.prefill_attention.gpu_masses import masses
-from pallas_kernels.prefill_attention.types import Observed
+from pallas_kernels.prefill_attention.types import ObservedQueries
 
 COMPUTING = 2
 """Warpgroups that compute; each has as many queries as the tensor cores take rows."""
@@ -33,15 +34,14 @@ def prefill_attention(
     query: Array,
     key: Array,
     value: Array,
-    pool: Array,
-    block_table: Array,
-    lengths: Array,
+    raw: RawKVs,
     *,
-    observed: Observed | None = None,
+    observe: ObservedQueries | None = None,
     interpret: Any = False,
 ) -> tuple[Array, tuple[Array, Array] | None]:
     """See ``api.prefill_attention``; ``interpret`` takes ``InterpretGPUParams``, which also allow a float32 pool."""
     batch, length, heads, head_dim = query.shape
+    pool, block_table, lengths = raw
     kv_heads = block_table.shape[1]
     half = pool.shape[2] // 2
     lengths, block_table = lengths.astype(jnp.int32), block_table.astype(jnp.int32)
@@ -72,9 +72,9 @@ def prefill_attention(
         interpret=interpret,
     )(queries, pool, block_table, lengths, rest)
     output = output[:, :, :length, :head_dim].transpose(0, 2, 1, 3).astype(query.dtype)
-    if observed is None:
+    if observe is None:
         return output, None
-    return output, masses(queries, lse, own, pool, block_table, lengths, observed, head_dim**-0.5, interpret)
+    return output, masses(queries, lse, own, pool, block_table, lengths, observe, head_dim**-0.5, interpret)
 
 
 def check(pool: Array, head_dim: int) -> None:

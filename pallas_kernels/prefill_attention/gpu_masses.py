@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu_warpgroup import LANE, ROWS, laid, load, product, tiled
-from pallas_kernels.prefill_attention.types import Observed
+from pallas_kernels.prefill_attention.types import ObservedQueries
 
 
 def masses(
@@ -27,7 +27,7 @@ def masses(
     pool: Array,
     block_table: Array,
     lengths: Array,
-    observed: Observed,
+    observed: ObservedQueries,
     scale: float,
     interpret: Any,
 ) -> tuple[Array, Array]:

@@ -16,8 +16,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.kvs import RawKVs
 from pallas_kernels.prefill_attention.tpu_masses import masses, queries_a_block
-from pallas_kernels.prefill_attention.types import Observed
+from pallas_kernels.prefill_attention.types import ObservedQueries
 from pallas_kernels.tpu_tiles import (
     CORES,
     MASKED,
@@ -43,11 +44,9 @@ def prefill_attention(
     query: Array,
     key: Array,
     value: Array,
-    pool: Array,
-    block_table: Array,
-    lengths: Array,
+    raw: RawKVs,
     *,
-    observed: Observed | None = None,
+    observe: ObservedQueries | None = None,
     tiles: Tiling | None = None,
     query_rows: int = QUERY_ROWS,
     smem_entries: int = SMEM_ENTRIES,
@@ -59,6 +58,7 @@ def prefill_attention(
       ValueError: a table row too long for SMEM.
     """
     batch, length, heads, head_dim = query.shape
+    pool, block_table, lengths = raw
     kv_heads, max_blocks = block_table.shape[1:]
     at_once = rows_at_once(max_blocks, smem_entries)
     tiles = tiles or tiling(pool, max_blocks, kvs=TILE_KVS)
@@ -80,13 +80,13 @@ def prefill_attention(
     out, log_total = (jnp.concatenate(xs) for xs in zip(*parts, strict=True))
     out = out.reshape(batch, kv_heads, group, padded, -1)[:, :, :, :length, lanes.value_at : lanes.value_at + head_dim]
     out = out.transpose(0, 3, 1, 2, 4).reshape(query.shape)
-    if observed is None:
+    if observe is None:
         return out, None
     on_cached, on_own = masses(
         pool,
         *per_row,
         log_total,
-        observed,
+        observe,
         head_dim=head_dim,
         tiles=tiles,
         query_rows=query_rows,

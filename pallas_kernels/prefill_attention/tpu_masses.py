@@ -11,7 +11,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.prefill_attention.types import Observed
+from pallas_kernels.prefill_attention.types import ObservedQueries
 from pallas_kernels.tpu_tiles import CORES, UNCHECKED, TileStream, Tiling, as_column, held_blocks, product
 
 
@@ -27,7 +27,7 @@ def masses(
     table: Array,
     lengths: Array,
     log_total: Array,
-    observed: Observed,
+    observed: ObservedQueries,
     *,
     head_dim: int,
     tiles: Tiling,
@@ -40,7 +40,7 @@ def masses(
     Args:
       pool, query, own, table, lengths: as ``tpu._run`` takes them.
       log_total: ``f32[rows, group, length]`` log of each query's softmax sum.
-      observed: see ``api.Observed``.
+      observed: see ``types.ObservedQueries``.
       head_dim: of the model; the arrays may be padded.
       tiles: how heads are cut.
       query_rows: queries of all heads of a group in one product, about.

@@ -9,7 +9,7 @@ from jax import Array
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class Observed:
+class ObservedQueries:
     """Which queries of the chunk are observed, and what becomes of their attention probabilities.
 
     A key gets the sum, over the observed queries, of ``function(probability)``, for each query head apart: what joins

@@ -8,9 +8,10 @@ maximum and sum.
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.kvs import RawKVs
 from pallas_kernels.online_softmax import MASKED, Softmax, merge
 from pallas_kernels.pool_values import IN_BOUNDS, read_rows
-from pallas_kernels.prefill_attention.types import Observed
+from pallas_kernels.prefill_attention.types import ObservedQueries
 
 TILE_KVS = 512
 QUERY_BLOCK = 256
@@ -35,14 +36,13 @@ def prefill_attention(
     query: Array,
     key: Array,
     value: Array,
-    pool: Array,
-    block_table: Array,
-    lengths: Array,
+    raw: RawKVs,
     *,
-    observed: Observed | None = None,
+    observe: ObservedQueries | None = None,
 ) -> tuple[Array, tuple[Array, Array] | None]:
     """See ``api.prefill_attention``."""
     batch, length, heads, head_dim = query.shape
+    pool, block_table, lengths = raw
     kv_heads, max_blocks = block_table.shape[1:]
     group = heads // kv_heads
     block_size, half = pool.shape[1], pool.shape[2] // 2
@@ -84,10 +84,10 @@ def prefill_attention(
         parts.append(merge(before, own))
     whole = Softmax(*(jnp.concatenate(xs, axis=3) for xs in zip(*parts, strict=True)))
     output = whole.normalised().transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim).astype(query.dtype)
-    if observed is None:
+    if observe is None:
         return output, None
 
-    rows = observed.rows
+    rows = observe.rows
     real = (rows >= 0)[:, None, None, :, None]
     rows = jnp.maximum(rows, 0)
 
@@ -97,25 +97,25 @@ def prefill_attention(
         return jnp.take_along_axis(x, index, axis=3)
 
     seen_query, maximum, total = of_rows(scaled), of_rows(whole.maximum), of_rows(whole.total)
-    query_positions = jnp.take_along_axis(observed.positions, rows, axis=1)  # [b, w]
+    query_positions = jnp.take_along_axis(observe.positions, rows, axis=1)  # [b, w]
 
     def mass(keys: Array, visible: Array) -> Array:
         """Sum over the observed queries, ``[b, heads, keys]``."""
         p = jnp.exp(logits(seen_query, keys) - maximum[..., None]) / total[..., None]
-        return jnp.where(visible & real, observed.function(p), 0.0).sum(3).reshape(batch, heads, -1)
+        return jnp.where(visible & real, observe.function(p), 0.0).sum(3).reshape(batch, heads, -1)
 
     def mass_of_tile(i: Array, masses: Array) -> Array:
         kv, held = cached_tile(i)
         visible = held[:, :, None, None]
-        if observed.buffer:
+        if observe.buffer:
             width = max_tiles * tile_kvs - max_blocks * block_size
-            positions = jnp.pad(observed.cached_positions, ((0, 0), (0, 0), (0, width)))
+            positions = jnp.pad(observe.cached_positions, ((0, 0), (0, 0), (0, width)))
             positions = lax.dynamic_slice_in_dim(positions, i * tile_kvs, tile_kvs, axis=2)
-            old = positions[:, :, None] <= query_positions[:, None, :, None] - observed.buffer  # [b, h, w, tile]
+            old = positions[:, :, None] <= query_positions[:, None, :, None] - observe.buffer  # [b, h, w, tile]
             visible = visible & old[:, :, None]
         return lax.dynamic_update_slice_in_dim(masses, mass(kv[..., :head_dim], visible), i * tile_kvs, axis=2)
 
     on_cached = lax.fori_loop(0, tiles, mass_of_tile, jnp.zeros((batch, heads, max_tiles * tile_kvs)))
-    old = jnp.arange(length) <= rows[..., None] - observed.buffer  # [b, w, length]
+    old = jnp.arange(length) <= rows[..., None] - observe.buffer  # [b, w, length]
     on_own = mass(key, old[:, None, None])
     return output, (on_cached[..., : max_blocks * block_size], on_own)

@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 from tiered import LAYOUTS
 
-from pallas_kernels.tiered_attention.tpu_softmax import BlockStream
+from pallas_kernels.paged_attention.tpu_tiers_softmax import BlockStream
 from pallas_kernels.tpu_tiles import TileStream
 
 pytestmark = pytest.mark.once
@@ -34,7 +34,7 @@ CHECKS = {
     "writes": lambda interpreter: test_tpu_kernels.check_writes(interpreter, length=3),
     "moves": lambda interpreter: test_tpu_kernels.check_moves(interpreter, counts=[31, 20]),
     "tiers": lambda interpreter: test_tiered_attention.check_tpu(
-        interpreter, LAYOUTS["plain"], lengths=np.array([[[150]], [[130]]])
+        interpreter, LAYOUTS["plain"], lengths=np.array([[[150, 130]]])
     ),
     "single KVs in tiers": lambda interpreter: test_tiered_writes.check_writes(interpreter, LAYOUTS["plain"]),
 }

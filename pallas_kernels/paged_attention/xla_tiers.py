@@ -12,83 +12,82 @@ from jax import Array, lax
 
 from pallas_kernels.kvs import RawKVs
 from pallas_kernels.online_softmax import MASKED, Softmax
+from pallas_kernels.paged_attention.types import Significance, Significant, TieredKVs, Weakest
 from pallas_kernels.pool_values import IN_BOUNDS, read_rows
-from pallas_kernels.quantised_block import BlockLayout, blocks, quantizer
+from pallas_kernels.quantised_block import blocks, quantizer
 from pallas_kernels.quantised_block.layout import Segments
-from pallas_kernels.tiered_attention.types import Significance, Tiered, Weakest
 from pallas_kernels.walk import Walk, walk
 
 
-def tiered_attention(
+def paged_attention(
     query: Array,
-    pool: Array,
-    block_table: Array,
-    lengths: Array,
-    layout: BlockLayout,
-    *,
     raw: RawKVs | None,
-    significance: Significance | None,
-    next_position: Array | None,
-) -> Tiered:
-    """See ``api.tiered_attention``."""
+    tiers: TieredKVs,
+    *,
+    observe: Significance | None = None,
+    next_position: Array | None = None,
+) -> tuple[Array, Significant | None]:
+    """See ``api.paged_attention``."""
     batch, heads, head_dim = query.shape
-    kv_heads = block_table.shape[1]
+    pool, layout = tiers.pool, tiers.layout
+    kv_heads = tiers.block_table.shape[1]
     rows, group = batch * kv_heads, heads // kv_heads
     scaled = (query.astype(jnp.float32) * head_dim**-0.5).reshape(rows, group, head_dim)
     words = pool.reshape(pool.shape[0], -1)
-    table = block_table.reshape(rows, -1)
-    tiers = tuple(
-        (tier, walk(columns, lengths[i].reshape(rows), tier.tokens))
-        for i, (tier, columns) in enumerate(zip(layout.tiers, (table, table[:, ::-1]), strict=True))
-    )
+    walks = walks_of(tiers)
     softmax = Softmax.none(rows, group, head_dim=head_dim)
     logits = []
-    for tier, blocks_of in tiers:
-        softmax, kept = _attend_tier(softmax, scaled, words, tier, blocks_of, keep=significance is not None)
+    for tier, blocks_of in zip(layout.tiers, walks, strict=True):
+        softmax, kept = _attend_tier(softmax, scaled, words, tier, blocks_of, keep=observe is not None)
         logits.append(kept)
     if raw is not None:
         softmax = _attend_raw(softmax, scaled, raw)
     softmax = softmax.floored()
     output = softmax.normalised().reshape(batch, heads, head_dim).astype(query.dtype)
-    if significance is None or next_position is None:
-        return Tiered(output, pool, None)
+    if observe is None or next_position is None:
+        return output, None
 
     def steps_of(kept: Array) -> Callable[[Array], Array]:
         return lambda i: lax.dynamic_index_in_dim(kept, i, 0, keepdims=False)
 
-    walks = [blocks_of for _, blocks_of in tiers]
-    arguments = pool, softmax, layout, walks, [steps_of(kept) for kept in logits], significance, next_position
-    return Tiered(output, *observe(*arguments))
+    return output, significant(tiers, softmax, walks, [steps_of(kept) for kept in logits], observe, next_position)
 
 
-def observe(
-    pool: Array,
+def walks_of(tiers: TieredKVs) -> list[Walk]:
+    """Over each tier's blocks."""
+    batch, kv_heads, _ = tiers.lengths.shape
+    table, lengths = tiers.block_table.reshape(batch * kv_heads, -1), tiers.lengths.reshape(-1, 2)
+    high, low = tiers.layout.tiers
+    return [walk(table, lengths[:, 0], high.tokens), walk(table[:, ::-1], lengths[:, 1], low.tokens)]
+
+
+def significant(
+    tiers: TieredKVs,
     softmax: Softmax,
-    layout: BlockLayout,
     walks: list[Walk],
     logits: list[Callable[[Array], Array]],
     significance: Significance,
     next_position: Array,
-) -> tuple[Array, Weakest]:
+) -> Significant:
     """The pool with scores added to, and each head's weakest KVs.
 
     Args:
-      pool: ``u32[blocks, rows, 128]``.
-      softmax: over all KVs of each row; the output isn't used.
-      layout: of the blocks.
+      tiers: the KVs.
+      softmax: over all KVs of each row, ``floored``; the output isn't used.
       walks: over each tier.
       logits: what gives those of a walk's ``i``-th step, ``f32[step, group, tokens]``.
-      significance, next_position: see ``api.tiered_attention``.
+      significance, next_position: see ``api.paged_attention``.
     """
-    batch = next_position.shape[0]
-    words = pool.reshape(pool.shape[0], -1)
-    position = jnp.repeat(next_position, softmax.total.shape[0] // batch)
+    batch, kv_heads, _ = tiers.lengths.shape
+    words = tiers.pool.reshape(tiers.pool.shape[0], -1)
+    position = jnp.repeat(next_position, kv_heads)
     values, indices = [], []
-    for tier, blocks_of, of_step in zip(layout.tiers, walks, logits, strict=True):
+    for tier, blocks_of, of_step in zip(tiers.layout.tiers, walks, logits, strict=True):
         words, value, index = _observe(words, softmax, of_step, tier, blocks_of, significance, position)
         values.append(value.reshape(batch, -1))
         indices.append(index.reshape(batch, -1))
-    return words.reshape(pool.shape), Weakest(value=jnp.stack(values), index=jnp.stack(indices))
+    weakest = Weakest(value=jnp.stack(values, axis=-1), index=jnp.stack(indices, axis=-1))
+    return Significant(words.reshape(tiers.pool.shape), weakest)
 
 
 def _attend_tier(

@@ -1,6 +1,6 @@
 """Attention over both tiers for NVIDIA Hopper GPUs: a kernel a tier, and XLA joins what they give.
 
-As in ``paged_attention.mosaic_gpu`` the blocks of all rows (a row: one KV head of one sequence) are cut into segments
+As in ``gpu`` the blocks of all rows (a row: one KV head of one sequence) are cut into segments
 of about equal length, one program each. Where significance is asked for the kernels write their logits, and the
 reference goes over them.
 """
@@ -21,15 +21,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.gpu_warpgroup import LANE, ROWS, tiled
 from pallas_kernels.kvs import RawKVs
 from pallas_kernels.online_softmax import Softmax
-from pallas_kernels.paged_attention import gpu as paged_gpu
+from pallas_kernels.paged_attention import gpu, gpu_tiers_softmax, xla_tiers
 from pallas_kernels.paged_attention.gpu_merge import merge
 from pallas_kernels.paged_attention.gpu_segments import plan_work
 from pallas_kernels.paged_attention.gpu_tensor_cores import QUERIES
-from pallas_kernels.quantised_block import BlockLayout
+from pallas_kernels.paged_attention.types import Significance, Significant, TieredKVs
 from pallas_kernels.quantised_block.layout import LANES, Segments
-from pallas_kernels.tiered_attention import gpu_softmax, xla
-from pallas_kernels.tiered_attention.types import Significance, Tiered
-from pallas_kernels.walk import Walk, walk
+from pallas_kernels.walk import Walk
 
 HEAD_DIMS = (64, 128)
 SEGMENT_KVS = 256
@@ -51,50 +49,52 @@ class Part(NamedTuple):
     total: Array
 
 
-def tiered_attention(
+def paged_attention(
     query: Array,
-    pool: Array,
-    block_table: Array,
-    lengths: Array,
-    layout: BlockLayout,
+    raw: RawKVs | None,
+    tiers: TieredKVs,
     *,
-    raw: RawKVs | None = None,
-    significance: Significance | None = None,
+    observe: Significance | None = None,
     next_position: Array | None = None,
     interpret: Any = False,
-) -> Tiered:
-    """See ``api.tiered_attention``; ``interpret`` takes ``InterpretGPUParams``."""
+) -> tuple[Array, Significant | None]:
+    """See ``api.paged_attention``; ``interpret`` takes ``InterpretGPUParams``."""
     batch, heads, head_dim = query.shape
-    kv_heads = block_table.shape[1]
+    kv_heads = tiers.block_table.shape[1]
     rows, group = batch * kv_heads, heads // kv_heads
-    table, lengths = (x.astype(jnp.int32) for x in (block_table.reshape(rows, -1), lengths.reshape(2, rows)))
+    table, lengths = (x.astype(jnp.int32).reshape(rows, -1) for x in (tiers.block_table, tiers.lengths))
     attend = partial(
-        _attend, query.reshape(rows, group, head_dim), pool, table, keep=significance is not None, interpret=interpret
+        _attend,
+        query.reshape(rows, group, head_dim),
+        tiers.pool,
+        table,
+        keep=observe is not None,
+        interpret=interpret,
     )
-    parts, walks, logits = [], [], []
-    for index, tier in enumerate(layout.tiers):
-        walks.append(walk(table[:, ::-1] if index else table, lengths[index], tier.tokens))
-        part, kept = attend(lengths[index], tier, walks[index], from_right=index > 0)
+    parts, logits, walks = [], [], xla_tiers.walks_of(tiers)
+    for index, tier in enumerate(tiers.layout.tiers):
+        part, kept = attend(lengths[:, index], tier, walks[index], from_right=index > 0)
         parts.append(part)
         logits.append(kept)
     if raw is not None:
-        parts.append(Part(*paged_gpu.partial_attention(query, *raw, interpret=interpret)[:3]))
+        parts.append(Part(*gpu.partial_attention(query, raw, interpret=interpret)[:3]))
     whole = join(parts)
     output = whole.output.reshape(batch, heads, head_dim).astype(query.dtype)
-    if significance is None or next_position is None:
-        return Tiered(output, pool, None)
+    if observe is None or next_position is None:
+        return output, None
     softmax = Softmax(whole.maximum * math.log(2), whole.total, whole.output)
-    of_steps = [_steps_of(*each, group) for each in zip(logits, layout.tiers, walks, strict=True)]
-    return Tiered(output, *xla.observe(pool, softmax, layout, walks, of_steps, significance, next_position))
+    of_steps = [_steps_of(*each, group) for each in zip(logits, tiers.layout.tiers, walks, strict=True)]
+    return output, xla_tiers.significant(tiers, softmax, walks, of_steps, observe, next_position)
 
 
-def check(query: Array, block_table: Array, layout: BlockLayout, raw: RawKVs | None) -> None:
+def check(query: Array, raw: RawKVs | None, tiers: TieredKVs) -> None:
     """Raises ValueError for what the kernels can't take."""
+    layout = tiers.layout
     if layout.head_dim not in HEAD_DIMS:
         raise ValueError(
             f"the GPU kernels take quantised heads of {HEAD_DIMS} values, not {layout.head_dim}; use 'xla'"
         )
-    paged_gpu.check_group(query, block_table)
+    gpu.check_group(query, tiers.block_table)
     if layout.block_bytes > MOST_BYTES:
         raise ValueError(
             f"the GPU kernels take quantised blocks of at most {MOST_BYTES} bytes, not {layout.block_bytes}: give the "
@@ -106,7 +106,7 @@ def check(query: Array, block_table: Array, layout: BlockLayout, raw: RawKVs | N
             f"the GPU kernels take vectors of at most {MOST_GROUPS} groups, not {high} and {low}; use 'xla'"
         )
     if raw is not None:
-        paged_gpu.check(query, raw.pool, raw.block_table)
+        gpu.check(query, raw)
 
 
 def join(parts: list[Part]) -> Part:
@@ -131,7 +131,7 @@ def _attend(
     interpret: Any,
 ) -> tuple[Part, list[Array]]:
     """The softmax over a tier's KVs; and if they are to be kept the logits, ``f32[blocks of all rows, n, QUERIES]`` of
-    ``n`` KVs in the order of ``gpu_softmax.token_of``.
+    ``n`` KVs in the order of ``gpu_tiers_softmax.token_of``.
 
     Args:
       queries: ``[rows, group, head_dim]``.
@@ -142,7 +142,7 @@ def _attend(
       blocks_of: the walk over its blocks, in whose order the logits are kept.
       keep: whether they are.
       from_right: whether the tier fills the table from the right.
-      interpret: see ``tiered_attention``.
+      interpret: see ``paged_attention``.
     """
     rows, group, head_dim = queries.shape
     fmt, max_blocks = tier.format, table.shape[1]
@@ -154,16 +154,16 @@ def _attend(
     padded = jnp.pad(queries.astype(jnp.float32), ((0, 0), (0, QUERIES - group), (0, 0)))
     groups = jnp.arange(fmt.key_groups)[:, None, None]
     own = jnp.where(jnp.arange(head_dim) // (head_dim // fmt.key_groups) == groups, padded[:, None], 0.0)
-    split = jnp.stack(gpu_softmax.split(own, parts), axis=2).reshape(rows, -1, QUERIES, head_dim)
+    split = jnp.stack(gpu_tiers_softmax.split(own, parts), axis=2).reshape(rows, -1, QUERIES, head_dim)
 
-    block = gpu_softmax.rows_held(tier, head_dim), LANES
+    block = gpu_tiers_softmax.rows_held(tier, head_dim), LANES
     stages = max(2, RING_BYTES // (4 * block[0] * LANES))
     shapes = [(segments, head_dim, QUERIES), (segments, QUERIES), (segments, QUERIES)]
     if keep:
-        shapes.append((blocks_of.most_steps * blocks_of.step, gpu_softmax.tiles(tier) * ROWS, QUERIES))
+        shapes.append((blocks_of.most_steps * blocks_of.step, gpu_tiers_softmax.tiles(tier) * ROWS, QUERIES))
     laid_out = tiled(jnp.dtype(jnp.bfloat16), bool(interpret))
     output, maximum, total, *logits = plgpu.kernel(
-        gpu_softmax.segment_kernel(tier, head_dim, parts, from_right, bool(interpret)),
+        gpu_tiers_softmax.segment_kernel(tier, head_dim, parts, from_right, bool(interpret)),
         out_type=tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),
         scratch_types=(
             plgpu.SMEM((stages, *block), jnp.uint32),
@@ -178,14 +178,14 @@ def _attend(
         interpret=interpret,
     )(split, own.sum(-1), pool, table, lines)
     output, maximum, total = merge(
-        work.end, output, maximum, total, axis=1, layout=gpu_softmax.LAYOUT, interpret=interpret
+        work.end, output, maximum, total, axis=1, layout=gpu_tiers_softmax.LAYOUT, interpret=interpret
     )
     return Part(output.swapaxes(1, 2)[:, :group], maximum[:, :group], total[:, :group]), logits
 
 
 def _steps_of(kept: list[Array], tier: Segments, blocks_of: Walk, group: int) -> Callable[[Array], Array]:
     """What gives the logits of a step of the walk, for powers of e: ``f32[step, group, tokens]``."""
-    place = np.argsort(gpu_softmax.token_of(np.arange(tier.tokens), tier))
+    place = np.argsort(gpu_tiers_softmax.token_of(np.arange(tier.tokens), tier))
 
     def step(i: Array) -> Array:
         logits = lax.dynamic_slice_in_dim(kept[0], i * blocks_of.step, blocks_of.step)

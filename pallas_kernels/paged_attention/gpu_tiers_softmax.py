@@ -2,7 +2,7 @@
 
 Codes are whole numbers below 256, which bfloat16 holds exactly. They go from the words in shared memory by shift and
 mask into the registers that the tensor cores read, 64 tokens at a time, in the order in which a word holds them. As in
-``paged_attention.gpu_tensor_cores`` the KVs lie down and the queries across; scales and minima meet logits and
+``gpu_tensor_cores`` the KVs lie down and the queries across; scales and minima meet logits and
 probabilities. What a query or a weight has beyond bfloat16 is added by further products, where float32 is asked for.
 """
 

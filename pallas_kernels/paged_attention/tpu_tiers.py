@@ -18,13 +18,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.kvs import RawKVs
-from pallas_kernels.paged_attention import tpu as paged_tpu
+from pallas_kernels.paged_attention import tpu
+from pallas_kernels.paged_attention.tpu_tiers_significance import Kept
+from pallas_kernels.paged_attention.tpu_tiers_softmax import BlockStream, KVs, Softmax, attend, join
+from pallas_kernels.paged_attention.types import Significance, Significant, TieredKVs, Weakest
 from pallas_kernels.quantised_block import BlockLayout
 from pallas_kernels.quantised_block.layout import LANES
 from pallas_kernels.quantised_block.tpu_vectors import SUBLANES, check_layout
-from pallas_kernels.tiered_attention.tpu_significance import Kept
-from pallas_kernels.tiered_attention.tpu_softmax import BlockStream, KVs, Softmax, attend, join
-from pallas_kernels.tiered_attention.types import Significance, Tiered, Weakest
 from pallas_kernels.tpu_tiles import (
     BUFFERS,
     CORES,
@@ -52,21 +52,18 @@ class Rows(NamedTuple):
     """What ``_attend_raw`` gives, if there are unquantised KVs."""
 
 
-def tiered_attention(
+def paged_attention(
     query: Array,
-    pool: Array,
-    block_table: Array,
-    lengths: Array,
-    layout: BlockLayout,
+    raw: RawKVs | None,
+    tiers: TieredKVs,
     *,
-    raw: RawKVs | None = None,
-    significance: Significance | None = None,
+    observe: Significance | None = None,
     next_position: Array | None = None,
     tiles: Tiling | None = None,
     smem_entries: int = SMEM_ENTRIES,
     interpret: Any = False,
-) -> Tiered:
-    """See ``api.tiered_attention``.
+) -> tuple[Array, Significant | None]:
+    """See ``api.paged_attention``.
 
     ``tiles`` and ``smem_entries`` are for tests: how heads are cut, and how large a table one call may take.
 
@@ -74,7 +71,8 @@ def tiered_attention(
       ValueError: a table row too long for SMEM.
     """
     batch, heads, head_dim = query.shape
-    kv_heads, max_blocks = block_table.shape[1:]
+    pool, layout = tiers.pool, tiers.layout
+    kv_heads, max_blocks = tiers.block_table.shape[1:]
     at_once = rows_at_once(max_blocks + 3, smem_entries)
     tiles = tiles or tiling(layout, max_blocks)
     rows, group = batch * kv_heads, heads // kv_heads
@@ -83,8 +81,8 @@ def tiered_attention(
     spread = query.reshape(rows, group, head_dim).astype(jnp.float32)
     spread = jnp.pad(spread, ((0, 0), (0, padded - group), (0, LANES - head_dim)))
     whole = Rows(
-        table=block_table.reshape(rows, max_blocks),
-        lengths=lengths.reshape(2, rows).T,
+        table=tiers.block_table.reshape(rows, max_blocks),
+        lengths=tiers.lengths.reshape(rows, 2),
         query=spread,
         following=[] if next_position is None else [jnp.repeat(next_position.astype(jnp.int32), kv_heads)],
         raw=[] if raw is None else _attend_raw(query, raw, padded, interpret),
@@ -94,7 +92,7 @@ def tiered_attention(
         layout=layout,
         dtype=jnp.bfloat16 if query.dtype == jnp.bfloat16 else jnp.float32,
         group=group,
-        significance=significance,
+        significance=observe,
         tiles=tiles,
         interpret=interpret,
     )
@@ -104,17 +102,17 @@ def tiered_attention(
         parts.append(part)
     out, *weakest = [jnp.concatenate(xs) for xs in zip(*parts, strict=True)]
     out = out[:, :group, :head_dim].reshape(batch, heads, head_dim).astype(query.dtype)
-    if significance is None:
-        return Tiered(out, pool, None)
-    value, index = (x[:, 0, :2].T.reshape(2, batch, kv_heads) for x in weakest)
-    return Tiered(out, pool, Weakest(value=value, index=index))
+    if observe is None:
+        return out, None
+    value, index = (x[:, 0, :2].reshape(batch, kv_heads, 2) for x in weakest)
+    return out, Significant(pool, Weakest(value=value, index=index))
 
 
-def check(query: Array, block_table: Array, layout: BlockLayout, raw: RawKVs | None) -> None:
+def check(query: Array, raw: RawKVs | None, tiers: TieredKVs) -> None:
     """Raises ValueError for what the kernels can't take."""
-    check_layout(layout)
+    check_layout(tiers.layout)
     if raw is not None:
-        paged_tpu.check(query, raw.pool, raw.block_table)
+        tpu.check(query, raw)
 
 
 def tiling(layout: BlockLayout, max_blocks: int) -> Tiling:
@@ -127,7 +125,7 @@ def _attend_raw(query: Array, raw: RawKVs, padded: int, interpret: Any) -> list[
     """Output ``f32[rows, padded, 128]``; and maximum and sum, the first two lanes of another of that shape."""
     batch, kv_heads = raw.lengths.shape
     rows, head_dim = batch * kv_heads, query.shape[-1]
-    output, sums = paged_tpu.partial_attention(query, raw.pool, raw.block_table, raw.lengths, interpret=interpret)
+    output, sums = tpu.partial_attention(query, raw, interpret=interpret)
     output = output.reshape(rows, -1, head_dim) * sums[..., 1:2]
     return [jnp.pad(x, ((0, 0), (0, padded - x.shape[1]), (0, LANES - x.shape[2]))) for x in (output, sums)]
 

@@ -13,11 +13,11 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.paged_attention.tpu_tiers_softmax import BlockStream, KVs, Softmax
+from pallas_kernels.paged_attention.types import Significance
 from pallas_kernels.quantised_block import BlockLayout
 from pallas_kernels.quantised_block.layout import LANES, Segments
 from pallas_kernels.quantised_block.tpu_vectors import SUBLANES, lay, line
-from pallas_kernels.tiered_attention.tpu_softmax import BlockStream, KVs, Softmax
-from pallas_kernels.tiered_attention.types import Significance
 from pallas_kernels.tpu_tiles import Tiling
 
 NOWHERE = jnp.iinfo(jnp.int32).max
