@@ -9,7 +9,7 @@ positions go the same way in integers, in table order, and are put back in their
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,43 @@ BUFFERS = 8
 STAGES = 2
 """Rebuilt tiles on their way back to the pool."""
 NO_SOURCE, NO_HOLE = -1, -2
+
+
+class Spread(NamedTuple):
+    """How far a row's sources, or its holes, are spread; flat, as a kernel prefetches it."""
+
+    span: Any
+    """``i32[rows * 2]``: first and end of the blocks from the first mark to the last."""
+    before: Any
+    """``i32[rows * (tiles + 1)]``: how many are marked before each tile, and in all."""
+
+
+class Marked(NamedTuple):
+    """The sources, or the holes, of each row, numbered in order."""
+
+    number: Array
+    """``i32[rows, tiles, tile kvs]``."""
+    spread: Spread
+    blocks: Array
+    """``bool[rows, max_blocks]``: which hold a mark."""
+
+
+class Values(NamedTuple):
+    """Scores, as their bits, and positions in table order, ``i32[rows, tiles, tile kvs]`` each."""
+
+    scores: Any
+    positions: Any
+
+
+class Stages(NamedTuple):
+    """Rebuilt tiles on their way back to the pool, in a kernel."""
+
+    tiles: Any
+    """``[STAGES, tile kvs, width]``."""
+    stored: Any
+    """A semaphore each."""
+    state: Any
+    """``i32[STAGES + 1]``: blocks under way from each, then the stage that is next."""
 
 
 def move_kvs(
@@ -79,47 +116,48 @@ def _run(
     """One call: table ``i32[rows, max_blocks]``, marks ``bool[rows, kvs]``."""
     rows, max_blocks = table.shape
     size = tiles.block_size
-    source_number, source_before, source_span, source_blocks = _numbers(is_source, NO_SOURCE, tiles)
-    hole_number, hole_before, hole_span, hole_blocks = _numbers(is_hole, NO_HOLE, tiles)
-
-    known = jnp.where(source_blocks | hole_blocks, table, 0)
+    sources, holes = _marked(is_source, NO_SOURCE, tiles), _marked(is_hole, NO_HOLE, tiles)
+    known = jnp.where(sources.blocks | holes.blocks, table, 0)
     old = [slot_values.read_blocks(values, known, size) for values in (scores, positions)]
-    old = [_in_tiles(lax.bitcast_convert_type(x, jnp.int32).reshape(rows, -1), 0, tiles) for x in old]
+    old = Values(*(_in_tiles(lax.bitcast_convert_type(x, jnp.int32).reshape(rows, -1), 0, tiles) for x in old))
 
     in_vmem = pl.BlockSpec((1, tiles.tiles, tiles.kvs), lambda row, *_: (row, 0, 0))
     anywhere = pl.BlockSpec(memory_space=pltpu.HBM)
     values = jax.ShapeDtypeStruct((rows, tiles.tiles, tiles.kvs), jnp.int32)
     width = pool.shape[-1]
-    scalars = (table.reshape(-1), source_span, hole_span, source_before.reshape(-1), hole_before.reshape(-1))
-    pool, *new = pl.pallas_call(
+    scalars = table.reshape(-1), sources.spread, holes.spread
+    inputs = sources.number, holes.number, old
+    pool, new = pl.pallas_call(
         partial(_kernel, tiles=tiles),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(rows,),
-            in_specs=[in_vmem] * 4 + [anywhere],
-            out_specs=[anywhere] + [in_vmem] * 2,
-            scratch_shapes=[
-                *TileStream.scratch_shapes(tiles, pool),
-                *TileStream.scratch_shapes(tiles, pool),
+            in_specs=(*jax.tree.map(lambda _: in_vmem, inputs), anywhere),
+            out_specs=(anywhere, Values(in_vmem, in_vmem)),
+            scratch_shapes=(
+                TileStream.scratch_shapes(tiles, pool),
+                TileStream.scratch_shapes(tiles, pool),
                 pltpu.VMEM((tiles.kvs, width), jnp.float32),
-                pltpu.VMEM((STAGES, tiles.kvs, width), pool.dtype),
-                pltpu.SemaphoreType.DMA((STAGES,)),
-                pltpu.SMEM((STAGES + 1,), jnp.int32),
-            ],
+                Stages(
+                    pltpu.VMEM((STAGES, tiles.kvs, width), pool.dtype),
+                    pltpu.SemaphoreType.DMA((STAGES,)),
+                    pltpu.SMEM((STAGES + 1,), jnp.int32),
+                ),
+            ),
         ),
-        out_shape=[jax.ShapeDtypeStruct(pool.shape, pool.dtype), values, values],
-        input_output_aliases={len(scalars) + 4: 0},
+        out_shape=(jax.ShapeDtypeStruct(pool.shape, pool.dtype), Values(values, values)),
+        input_output_aliases={len(jax.tree.leaves((scalars, inputs))): 0},
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=32 * 2**20, **UNCHECKED),
         name="move_kvs",
         interpret=interpret,
-    )(*scalars, source_number, hole_number, *old, pool)
+    )(*scalars, *inputs, pool)
 
     def put_back(values: Array, new: Array) -> Array:
         new = new.reshape(rows, -1)[:, : max_blocks * size].reshape(rows, max_blocks, size)
         new = lax.bitcast_convert_type(new, values.dtype)
-        return slot_values.write_blocks(values, known, new, hole_blocks)
+        return slot_values.write_blocks(values, known, new, holes.blocks)
 
-    return pool, put_back(scores, new[0]), put_back(positions, new[1])
+    return pool, put_back(scores, new.scores), put_back(positions, new.positions)
 
 
 def _in_tiles(per_kv: Array, fill: int, tiles: Tiling) -> Array:
@@ -128,14 +166,8 @@ def _in_tiles(per_kv: Array, fill: int, tiles: Tiling) -> Array:
     return jnp.pad(per_kv, ((0, 0), (0, pad)), constant_values=fill).reshape(-1, tiles.tiles, tiles.kvs)
 
 
-def _numbers(marked: Array, unmarked: int, tiles: Tiling) -> tuple[Array, Array, Array, Array]:
-    """The marked KVs of each row numbered in order.
-
-    Returns:
-      Numbers ``i32[rows, tiles, tile kvs]``; how many are marked before each tile and in all ``i32[rows, tiles + 1]``;
-      ``i32[2 * rows]`` first and end of the blocks from the first mark to the last; ``bool[rows, max_blocks]`` which
-      blocks hold a mark.
-    """
+def _marked(marked: Array, unmarked: int, tiles: Tiling) -> Marked:
+    """What is marked, ``bool[rows, kvs]``; other KVs get the number ``unmarked``."""
     number = jnp.where(marked, jnp.cumsum(marked, axis=1, dtype=jnp.int32) - 1, unmarked)
     in_tile = _in_tiles(marked.astype(jnp.int32), 0, tiles).sum(-1)
     before = jnp.pad(jnp.cumsum(in_tile, axis=1), ((0, 0), (1, 0)))
@@ -143,119 +175,111 @@ def _numbers(marked: Array, unmarked: int, tiles: Tiling) -> tuple[Array, Array,
     first = jnp.argmax(in_block, axis=1)
     end = jnp.where(in_block.any(1), tiles.max_blocks - jnp.argmax(in_block[:, ::-1], axis=1), first)
     span = jnp.stack([first, end], axis=1).astype(jnp.int32)
-    return _in_tiles(number, unmarked, tiles), before.astype(jnp.int32), span.reshape(-1), in_block
+    spread = Spread(span.reshape(-1), before.astype(jnp.int32).reshape(-1))
+    return Marked(_in_tiles(number, unmarked, tiles), spread, in_block)
 
 
 def _kernel(
     table: Any,
-    source_span: Any,
-    hole_span: Any,
-    source_before: Any,
-    hole_before: Any,
+    source: Spread,
+    hole: Spread,
     source_number: Any,
     hole_number: Any,
-    old_scores: Any,
-    old_positions: Any,
+    old: Values,
     pool: Any,
     moved_pool: Any,
-    new_scores: Any,
-    new_positions: Any,
-    source_buffer: Any,
-    source_arrived: Any,
-    source_state: Any,
-    hole_buffer: Any,
-    hole_arrived: Any,
-    hole_state: Any,
+    new: Values,
+    source_tiles: tuple[Any, Any, Any],
+    hole_tiles: tuple[Any, Any, Any],
     gathered: Any,
-    staged: Any,
-    stored: Any,
-    on_the_way: Any,
+    stages: Stages,
     *,
     tiles: Tiling,
 ) -> None:
     """``pool`` and ``moved_pool`` are the same memory; a row's sources lie in later blocks than its holes."""
     row, rows = pl.program_id(0), pl.num_programs(0)
 
-    def stream(span: Any, *scratch: Any) -> TileStream:
+    def stream(span: Any, scratch: tuple[Any, Any, Any]) -> TileStream:
         return TileStream(tiles, pool, table, lambda r: (span[2 * r], span[2 * r + 1]), scratch, (0, rows))
 
-    sources = stream(source_span, source_buffer, source_arrived, source_state)
-    holes = stream(hole_span, hole_buffer, hole_arrived, hole_state)
+    sources, holes = stream(source.span, source_tiles), stream(hole.span, hole_tiles)
 
     @pl.when(row == 0)
     def _():
         sources.start()
         holes.start()
         for i in range(STAGES + 1):
-            on_the_way[i] = 0  # blocks in each stage, then the stage that is next
+            stages.state[i] = 0
 
-    new_scores[...] = old_scores[...]
-    new_positions[...] = old_positions[...]
+    for before, after in zip(old, new, strict=True):
+        after[...] = before[...]
 
-    def gather(source: Array, hole: Array, slot: Array) -> None:
+    def gather(source_tile: Array, hole_tile: Array, slot: Array) -> None:
         """What this source tile has for this tile of holes."""
-        number = as_column(source_number[0, pl.ds(source, 1)])
-        is_move = number == hole_number[0, pl.ds(hole, 1)]
-        kv = jnp.where(number >= 0, source_buffer[slot].astype(jnp.float32), 0.0).astype(pool.dtype)
+        number = as_column(source_number[0, pl.ds(source_tile, 1)])
+        is_move = number == hole_number[0, pl.ds(hole_tile, 1)]
+        kv = jnp.where(number >= 0, sources.buffer[slot].astype(jnp.float32), 0.0).astype(pool.dtype)
         ones = is_move.astype(jnp.float32).astype(pool.dtype)
         gathered[...] += product(ones, kv, (0, 0))
         fills = is_move.astype(jnp.int32).sum(0, keepdims=True) > 0
-        for old, new in ((old_scores, new_scores), (old_positions, new_positions)):
-            value = jnp.where(is_move, as_column(old[0, pl.ds(source, 1)]), 0).sum(0, keepdims=True)
-            new[0, pl.ds(hole, 1)] = jnp.where(fills, value, new[0, pl.ds(hole, 1)])
+        for before, after in zip(old, new, strict=True):
+            value = jnp.where(is_move, as_column(before[0, pl.ds(source_tile, 1)]), 0).sum(0, keepdims=True)
+            after[0, pl.ds(hole_tile, 1)] = jnp.where(fills, value, after[0, pl.ds(hole_tile, 1)])
 
-    def blocks_of(stage: Array, hole: Array) -> tuple[Array, Array, Any]:
+    def blocks_of(stage: Array, tile: Array) -> tuple[Array, Array, Any]:
         """First and end of the entries to store, and the copy of one of them."""
-        first = jnp.maximum(hole_span[2 * row], hole * tiles.blocks)
-        end = jnp.minimum(hole_span[2 * row + 1], (hole + 1) * tiles.blocks)
+        first = jnp.maximum(hole.span[2 * row], tile * tiles.blocks)
+        end = jnp.minimum(hole.span[2 * row + 1], (tile + 1) * tiles.blocks)
 
         def copy(entry: Array) -> Any:
-            at = pl.multiple_of((entry - hole * tiles.blocks) * tiles.block_size, tiles.block_size)
+            at = pl.multiple_of((entry - tile * tiles.blocks) * tiles.block_size, tiles.block_size)
             block = moved_pool.at[table[row * tiles.max_blocks + entry]]
-            return pltpu.make_async_copy(staged.at[stage, pl.ds(at, tiles.block_size)], block, stored.at[stage])
+            return pltpu.make_async_copy(
+                stages.tiles.at[stage, pl.ds(at, tiles.block_size)], block, stages.stored.at[stage]
+            )
 
         return first, end, copy
 
     def await_stage(stage: Array) -> None:
-        one = staged.at[0, pl.ds(0, tiles.block_size)]
-        wait = pltpu.make_async_copy(one, one, stored.at[stage]).wait
-        lax.fori_loop(0, on_the_way[stage], lambda _, __: wait(), None)
-        on_the_way[stage] = 0
+        one = stages.tiles.at[0, pl.ds(0, tiles.block_size)]
+        wait = pltpu.make_async_copy(one, one, stages.stored.at[stage]).wait
+        lax.fori_loop(0, stages.state[stage], lambda _, __: wait(), None)
+        stages.state[stage] = 0
 
-    def store(hole: Array) -> None:
+    def store(tile: Array) -> None:
         """The tile of holes goes back, with what was gathered in its holes."""
-        slot = holes.take(row, hole)
-        stage = on_the_way[STAGES]
+        slot = holes.take(row, tile)
+        stage = stages.state[STAGES]
         await_stage(stage)
-        is_hole = as_column(hole_number[0, pl.ds(hole, 1)]) >= 0
-        old = hole_buffer[slot].astype(jnp.float32)
-        staged[stage] = jnp.where(is_hole, gathered[...], old).astype(pool.dtype)
+        is_hole = as_column(hole_number[0, pl.ds(tile, 1)]) >= 0
+        kept = holes.buffer[slot].astype(jnp.float32)
+        stages.tiles[stage] = jnp.where(is_hole, gathered[...], kept).astype(pool.dtype)
         gathered[...] = jnp.zeros(gathered.shape, gathered.dtype)
-        first, end, copy = blocks_of(stage, hole)
+        first, end, copy = blocks_of(stage, tile)
         lax.fori_loop(first, end, lambda entry, _: copy(entry).start(), None)
-        on_the_way[stage] = end - first
-        on_the_way[STAGES] = lax.rem(stage + 1, jnp.int32(STAGES))
+        stages.state[stage] = end - first
+        stages.state[STAGES] = lax.rem(stage + 1, jnp.int32(STAGES))
 
     width = tiles.tiles + 1
-    moves = source_before[row * width + tiles.tiles]
+    moves = source.before[row * width + tiles.tiles]
 
     @pl.when(moves > 0)
     def _():
         gathered[...] = jnp.zeros(gathered.shape, gathered.dtype)
 
         def pair(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-            _, source, hole, slot = state
-            gather(source, hole, slot)
-            source_end, hole_end = source_before[row * width + source + 1], hole_before[row * width + hole + 1]
+            _, source_tile, hole_tile, slot = state
+            gather(source_tile, hole_tile, slot)
+            source_end = source.before[row * width + source_tile + 1]
+            hole_end = hole.before[row * width + hole_tile + 1]
             done = jnp.minimum(source_end, hole_end)
-            pl.when(hole_end == done)(lambda: store(hole))
-            next_source = jnp.where(source_end == done, source + 1, source)
+            pl.when(hole_end == done)(lambda: store(hole_tile))
+            next_source = jnp.where(source_end == done, source_tile + 1, source_tile)
             slot = lax.cond((source_end == done) & (done < moves), lambda: sources.take(row, next_source), lambda: slot)
-            return done, next_source, jnp.where(hole_end == done, hole + 1, hole), slot
+            return done, next_source, jnp.where(hole_end == done, hole_tile + 1, hole_tile), slot
 
-        source, _ = sources.tiles(row)
-        hole, _ = holes.tiles(row)
-        start = jnp.int32(0), source, hole, sources.take(row, source)
+        (first_source, _), (first_hole, _) = sources.tiles(row), holes.tiles(row)
+        start = jnp.int32(0), first_source, first_hole, sources.take(row, first_source)
         lax.while_loop(lambda state: state[0] < moves, pair, start)
 
     @pl.when(row == rows - 1)

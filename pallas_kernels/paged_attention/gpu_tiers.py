@@ -151,9 +151,7 @@ def _attend(
     lines = jnp.concatenate([work.table, blocks_of.first[work.table[:, :1]]], axis=1)
 
     parts = 1 if queries.dtype == jnp.bfloat16 else 3
-    padded = jnp.pad(queries.astype(jnp.float32), ((0, 0), (0, QUERIES - group), (0, 0)))
-    groups = jnp.arange(fmt.key_groups)[:, None, None]
-    own = jnp.where(jnp.arange(head_dim) // (head_dim // fmt.key_groups) == groups, padded[:, None], 0.0)
+    own = _own_values(queries, fmt.key_groups)
     split = jnp.stack(gpu_tiers_softmax.split(own, parts), axis=2).reshape(rows, -1, QUERIES, head_dim)
 
     block = gpu_tiers_softmax.rows_held(tier, head_dim), LANES
@@ -181,6 +179,14 @@ def _attend(
         work.end, output, maximum, total, axis=1, layout=gpu_tiers_softmax.LAYOUT, interpret=interpret
     )
     return Part(output.swapaxes(1, 2)[:, :group], maximum[:, :group], total[:, :group]), logits
+
+
+def _own_values(queries: Array, groups: int) -> Array:
+    """For each group of K's values what of the queries meets it, ``f32[rows, groups, QUERIES, head_dim]``."""
+    _, group, head_dim = queries.shape
+    padded = jnp.pad(queries.astype(jnp.float32), ((0, 0), (0, QUERIES - group), (0, 0)))
+    own = jnp.arange(head_dim) // (head_dim // groups) == jnp.arange(groups)[:, None, None]
+    return jnp.where(own, padded[:, None], 0.0)
 
 
 def _steps_of(kept: list[Array], tier: Segments, blocks_of: Walk, group: int) -> Callable[[Array], Array]:

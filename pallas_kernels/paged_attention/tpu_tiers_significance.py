@@ -28,11 +28,11 @@ def tail(tier: Segments) -> tuple[int, int]:
     return tier.scores // (LANES * SUBLANES) * SUBLANES, -(-tier.end // (LANES * SUBLANES)) * SUBLANES
 
 
-class Weakest(NamedTuple):
-    """Value and place of the KV that is worth least, ``[1, 1, 1]`` each."""
+class Least(NamedTuple):
+    """Value and place of the KV that is worth least, ``[1, 1, 1]`` each; or where they go."""
 
-    value: Array
-    place: Array
+    value: Any
+    place: Any
 
 
 class Kept:
@@ -82,7 +82,7 @@ class Kept:
         significance: Significance,
         next_position: Array,
         group: int,
-    ) -> Weakest:
+    ) -> Least:
         """Adds to a tier's scores, starts to write them, and finds its weakest KV."""
         tier, per_tile = kvs.tier, self.stream.tiling.blocks
         first, end = tail(tier)
@@ -90,7 +90,7 @@ class Kept:
         share = 1.0 / jnp.maximum(softmax.total, jnp.finfo(jnp.float32).tiny)
         following = jnp.full((1, 1, 1), next_position, jnp.int32)
 
-        def over(tile: Array, weakest: Weakest) -> Weakest:
+        def over(tile: Array, weakest: Least) -> Least:
             at = before + tile
             rows = self.tails[self.turn, at, :, : end - first]
             for side in range(tier.sides):
@@ -109,7 +109,7 @@ class Kept:
             self._write(kvs, tile, at)
             return weakest
 
-        nothing = Weakest(jnp.full((1, 1, 1), jnp.inf, jnp.float32), jnp.full((1, 1, 1), NOWHERE, jnp.int32))
+        nothing = Least(jnp.full((1, 1, 1), jnp.inf, jnp.float32), jnp.full((1, 1, 1), NOWHERE, jnp.int32))
         self.count[self.turn, int(kvs.is_low)] = kvs.blocks
         return lax.fori_loop(0, self.stream.tiles(kvs.item)[1], over, nothing)
 
@@ -143,11 +143,11 @@ class Kept:
         lax.fori_loop(*entries, copy, None)
 
 
-def _weaker(weakest: Weakest, worth: Array, places: Array) -> Weakest:
+def _weaker(weakest: Least, worth: Array, places: Array) -> Least:
     """The weaker one, of equals the first."""
     value = worth.min(0, keepdims=True).min(2, keepdims=True)
     here = jnp.where(worth == value, places, NOWHERE)
     here = here.min(0, keepdims=True).min(2, keepdims=True)
     place = jnp.where(value == weakest.value, jnp.minimum(here, weakest.place), here)
     place = jnp.where(value <= weakest.value, place, weakest.place)
-    return Weakest(jnp.minimum(value, weakest.value), place)
+    return Least(jnp.minimum(value, weakest.value), place)

@@ -116,7 +116,7 @@ def _run(
         out_shape=jax.ShapeDtypeStruct(pool.shape, pool.dtype),
         input_output_aliases={5: 0},
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=32 * 2**20, **UNCHECKED),
-        name="tiered_writes",
+        name="quantised_writes",
         interpret=interpret,
     )(jnp.pad(blocks, pad[0]), tiles.reshape(-1), places.reshape(-1), masks, bits, pool)
 

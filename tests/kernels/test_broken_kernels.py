@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+import test_quantised_writes
 import test_tiered_attention
-import test_tiered_writes
 import test_tpu_kernels
 from interpreted import MODES, Interpreter
 from jax import lax
@@ -36,7 +36,7 @@ CHECKS = {
     "tiers": lambda interpreter: test_tiered_attention.check_tpu(
         interpreter, LAYOUTS["plain"], lengths=np.array([[[150, 130]]])
     ),
-    "single KVs in tiers": lambda interpreter: test_tiered_writes.check_writes(interpreter, LAYOUTS["plain"]),
+    "single KVs in tiers": lambda interpreter: test_quantised_writes.check_writes(interpreter, LAYOUTS["plain"]),
 }
 STREAMED = ("decode", "prefill", "moves", "tiers")
 

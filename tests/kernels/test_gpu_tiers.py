@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_gpu_kernels import in_place
 from test_gpu_kernels import run as run
+from test_quantised_writes import garbage, lower, lowered, new_kvs, write
 from test_tiered_attention import check_alike, observing, query_of, reference, tiers_of
-from test_tiered_writes import garbage, lower, lowered, new_kvs, write
 from tiered import hold, layout_of
 
 from pallas_kernels.paged_attention import gpu_tiers, gpu_tiers_softmax, paged_attention
