@@ -1,10 +1,12 @@
 """Which implementation of an operation runs: the platform's own, one named in the call, or one named for a block."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from importlib import import_module
+from types import ModuleType
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -13,6 +15,7 @@ from jax import Array
 Implementation = Literal["xla", "mosaic_tpu", "mosaic_gpu"]
 """``"xla"``: the reference in plain XLA, on any platform. The others are Pallas kernels: ``"mosaic_tpu"`` for TPUs,
 ``"mosaic_gpu"`` for NVIDIA Hopper GPUs: H100, H200, GH200."""
+MODULES: dict[Implementation, str] = {"xla": "xla", "mosaic_tpu": "tpu", "mosaic_gpu": "gpu"}
 HOPPER = "9."
 """How the compute capability of a GPU begins that has what the kernels use: later ones have no ``wgmma``."""
 
@@ -108,20 +111,39 @@ def of_platform() -> Implementation:
     return "mosaic_tpu" if platform == "tpu" else "xla"
 
 
-def or_xla(choice: Choice, check: Callable[[], None]) -> Choice:
-    """The choice, or where only the platform chose and its kernel refuses, the reference; which is said once.
+def backend(
+    operation: str, implementation: Implementation | None, *checked: Any, part: str = ""
+) -> tuple[ModuleType, dict[str, Any]]:
+    """The module that has an operation's kernels, and what else they take.
+
+    A platform's Pallas is imported here, when it is chosen, and nowhere else: it may not be importable on another.
+
+    Args:
+      operation: its folder.
+      implementation: as for ``choose``.
+      checked: what the ``check`` of the kernels' modules takes.
+      part: how the modules' names end, where an operation has several of each.
 
     Raises:
-      ValueError: the kernel refuses, and was named.
+      ValueError: the kernels can't take it; or, of a GPU whose kernels nobody named, the reference runs, which is said
+        once.
     """
+    choice = choose(implementation)
+
+    def module_of(implementation: Implementation) -> ModuleType:
+        return import_module(f"pallas_kernels.{operation}.{MODULES[implementation]}{part}")
+
+    module = module_of(choice.implementation)
+    if choice.implementation == "xla":
+        return module, {}
     try:
-        check()
+        module.check(*checked)
     except ValueError as refusal:
-        if not choice.by_platform:
+        if choice.implementation == "mosaic_tpu" or not choice.by_platform:
             raise
         say_once(f"an operation runs as plain XLA on this GPU: {refusal}")
-        return Choice("xla")
-    return choice
+        return module_of("xla"), {}
+    return module, {"interpret": choice.interpret}
 
 
 @cache

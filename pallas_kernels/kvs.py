@@ -1,4 +1,4 @@
-"""What the attention kernels are given of a layer's cached KVs."""
+"""Unquantised KVs as the operations take them."""
 
 from typing import NamedTuple
 
@@ -6,11 +6,11 @@ from jax import Array
 
 
 class RawKVs(NamedTuple):
-    """Unquantised KVs of each sequence's heads."""
+    """Those that each head of each sequence holds."""
 
     pool: Array
-    """``[blocks, block_size, 2 * half]``, K beside V, each at the beginning of its half."""
+    """``[blocks, block_size, 2 * half]``, K beside V, each the first ``head_dim`` values of its half."""
     block_table: Array
     """``i32[batch, kv_heads, max_blocks]``; entries past a head's last block are never read."""
     lengths: Array
-    """``i32[batch, kv_heads]``: KVs that a head holds."""
+    """``i32[batch, kv_heads]`` KVs a head holds."""

@@ -11,6 +11,8 @@ from jax import Array, lax
 from pallas_kernels.dispatch import choose
 
 BITS = jnp.uint16
+IN_BOUNDS = "promise_in_bounds"
+"""How to index what a table names: it is a block of the pool."""
 
 
 def pool_dtype(dtype: jnp.dtype) -> jnp.dtype:

@@ -24,11 +24,10 @@ import numpy as np
 
 from pallas_kernels.block_moves import Moves, move_kvs
 from pallas_kernels.block_writes import write_blocks
-from pallas_kernels.dispatch import block_tile
-from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.dispatch import Implementation, block_tile
+from pallas_kernels.paged_attention import RawKVs, TieredKVs, paged_attention
 from pallas_kernels.prefill_attention import prefill_attention
-from pallas_kernels.tiered_attention import tiered_attention
-from pallas_kernels.tiers import BlockLayout, Format, blocks
+from pallas_kernels.quantised_block import BlockLayout, Format, blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,24 +76,9 @@ Operations = dict[str, dict[str, Callable[..., Any]]]
 def operations(platform: str) -> Operations:
     """By operation and implementation. The kernels of a platform are tried on no other."""
     api = {"decode": paged_attention, "writes": write_blocks, "moves": move_kvs, "prefill": prefill_attention}
-    api["tiers"] = tiered_attention
-    found: Operations = {what: {"xla": partial(call, implementation="xla")} for what, call in api.items()}
-    if platform == "tpu":
-        for what, call in api.items():
-            found[what]["mosaic_tpu"] = partial(call, implementation="mosaic_tpu")
-    if platform == "gpu":
-        from pallas_kernels.block_moves import mosaic_gpu as moves
-        from pallas_kernels.block_writes import mosaic_gpu as writes
-        from pallas_kernels.paged_attention import mosaic_gpu as decode
-        from pallas_kernels.prefill_attention import mosaic_gpu as prefill
-        from pallas_kernels.tiered_attention import mosaic_gpu as tiers
-
-        found["decode"]["mosaic_gpu"] = decode.paged_attention
-        found["writes"]["mosaic_gpu"] = writes.write_blocks
-        found["moves"]["mosaic_gpu"] = moves.move_kvs
-        found["prefill"]["mosaic_gpu"] = prefill.prefill_attention
-        found["tiers"]["mosaic_gpu"] = tiers.tiered_attention
-    return found
+    own: dict[str, Implementation] = {"tpu": "mosaic_tpu", "gpu": "mosaic_gpu"}
+    names: list[Implementation] = ["xla", own[platform]] if platform in own else ["xla"]
+    return {what: {name: partial(call, implementation=name) for name in names} for what, call in api.items()}
 
 
 def seconds(call: Callable[..., Any], *arguments: Any, repeats: int, carried: bool = False) -> float:
@@ -142,7 +126,7 @@ class Cached:
             used += blocks[row]
         shape = len(ids) + 1, sizes.block_size, 2 * sizes.head_dim
         self.pool = random_array(shape, sizes.dtype)
-        self.table, self.lengths = jnp.asarray(table), jnp.asarray(lengths, jnp.int32)
+        self.raw = RawKVs(self.pool, jnp.asarray(table), jnp.asarray(lengths, jnp.int32))
         self.bytes = int(lengths.sum()) * sizes.kv_bytes
 
 
@@ -169,7 +153,7 @@ def measure_decode(sizes: Sizes, found: Operations, repeats: int, ratio: int) ->
     uniform = np.full((sizes.batch, sizes.kv_heads), sizes.context)
     for name, lengths in (("uniform lengths", uniform), (f"lengths 1:{ratio}", skewed(sizes, ratio, rng))):
         cached = Cached(sizes, lengths, rng)
-        arguments = query, cached.pool, cached.table, cached.lengths
+        arguments = query, cached.raw
         for by, call in found["decode"].items():
             timed = partial(seconds, jax.jit(call), *arguments, repeats=repeats)
             yield attempt(f"decode, {name}", by, cached.bytes, timed)
@@ -190,21 +174,21 @@ def measure_tiers(sizes: Sizes, found: Operations, repeats: int) -> Iterator[Row
             tile=block_tile(),
         )
         in_high = int(share * sizes.context)
-        pool, table, lengths = tiered_pool(sizes, layout, (in_high, sizes.context - in_high))
-        size = (pool.shape[0] - 1) * layout.block_bytes
+        tiers = tiered_kvs(sizes, layout, (in_high, sizes.context - in_high))
+        size = (tiers.pool.shape[0] - 1) * layout.block_bytes
         kvs = sizes.batch * sizes.kv_heads * sizes.context
-        for by, call in found["tiers"].items():
+        for by, call in found["decode"].items():
 
-            def attend(*arguments: jax.Array, call: Any = call, layout: BlockLayout = layout) -> jax.Array:
-                return call(*arguments, layout).output
+            def attend(query: jax.Array, tiers: TieredKVs, call: Any = call) -> jax.Array:
+                return call(query, None, tiers=tiers)[0]
 
-            timed = partial(seconds, jax.jit(attend), query, pool, table, lengths, repeats=repeats)
+            timed = partial(seconds, jax.jit(attend), query, tiers, repeats=repeats)
             row = attempt(f"decode, {name}", by, size, timed)
             note = row.note or f"{size / (kvs * 4 * sizes.head_dim):.3f} of bfloat16's bytes"
             yield replace(row, note=note)
 
 
-def tiered_pool(sizes: Sizes, layout: BlockLayout, held: tuple[int, int]) -> tuple[jax.Array, jax.Array, jax.Array]:
+def tiered_kvs(sizes: Sizes, layout: BlockLayout, held: tuple[int, int]) -> TieredKVs:
     """Blocks in random order, all of a tier alike; each head holds so many KVs in the high and in the low tier."""
     rng, heads = np.random.default_rng(0), (sizes.batch, sizes.kv_heads)
     counts = [-(-n // tier.tokens) for n, tier in zip(held, layout.tiers, strict=True)]
@@ -217,8 +201,12 @@ def tiered_pool(sizes: Sizes, layout: BlockLayout, held: tuple[int, int]) -> tup
         key, value = (random_array((tier.tokens, sizes.head_dim), "float32", seed) for seed in range(2))
         tokens = blocks.Tokens(key, value, jnp.zeros(tier.tokens), jnp.zeros(tier.tokens, jnp.int32))
         pool.append(jnp.broadcast_to(blocks.encode(tokens, tier, layout.words), (total, layout.words)))
-    lengths = jnp.broadcast_to(jnp.array(held, jnp.int32)[:, None, None], (2, *heads))
-    return jnp.concatenate(pool).reshape(-1, layout.rows, 128), jnp.asarray(table), lengths
+    return TieredKVs(
+        pool=jnp.concatenate(pool).reshape(-1, layout.rows, 128),
+        block_table=jnp.asarray(table),
+        lengths=jnp.broadcast_to(jnp.array(held, jnp.int32), (*heads, 2)),
+        layout=layout,
+    )
 
 
 def jax_decode(sizes: Sizes, repeats: int) -> float:
@@ -279,7 +267,7 @@ def measure_writes(sizes: Sizes, found: Operations, repeats: int) -> Iterator[Ro
         size = 2 * sizes.batch * length * sizes.kv_heads * sizes.kv_bytes
         for by, call in found["writes"].items():
             jitted = jax.jit(call, donate_argnums=0)
-            arguments = cached.pool + 0, kv, kv, cached.table, starts, counts
+            arguments = cached.pool + 0, kv, kv, cached.raw.block_table, starts, counts
             timed = partial(seconds, jitted, *arguments, repeats=repeats, carried=True)
             yield attempt(f"writes, {length} a head", by, size, timed)
 
@@ -288,7 +276,7 @@ def measure_moves(sizes: Sizes, found: Operations, repeats: int) -> Iterator[Row
     """A quarter of the KVs from the second half of their heads into the first."""
     rng = np.random.default_rng(0)
     cached = Cached(sizes, np.full((sizes.batch, sizes.kv_heads), sizes.context), rng)
-    rows, kvs = sizes.batch * sizes.kv_heads, cached.table.shape[-1] * sizes.block_size
+    rows, kvs = sizes.batch * sizes.kv_heads, cached.raw.block_table.shape[-1] * sizes.block_size
     half = sizes.context // 2
     marks = np.zeros((2, rows, kvs), bool)
     for row in range(rows):
@@ -305,7 +293,7 @@ def measure_moves(sizes: Sizes, found: Operations, repeats: int) -> Iterator[Row
     for by, move in found["moves"].items():
         jitted = jax.jit(partial(call, move=move), donate_argnums=0)
         state = jnp.zeros(values, jnp.float32), jnp.zeros(values, jnp.int32)
-        arguments = cached.pool + 0, state, cached.table.reshape(rows, -1), moves
+        arguments = cached.pool + 0, state, cached.raw.block_table.reshape(rows, -1), moves
         timed = partial(seconds, jitted, *arguments, repeats=repeats, carried=True)
         yield attempt("moves, a quarter of the KVs", by, size, timed)
 
@@ -318,7 +306,7 @@ def measure_prefill(sizes: Sizes, found: Operations, repeats: int) -> Iterator[R
     pairs = sizes.chunk * sizes.context + sizes.chunk * (sizes.chunk + 1) // 2
     flops = 4 * sizes.heads * sizes.head_dim * pairs
     for by, call in found["prefill"].items():
-        arguments = query, kv, kv, cached.pool, cached.table, cached.lengths
+        arguments = query, kv, kv, cached.raw
         size = cached.bytes + 2 * query.nbytes + 2 * kv.nbytes
         timed = partial(seconds, jax.jit(call), *arguments, repeats=repeats)
         row = attempt(f"prefill, {sizes.chunk} tokens after {sizes.context}", by, size, timed)

@@ -28,7 +28,7 @@ from jaxkv.generation.compress import compress
 from jaxkv.generation.passes import compact
 from jaxkv.generation.prefill import finish_prompt, look_ahead, prefill_chunk, start_prompt
 from models import Llama
-from pallas_kernels.tiers import Format
+from pallas_kernels.quantised_block import Format
 
 TEXT = Path(__file__).parent / "data" / "emma-chapters-1-10.txt"
 CONTEXT, AFTER = 1536, 512

@@ -29,11 +29,10 @@ from models import Llama, LlamaConfig, stack_layers
 from models.shapes import SHAPES
 from pallas_kernels.block_moves import Moves, move_kvs
 from pallas_kernels.block_writes import write_blocks
-from pallas_kernels.paged_attention import paged_attention
-from pallas_kernels.prefill_attention import Observed, prefill_attention
-from pallas_kernels.tiered_attention import Significance, tiered_attention
-from pallas_kernels.tiered_writes import lower_kvs, write_kvs
-from pallas_kernels.tiers import BlockLayout
+from pallas_kernels.paged_attention import RawKVs, Significance, TieredKVs, paged_attention
+from pallas_kernels.prefill_attention import ObservedQueries, prefill_attention
+from pallas_kernels.quantised_block import BlockLayout
+from pallas_kernels.quantised_writes import lower_kvs, write_kvs
 
 BATCH, CONTEXT, BLOCK_SIZE, CHUNK, WINDOW = 32, 16_384, 64, 512, 32
 KERNEL_POOL = 2 * GIB
@@ -60,10 +59,6 @@ def shape(dims: tuple[int, ...], dtype: Any) -> Any:
     return jax.ShapeDtypeStruct(dims, dtype)
 
 
-def mass(p: jax.Array) -> jax.Array:
-    return p.sum(-2)
-
-
 def squared_mass(p: jax.Array) -> jax.Array:
     return (p * p).sum(-2)
 
@@ -83,7 +78,7 @@ def kernels(model: LlamaConfig) -> Iterator[Program]:
         return shape((batch, kv_heads, max_blocks), i32), shape((batch, kv_heads), i32)
 
     def decode(query: Any, pool: Any, table: Any, lengths: Any) -> Any:
-        return paged_attention(query, pool, table, lengths, observe=(mass, squared_mass))
+        return paged_attention(query, RawKVs(pool, table, lengths), observe=squared_mass)
 
     yield Program("paged_attention", decode, (shape((BATCH, heads, head_dim), bf16), pool, *table(BATCH)), pool)
 
@@ -91,18 +86,17 @@ def kernels(model: LlamaConfig) -> Iterator[Program]:
         new = shape((batch, length, kv_heads, head_dim), bf16)
         yield Program(name, write_blocks, (pool, new, new, *table(batch), shape((batch,), i32)), pool, (0,))
 
-    def prefill(*arguments: Any) -> Any:
-        *rest, observed = arguments
-        return prefill_attention(*rest, observed=observed)
+    def prefill(query: Any, key: Any, value: Any, raw: RawKVs, observe: ObservedQueries) -> Any:
+        return prefill_attention(query, key, value, raw, observe=observe)
 
-    observed = Observed(
+    observe = ObservedQueries(
         rows=shape((1, WINDOW), i32),
         positions=shape((1, CHUNK), i32),
         cached_positions=shape((1, kv_heads, max_blocks * BLOCK_SIZE), i32),
         function=square,
     )
     query, new = (shape((1, CHUNK, n, head_dim), bf16) for n in (heads, kv_heads))
-    yield Program("prefill_attention", prefill, (query, new, new, pool, *table(1), observed), pool)
+    yield Program("prefill_attention", prefill, (query, new, new, RawKVs(pool, *table(1)), observe), pool)
 
     rows = model.num_layers * kv_heads
     values = (pool.shape[0] * BLOCK_SIZE // 128, 128)
@@ -118,23 +112,23 @@ def tiered_kernels(model: LlamaConfig) -> Iterator[Program]:
     layout = tier_layout(TIER_POLICY, head_dim)
     pool = shape((KERNEL_POOL // layout.block_bytes, layout.rows, 128), jnp.uint32)
     table = shape((BATCH, kv_heads, min(CONTEXT, model.max_context) // layout.tokens + 2), i32)
-    lengths, query = shape((2, BATCH, kv_heads), i32), shape((BATCH, heads, head_dim), jnp.bfloat16)
+    lengths, query = shape((BATCH, kv_heads, 2), i32), shape((BATCH, heads, head_dim), jnp.bfloat16)
     significance = Significance(
         observe=lambda p: p.max(-2),
         value=lambda scores, positions, following: scores / (following - positions).astype(jnp.float32),
     )
 
     def decode(pool: Any, query: Any, table: Any, lengths: Any, following: Any) -> Any:
-        options = {"significance": significance, "next_position": following}
-        return tiered_attention(query, pool, table, lengths, layout, **options)
+        tiers = TieredKVs(pool=pool, block_table=table, lengths=lengths, layout=layout)
+        return paged_attention(query, None, tiers=tiers, observe=significance, next_position=following)
 
     arguments = (pool, query, table, lengths, shape((BATCH,), i32))
-    yield Program("tiered_attention", decode, arguments, pool, (0,))
+    yield Program("paged_attention, tiers", decode, arguments, pool, (0,))
     rows = BATCH * kv_heads
     index, new = shape((rows,), i32), shape((rows, head_dim), jnp.bfloat16)
     write, lower = partial(write_kvs, layout=layout), partial(lower_kvs, layout=layout)
-    yield Program("tiered_writes, new", write, (pool, new, new, index, index, index), pool, (0,))
-    yield Program("tiered_writes, lowered", lower, (pool, index, index, index, index), pool, (0,))
+    yield Program("quantised_writes, new", write, (pool, new, new, index, index, index), pool, (0,))
+    yield Program("quantised_writes, lowered", lower, (pool, index, index, index, index), pool, (0,))
 
 
 def tier_layout(policy: TierPolicy, head_dim: int) -> BlockLayout:

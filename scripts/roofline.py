@@ -20,7 +20,7 @@ from targets import DEVICES, Device, abstract_cache, compile_for_tpu, sizes, why
 from jaxkv.generation.decode import decode_step
 from models import Llama, LlamaConfig
 from models.shapes import SHAPES
-from pallas_kernels.tiers import BlockLayout, Format
+from pallas_kernels.quantised_block import BlockLayout, Format
 
 BLOCK_SIZE = 64
 USABLE = 0.92

@@ -15,7 +15,7 @@ from jaxkv.cache.quantised import NoStore, QuantisedStore
 from jaxkv.cache.raw import LANES, RawStore
 from jaxkv.cache.state import PagedCache
 from pallas_kernels import padded_head_dim
-from pallas_kernels.tiers import BlockLayout
+from pallas_kernels.quantised_block import BlockLayout
 
 
 class Sizes(Protocol):

@@ -19,8 +19,8 @@ from jaxkv.cache.home import HIGH, LOW, RAW
 from jaxkv.cache.quantised import NoStore, QuantisedStore
 from jaxkv.cache.state import PagedCache
 from pallas_kernels.block_moves import Moves, move_kvs
-from pallas_kernels.tiered_attention import Weakest
-from pallas_kernels.tiers import blocks
+from pallas_kernels.paged_attention import Weakest
+from pallas_kernels.quantised_block import blocks
 
 
 @jax.tree_util.register_dataclass

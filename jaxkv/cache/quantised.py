@@ -15,9 +15,9 @@ from jax import Array, lax
 from jaxkv.cache.home import HIGH, LOW
 from jaxkv.cache.nbytes import nbytes
 from jaxkv.cache.tables import HeadTables
-from pallas_kernels.tiered_attention import Weakest
-from pallas_kernels.tiers import BlockLayout, blocks
-from pallas_kernels.tiers.walk import walk
+from pallas_kernels.paged_attention import TieredKVs, Weakest
+from pallas_kernels.quantised_block import BlockLayout, blocks
+from pallas_kernels.walk import walk
 
 
 @jax.tree_util.register_dataclass
@@ -150,6 +150,13 @@ class QuantisedStore:
 
         return lax.fori_loop(0, blocks_of.steps, step, pool)
 
+    def view(self, layer: int | Array, rows: Array) -> TieredKVs:
+        """What an attention kernel takes of a layer; nothing of sequences outside the rows, ``bool[batch]``."""
+        lengths = jnp.where(rows[:, None, None], self.tables.lengths[layer], 0)
+        return TieredKVs(
+            pool=self.pool, block_table=self.tables.block_table[layer], lengths=lengths, layout=self.layout
+        )
+
     def release(self, finished: Array) -> QuantisedStore:
         """Empties the rows of the batch where ``finished``, ``bool[batch]``."""
         finished = finished[None, :, None, None]
@@ -191,6 +198,9 @@ class NoStore:
 
     def read_over(self, kv: tuple[Array, Array], *_: Any) -> tuple[Array, Array]:
         return kv
+
+    def view(self, layer: int | Array, rows: Array) -> None:
+        return None
 
     def release(self, finished: Array) -> NoStore:
         return self

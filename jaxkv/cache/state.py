@@ -10,7 +10,7 @@ from jax import Array
 
 from jaxkv.cache.quantised import NoStore, QuantisedStore
 from jaxkv.cache.raw import RawStore
-from pallas_kernels.tiers import BlockLayout
+from pallas_kernels.quantised_block import BlockLayout
 
 
 @jax.tree_util.register_dataclass

@@ -14,8 +14,8 @@ from jaxkv.cache.moves import Goal
 from jaxkv.cache.state import PagedCache
 from jaxkv.compression.budget import Budget
 from jaxkv.compression.scorer import Scorer
-from pallas_kernels.tiered_attention import Significance
-from pallas_kernels.tiers import BlockLayout
+from pallas_kernels.paged_attention import Significance
+from pallas_kernels.quantised_block import BlockLayout
 
 
 class Worth(NamedTuple):

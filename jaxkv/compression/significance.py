@@ -17,8 +17,8 @@ from jaxkv.cache.tables import HeadTables
 from jaxkv.compression.placement import Claim, Step, Worth
 from jaxkv.compression.scorer import Scorer
 from jaxkv.compression.tiered import Tiered
-from pallas_kernels.tiered_attention import Significance as KernelSignificance
-from pallas_kernels.tiered_attention import Weakest
+from pallas_kernels.paged_attention import Significance as KernelSignificance
+from pallas_kernels.paged_attention import Weakest
 
 QUERIES = 64
 """Last queries of the prompt that significance averages over, whatever the window."""

@@ -12,7 +12,7 @@ from jaxkv.cache.state import PagedCache
 from jaxkv.compression.budget import Budget
 from jaxkv.compression.placement import Placement
 from pallas_kernels.dispatch import block_tile
-from pallas_kernels.tiers import BlockLayout, Format
+from pallas_kernels.quantised_block import BlockLayout, Format
 
 K8V4 = Format(key_bits=8, value_bits=4)
 K4V2 = Format(key_bits=4, value_bits=2)

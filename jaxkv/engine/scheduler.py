@@ -14,7 +14,7 @@ from jaxkv.cache.config import CacheConfig
 from jaxkv.compression.budget import Footprint
 from jaxkv.policies import Policy
 from jaxkv.requests import Request
-from pallas_kernels.tiers import BlockLayout
+from pallas_kernels.quantised_block import BlockLayout
 
 LEAST_PART = 64
 """Tokens: smaller parts would compress more often than they read."""

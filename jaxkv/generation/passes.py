@@ -23,10 +23,10 @@ from jaxkv.generation.prompt import PromptState, observation_of
 from jaxkv.generation.query_moments import QueryMoments
 from models import Llama
 from pallas_kernels.block_writes import write_blocks
-from pallas_kernels.paged_attention import paged_attention
-from pallas_kernels.prefill_attention import Observed, prefill_attention
-from pallas_kernels.tiered_attention import RawKVs, Weakest, tiered_attention
-from pallas_kernels.tiered_writes import lower_kvs, write_kvs
+from pallas_kernels.kvs import RawKVs
+from pallas_kernels.paged_attention import Weakest, paged_attention
+from pallas_kernels.prefill_attention import ObservedQueries, prefill_attention
+from pallas_kernels.quantised_writes import lower_kvs, write_kvs
 
 
 class Step(Protocol):
@@ -91,7 +91,7 @@ class ReadChunk:
         pool = write_blocks(pool, key, value, raw.tables.block_table[layer], starts, self.counts)
         before = replace(self.before, raw=replace(self.before.raw, pool=pool))
         cached, positions = readable(before, self.now, layer)
-        out, masses = prefill_attention(query, key, value, *cached, observed=self._observed(positions))
+        out, masses = prefill_attention(query, key, value, cached, observe=self._observed(positions))
         if masses is not None:
             on_cached, on_own = masses
             mass = mass.at[layer].add(_join(on_cached, on_own, cached.lengths, self.counts))
@@ -100,7 +100,7 @@ class ReadChunk:
             queries = queries.with_layer(layer, query, self.model.rotation(layer, self.positions), self.typical)
         return (pool, mass, queries), out
 
-    def _observed(self, cached_positions: Array) -> Observed | None:
+    def _observed(self, cached_positions: Array) -> ObservedQueries | None:
         rows = self.observes.rows(self.positions, self.counts, self.prompt.end)
         if rows is None or self.policy is None:
             return None
@@ -160,7 +160,7 @@ class LookAhead:
         seen = None
         if self.policy is not None and self.rows is not None:
             seen = observed(self.policy, self.rows, self.positions, positions)
-        out, masses = prefill_attention(query, key, value, cached.pool, table, lengths, observed=seen)
+        out, masses = prefill_attention(query, key, value, RawKVs(cached.pool, table, lengths), observe=seen)
         return state if masses is None else state.at[layer].add(masses[0]), out
 
 
@@ -190,23 +190,13 @@ class AppendToken:
         pool, scores = state
         table, length = self.cache.raw.tables.block_table[layer], self.lengths[layer]
         pool = write_blocks(pool, key, value, table, self.starts[layer], self.counts)
-        if self.cache.layout is not None:
-            tiers = self.cache.tiers
-            seen = jnp.where(self.counts[:, None, None] > 0, tiers.tables.lengths[layer], 0)
-            done = tiered_attention(
-                query[:, 0],
-                tiers.pool,
-                tiers.tables.block_table[layer],
-                jnp.moveaxis(seen, -1, 0),
-                tiers.layout,
-                raw=RawKVs(pool, table, length),
-            )
-            return (pool, scores), done.output[:, None]
+        held = RawKVs(pool, table, length)
         if self.policy is None:
-            out, _ = paged_attention(query[:, 0], pool, table, length)
+            tiers = self.cache.quantised.view(layer, self.counts > 0)
+            out, _ = paged_attention(query[:, 0], held, tiers=tiers)
             return (pool, scores), out[:, None]
         scorer, size = self.policy.scorer, self.cache.raw.block_size
-        out, (mass,) = paged_attention(query[:, 0], pool, table, length, observe=(scorer.score_decoded,))
+        out, mass = paged_attention(query[:, 0], held, observe=scorer.score_decoded)
         if scorer.observes.buffer:
             key_positions = in_table_order(self.cache.raw.positions, table, length, size)
             mass = jnp.where(key_positions <= self.positions[..., None] - scorer.observes.buffer, mass, 0.0)
@@ -233,7 +223,6 @@ class QuantiseToken:
         block, self.offsets = store.tables.slots(HIGH, step.new)
         self.blocks = jnp.where(select, block, 0)
         """``i32[layers, batch, kv_heads]`` where each head's new KV goes; the null block for none."""
-        self.seen = jnp.where(select[..., None], store.tables.lengths, 0)
         self.state = make_room(claim, active), store.weakest
 
     def attend(
@@ -245,22 +234,16 @@ class QuantiseToken:
         key, value = (x.reshape(-1, store.layout.head_dim) for x in (key, value))
         blocks, offsets = self.blocks[layer].reshape(-1), self.offsets[layer].reshape(-1)
         pool = write_kvs(pool, key, value, each, blocks, offsets, store.layout)
-        done = tiered_attention(
-            query[:, 0],
-            pool,
-            store.tables.block_table[layer],
-            jnp.moveaxis(self.seen[layer], -1, 0),
-            store.layout,
-            significance=self.significance,
-            next_position=self.positions + 1,
+        tiers = replace(store, pool=pool).view(layer, self.acts)
+        next_position = self.positions + 1
+        out, seen = paged_attention(
+            query[:, 0], None, tiers=tiers, observe=self.significance, next_position=next_position
         )
-        assert done.weakest is not None  # since there is a significance
 
         def put(old: Array, found: Array) -> Array:
-            new = jnp.where(self.acts[:, None, None], jnp.moveaxis(found, 0, -1), old[layer])
-            return old.at[layer].set(new)
+            return old.at[layer].set(jnp.where(self.acts[:, None, None], found, old[layer]))
 
-        return (done.pool, jax.tree.map(put, weakest, done.weakest)), done.output[:, None]
+        return (seen.pool, jax.tree.map(put, weakest, seen.weakest)), out[:, None]
 
     def end(self, state: tuple[Array, Weakest]) -> PagedCache:
         pool, weakest = state
@@ -280,10 +263,10 @@ def make_room(claim: Claim, active: Array) -> Array:
     return lower_kvs(store.pool, *(part.reshape(-1) for part in moves), layout=store.layout)
 
 
-def observed(policy: Policy, rows: Array, positions: Array, cached_positions: Array) -> Observed:
+def observed(policy: Policy, rows: Array, positions: Array, cached_positions: Array) -> ObservedQueries:
     """What the kernel is told of the queries that a policy observes."""
     scorer = policy.scorer
-    return Observed(
+    return ObservedQueries(
         rows=rows,
         positions=positions,
         cached_positions=cached_positions,

@@ -16,7 +16,7 @@ from jaxkv.compression.significance import QUERIES, Significance
 from jaxkv.compression.tiered import K4V2, K8V4
 from jaxkv.policies.calibrated import GENERAL, Thresholds, thresholds_for
 from models import LlamaConfig
-from pallas_kernels.tiers import Format
+from pallas_kernels.quantised_block import Format
 
 UNLIMITED = Unlimited()
 

@@ -14,7 +14,7 @@ from jaxkv.compression.scorer import Scorer
 from jaxkv.compression.tiered import K4V2, K8V4
 from jaxkv.compression.two_precisions import TwoPrecisions
 from jaxkv.policies.kvzip import SecondReading
-from pallas_kernels.tiers import Format
+from pallas_kernels.quantised_block import Format
 
 
 @dataclass(frozen=True, kw_only=True)

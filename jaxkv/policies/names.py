@@ -19,7 +19,7 @@ from jaxkv.policies.mixed import Auto, Mixed
 from jaxkv.policies.snapkv import AdaKV, PyramidKV, SnapKV
 from jaxkv.policies.streaming_llm import StreamingLLM
 from jaxkv.policies.tova import TOVA
-from pallas_kernels.tiers import Format
+from pallas_kernels.quantised_block import Format
 
 POLICIES: dict[str, Callable[..., Policy]] = {
     "kv-compress": KVCompress,

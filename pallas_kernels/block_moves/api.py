@@ -1,27 +1,9 @@
 """Survivors of an eviction into the holes that it left: picks the implementation."""
 
-from dataclasses import dataclass
-
-import jax
 from jax import Array
 
-from pallas_kernels.block_moves import reference
-from pallas_kernels.dispatch import Implementation, choose, or_xla
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class Moves:
-    """Per row (a KV head of a layer of a sequence) the KVs to move; sources and destinations are disjoint.
-
-    The ``m``-th move of a row takes the KV of its ``m``-th source to its ``m``-th hole. A row's sources lie in blocks
-    that come after those of its holes: they are an eviction's survivors, in the blocks that are given up.
-    """
-
-    is_source: Array
-    """``bool[rows, kvs]``, in table order."""
-    is_hole: Array
-    """``bool[rows, kvs]``; as many in each row as sources."""
+from pallas_kernels.block_moves.types import Moves
+from pallas_kernels.dispatch import Implementation, backend
 
 
 def move_kvs(
@@ -51,15 +33,5 @@ def move_kvs(
     rows, max_blocks = block_table.shape
     if moves.is_source.shape != (rows, max_blocks * pool.shape[1]) or moves.is_hole.shape != moves.is_source.shape:
         raise ValueError(f"moves must cover the table: {block_table.shape=}, {pool.shape=}, {moves.is_source.shape=}")
-    choice = choose(implementation)
-    if choice.implementation == "mosaic_tpu":
-        from pallas_kernels.block_moves import mosaic_tpu
-
-        return mosaic_tpu.move_kvs(pool, scores, positions, block_table, moves, interpret=choice.interpret)
-    if choice.implementation == "mosaic_gpu":
-        from pallas_kernels.block_moves import mosaic_gpu
-
-        choice = or_xla(choice, lambda: mosaic_gpu.check(pool))
-        if choice.implementation == "mosaic_gpu":
-            return mosaic_gpu.move_kvs(pool, scores, positions, block_table, moves, interpret=choice.interpret)
-    return reference.move_kvs(pool, scores, positions, block_table, moves)
+    kernels, options = backend("block_moves", implementation, pool)
+    return kernels.move_kvs(pool, scores, positions, block_table, moves, **options)

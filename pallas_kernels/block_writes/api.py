@@ -2,8 +2,7 @@
 
 from jax import Array
 
-from pallas_kernels.block_writes import reference
-from pallas_kernels.dispatch import Implementation, check_row, choose, or_xla
+from pallas_kernels.dispatch import Implementation, backend, check_row
 
 
 def write_blocks(
@@ -40,16 +39,5 @@ def write_blocks(
         raise ValueError(
             f"batch and KV heads disagree: {key.shape=}, {block_table.shape=}, {starts.shape=}, {counts.shape=}"
         )
-    arguments = pool, key, value, block_table, starts, counts
-    choice = choose(implementation)
-    if choice.implementation == "mosaic_tpu":
-        from pallas_kernels.block_writes import mosaic_tpu
-
-        return mosaic_tpu.write_blocks(*arguments, interpret=choice.interpret)
-    if choice.implementation == "mosaic_gpu":
-        from pallas_kernels.block_writes import mosaic_gpu
-
-        choice = or_xla(choice, lambda: mosaic_gpu.check(pool))
-        if choice.implementation == "mosaic_gpu":
-            return mosaic_gpu.write_blocks(*arguments, interpret=choice.interpret)
-    return reference.write_blocks(*arguments)
+    kernels, options = backend("block_writes", implementation, pool, head_dim)
+    return kernels.write_blocks(pool, key, value, block_table, starts, counts, **options)

@@ -1,62 +1,96 @@
 """Decode attention over per-head block tables: checks the shapes and picks the implementation."""
 
-from collections.abc import Callable
+from typing import overload
 
 from jax import Array
 
-from pallas_kernels.dispatch import Implementation, check_row, choose, or_xla
-from pallas_kernels.paged_attention import reference
-
-Observe = Callable[[Array], Array]
-"""Turns probabilities ``[..., group, kvs]`` into one value a KV, ``[..., kvs]``; runs inside the kernel."""
+from pallas_kernels.dispatch import Implementation, backend, check_row
+from pallas_kernels.kvs import RawKVs
+from pallas_kernels.paged_attention.types import Observe, Significance, Significant, TieredKVs
 
 
+@overload
 def paged_attention(
     query: Array,
-    pool: Array,
-    block_table: Array,
-    lengths: Array,
+    raw: RawKVs | None,
     *,
-    observe: tuple[Observe, ...] = (),
+    tiers: TieredKVs | None = None,
+    observe: None = None,
+    next_position: None = None,
     implementation: Implementation | None = None,
-) -> tuple[Array, tuple[Array, ...]]:
-    """One query a sequence against the KVs that each of its KV heads holds.
+) -> tuple[Array, None]: ...
+@overload
+def paged_attention(
+    query: Array, raw: RawKVs, *, observe: Observe, implementation: Implementation | None = None
+) -> tuple[Array, Array]: ...
+@overload
+def paged_attention(
+    query: Array,
+    raw: RawKVs | None,
+    *,
+    tiers: TieredKVs,
+    observe: Significance,
+    next_position: Array,
+    implementation: Implementation | None = None,
+) -> tuple[Array, Significant]: ...
+def paged_attention(
+    query: Array,
+    raw: RawKVs | None,
+    *,
+    tiers: TieredKVs | None = None,
+    observe: Observe | Significance | None = None,
+    next_position: Array | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Array, Array | Significant | None]:
+    """One query a sequence against the KVs that each of its KV heads holds, in one softmax.
 
     Args:
       query: ``[batch, heads, head_dim]``; query head ``h`` reads KV head ``h // (heads // kv_heads)``.
-      pool: ``[blocks, block_size, 2 * half]``, K beside V, each the first ``head_dim`` values of its half.
-      block_table: ``i32[batch, kv_heads, max_blocks]``; entries past a head's last block are never read.
-      lengths: ``i32[batch, kv_heads]`` KVs a head holds; a head that holds none gives zeros.
-      observe: what to make of the attention probabilities; each function gives one array of the second output.
+      raw: unquantised KVs; None only beside ``tiers``.
+      tiers: quantised KVs.
+      observe: what to make of the attention probabilities: of ``raw`` alone a function, of ``tiers`` a
+        ``Significance``; None leaves them.
+      next_position: ``i32[batch]`` that of the token after the query; with a ``Significance``.
       implementation: see ``dispatch.Implementation``; None: the platform's own.
 
     Returns:
-      Output ``[batch, heads, head_dim]``, and for each of ``observe`` a ``f32[batch, kv_heads, max_blocks *
-      block_size]`` in table order, zero past a head's length.
+      Output ``[batch, heads, head_dim]``, zeros for a head that holds no KV; and what ``observe`` comes to: of a
+      function ``f32[batch, kv_heads, max_blocks * block_size]`` in table order, zero past a head's length; of a
+      ``Significance`` a ``Significant``; of None, None.
 
     Raises:
-      ValueError: shapes that don't belong together, or that this implementation can't take.
+      ValueError: arguments or shapes that don't belong together, or that this implementation can't take.
     """
-    batch, heads, head_dim = query.shape
-    kv_heads = block_table.shape[1]
+    if raw is not None:
+        _check_table(query, raw.block_table, raw.lengths.shape)
+        check_row(raw.pool, query.shape[-1])
+    if tiers is None:
+        if raw is None:
+            raise ValueError("nothing to attend to: give raw KVs, tiers, or both")
+        if isinstance(observe, Significance) or next_position is not None:
+            raise ValueError("a Significance, and next_position with it, is of quantised KVs: give tiers")
+        kernels, options = backend("paged_attention", implementation, query, raw)
+        return kernels.paged_attention(query, raw, observe=observe, **options)
+
+    layout = tiers.layout
+    _check_table(query, tiers.block_table, tiers.lengths.shape[:-1])
+    if tiers.lengths.shape[-1] != 2:
+        raise ValueError(f"lengths must be of the high and of the low tier: {tiers.lengths.shape=}")
+    if tiers.pool.shape[1:] != (layout.rows, 128) or query.shape[-1] != layout.head_dim:
+        raise ValueError(f"the pool's blocks are not of this layout: {tiers.pool.shape=}, {query.shape=}, {layout=}")
+    if observe is not None and not isinstance(observe, Significance):
+        raise ValueError("with tiers observe must be a Significance; a function observes raw KVs alone")
+    if (observe is None) != (next_position is None):
+        raise ValueError("a Significance and next_position go together: give both or neither")
+    kernels, options = backend("paged_attention", implementation, query, raw, tiers, part="_tiers")
+    return kernels.paged_attention(query, raw, tiers, observe=observe, next_position=next_position, **options)
+
+
+def _check_table(query: Array, block_table: Array, held: tuple[int, ...]) -> None:
+    (batch, heads, _), kv_heads = query.shape, block_table.shape[1]
     if heads % kv_heads:
         raise ValueError(f"query heads must be a multiple of KV heads: {heads=}, {kv_heads=}")
-    check_row(pool, head_dim)
-    if block_table.shape[0] != batch or lengths.shape != (batch, kv_heads):
-        raise ValueError(f"batch and KV heads disagree: {query.shape=}, {block_table.shape=}, {lengths.shape=}")
-    choice = choose(implementation)
-    if choice.implementation == "mosaic_tpu":
-        from pallas_kernels.paged_attention import mosaic_tpu
-
-        return mosaic_tpu.paged_attention(
-            query, pool, block_table, lengths, observe=observe, interpret=choice.interpret
+    if block_table.shape[0] != batch or held != (batch, kv_heads):
+        raise ValueError(
+            f"batch and KV heads disagree: {query.shape=}, {block_table.shape=}, and lengths of {held} heads"
         )
-    if choice.implementation == "mosaic_gpu":
-        from pallas_kernels.paged_attention import mosaic_gpu
-
-        choice = or_xla(choice, lambda: mosaic_gpu.check(pool, heads // kv_heads))
-        if choice.implementation == "mosaic_gpu":
-            return mosaic_gpu.paged_attention(
-                query, pool, block_table, lengths, observe=observe, interpret=choice.interpret
-            )
-    return reference.paged_attention(query, pool, block_table, lengths, observe=observe)

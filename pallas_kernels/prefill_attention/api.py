@@ -1,44 +1,19 @@
 """Attention of a prompt chunk: checks the shapes and picks the implementation."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-
-import jax
 from jax import Array
 
-from pallas_kernels.dispatch import Implementation, check_row, choose, or_xla
-from pallas_kernels.prefill_attention import reference
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class Observed:
-    """Which queries of the chunk are observed, and what becomes of their attention probabilities.
-
-    A key gets the sum, over the observed queries, of ``function(probability)``, for each query head apart: what joins
-    the query heads of a KV head (and max-pooling before that) is the policy's affair.
-    """
-
-    rows: Array
-    """``i32[batch, observed]`` indices into the chunk; -1 where there is none."""
-    positions: Array
-    """``i32[batch, length]`` position in the text of each query, which is also that of its own key."""
-    cached_positions: Array
-    """``i32[batch, kv_heads, max_blocks * block_size]`` positions of the cached keys, in table order."""
-    function: Callable[[Array], Array] = field(metadata={"static": True})
-    buffer: int = field(default=0, metadata={"static": True})
-    """A query tells nothing of keys less than so many tokens before it (KV-Compress, section 3, ``v``)."""
+from pallas_kernels.dispatch import Implementation, backend, check_row
+from pallas_kernels.kvs import RawKVs
+from pallas_kernels.prefill_attention.types import ObservedQueries
 
 
 def prefill_attention(
     query: Array,
     key: Array,
     value: Array,
-    pool: Array,
-    block_table: Array,
-    lengths: Array,
+    raw: RawKVs,
     *,
-    observed: Observed | None = None,
+    observe: ObservedQueries | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Array, tuple[Array, Array] | None]:
     """A chunk of queries over all KVs cached before it and, causally, over its own.
@@ -47,38 +22,25 @@ def prefill_attention(
       query: ``[batch, length, heads, head_dim]``.
       key, value: ``[batch, length, kv_heads, head_dim]``, the chunk's own; rows past a sequence's end come last, so
         causality hides them from every real query.
-      pool: ``[blocks, block_size, 2 * half]``, K beside V, each the first ``head_dim`` values of its half.
-      block_table: ``i32[batch, kv_heads, max_blocks]``.
-      lengths: ``i32[batch, kv_heads]`` KVs cached before the chunk.
-      observed: whose attention to record, or None.
+      raw: the KVs cached before the chunk.
+      observe: whose attention to record, or None.
       implementation: see ``dispatch.Implementation``; None: the platform's own.
 
     Returns:
-      Output ``[batch, length, heads, head_dim]`` and, where ``observed``, the masses ``f32[batch, heads, max_blocks *
-      block_size]`` on the cached keys in table order and ``f32[batch, heads, length]`` on the chunk's own.
+      Output ``[batch, length, heads, head_dim]`` and, with ``observe``, the masses ``f32[batch, heads, max_blocks *
+      block_size]`` on the cached keys in table order and ``f32[batch, heads, length]`` on the chunk's own; else None.
 
     Raises:
       ValueError: shapes that don't belong together, or that this implementation can't take.
     """
     batch, length, heads, head_dim = query.shape
-    kv_heads = block_table.shape[1]
+    kv_heads = raw.block_table.shape[1]
     if heads % kv_heads:
         raise ValueError(f"query heads must be a multiple of KV heads: {heads=}, {kv_heads=}")
     if key.shape != (batch, length, kv_heads, head_dim) or value.shape != key.shape:
         raise ValueError(f"keys and values must match the queries: {query.shape=}, {key.shape=}, {value.shape=}")
-    check_row(pool, head_dim)
-    if block_table.shape[0] != batch or lengths.shape != (batch, kv_heads):
-        raise ValueError(f"batch and KV heads disagree: {query.shape=}, {block_table.shape=}, {lengths.shape=}")
-    arguments = query, key, value, pool, block_table, lengths
-    choice = choose(implementation)
-    if choice.implementation == "mosaic_tpu":
-        from pallas_kernels.prefill_attention import mosaic_tpu
-
-        return mosaic_tpu.prefill_attention(*arguments, observed=observed, interpret=choice.interpret)
-    if choice.implementation == "mosaic_gpu":
-        from pallas_kernels.prefill_attention import mosaic_gpu
-
-        choice = or_xla(choice, lambda: mosaic_gpu.check(pool, bool(choice.interpret)))
-        if choice.implementation == "mosaic_gpu":
-            return mosaic_gpu.prefill_attention(*arguments, observed=observed, interpret=choice.interpret)
-    return reference.prefill_attention(*arguments, observed=observed)
+    check_row(raw.pool, head_dim)
+    if raw.block_table.shape[0] != batch or raw.lengths.shape != (batch, kv_heads):
+        raise ValueError(f"batch and KV heads disagree: {query.shape=}, {raw.block_table.shape=}, {raw.lengths.shape=}")
+    kernels, options = backend("prefill_attention", implementation, raw.pool, head_dim)
+    return kernels.prefill_attention(query, key, value, raw, observe=observe, **options)

@@ -16,15 +16,14 @@ from gpu import compile_for_h200, why_not
 from models.shapes import SHAPES
 from pallas_kernels import use_implementation
 from pallas_kernels.block_moves import Moves
-from pallas_kernels.block_moves import mosaic_gpu as moves_gpu
-from pallas_kernels.block_writes import mosaic_gpu as writes_gpu
-from pallas_kernels.paged_attention import mosaic_gpu as paged_gpu
-from pallas_kernels.prefill_attention import Observed
-from pallas_kernels.prefill_attention import mosaic_gpu as prefill_gpu
-from pallas_kernels.tiered_attention import RawKVs, Significance
-from pallas_kernels.tiered_attention import mosaic_gpu as tiered_gpu
-from pallas_kernels.tiered_writes import mosaic_gpu as tiered_writes_gpu
-from pallas_kernels.tiers import BlockLayout, Format
+from pallas_kernels.block_moves import gpu as moves_gpu
+from pallas_kernels.block_writes import gpu as writes_gpu
+from pallas_kernels.paged_attention import RawKVs, Significance, TieredKVs, gpu_tiers
+from pallas_kernels.paged_attention import gpu as paged_gpu
+from pallas_kernels.prefill_attention import ObservedQueries
+from pallas_kernels.prefill_attention import gpu as prefill_gpu
+from pallas_kernels.quantised_block import BlockLayout, Format
+from pallas_kernels.quantised_writes import gpu as quantised_writes_gpu
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 in_place = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="kernels that write in place need jax 0.11")
@@ -70,13 +69,13 @@ def assert_not_copied(program, array):
     assert array.size not in sizes
 
 
-def compile_decode(model, size, *, dtype=jnp.bfloat16, observe=(square_mass,)):
+def compile_decode(model, size, *, dtype=jnp.bfloat16, observe=square_mass):
     pool, query = pool_of(model, size, dtype), Array((BATCH, model.num_heads, model.head_dim), dtype)
 
-    def attend(*arguments):
-        return paged_gpu.paged_attention(*arguments, observe=observe)
+    def attend(query, raw):
+        return paged_gpu.paged_attention(query, raw, observe=observe)
 
-    program = compile_for_h200(attend, query, pool, table_of(model, size), of_heads(model))
+    program = compile_for_h200(attend, query, RawKVs(pool, table_of(model, size), of_heads(model)))
     assert_no_copy(program, pool, written=False)
 
 
@@ -89,7 +88,7 @@ def test_decode(model):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_decode_with_every_block_size(size, dtype):
     compile_decode(SHAPES["llama-3.1-8b"], size, dtype=dtype)
-    compile_decode(SHAPES["smollm2-135m"], size, dtype=dtype, observe=())
+    compile_decode(SHAPES["smollm2-135m"], size, dtype=dtype, observe=None)
 
 
 @in_place
@@ -119,7 +118,7 @@ def test_moves(model):
 def compile_prefill(model, size, *, observed=32, batch=2, length=512):
     pool, query = pool_of(model, size), Array((batch, length, model.num_heads, model.head_dim), jnp.bfloat16)
     kv = Array((batch, length, model.num_kv_heads, model.head_dim), jnp.bfloat16)
-    seen = Observed(
+    seen = ObservedQueries(
         rows=Array((batch, observed), jnp.int32),
         positions=Array((batch, length), jnp.int32),
         cached_positions=Array((batch, model.num_kv_heads, CONTEXT), jnp.int32),
@@ -129,10 +128,10 @@ def compile_prefill(model, size, *, observed=32, batch=2, length=512):
 
     def attend(*arguments):
         *arguments, seen = arguments
-        return prefill_gpu.prefill_attention(*arguments, observed=seen)
+        return prefill_gpu.prefill_attention(*arguments, observe=seen)
 
-    ids = table_of(model, size, batch), of_heads(model, batch)
-    program = compile_for_h200(attend, query, kv, kv, pool, *ids, seen if observed else None)
+    raw = RawKVs(pool, table_of(model, size, batch), of_heads(model, batch))
+    program = compile_for_h200(attend, query, kv, kv, raw, seen if observed else None)
     assert_no_copy(program, pool, written=False)
 
 
@@ -188,13 +187,11 @@ def test_attention_over_other_formats_beside_unquantised_kvs(dtype, high, low):
     layout = BlockLayout(head_dim=model.head_dim, high=Format.named(high), low=Format.named(low))
     pool = Array((SLOTS // 64, layout.rows, 128), jnp.uint32)
     query = Array((BATCH, model.num_heads, model.head_dim), dtype)
-    lengths = Array((2, *of_heads(model).shape), jnp.int32)
+    lengths = Array((*of_heads(model).shape, 2), jnp.int32)
+    tiers = TieredKVs(pool=pool, block_table=table_of(model, 64), lengths=lengths, layout=layout)
     raw = RawKVs(pool_of(model, 16, dtype), Array((BATCH, model.num_kv_heads, 4), jnp.int32), of_heads(model))
 
-    def attend(query, pool, table, lengths, raw):
-        return tiered_gpu.tiered_attention(query, pool, table, lengths, layout, raw=raw).output
-
-    program = compile_for_h200(attend, query, pool, table_of(model, 64), lengths, raw)
+    program = compile_for_h200(gpu_tiers.paged_attention, query, raw, tiers)
     assert_no_copy(program, pool, written=False)
 
 
@@ -222,11 +219,11 @@ def layers_of(model, attend):
 
 
 def decode_layer(x, kv, pool, table, length):
-    return paged_gpu.paged_attention(x, pool, table, length + 1)[0]
+    return paged_gpu.paged_attention(x, RawKVs(pool, table, length + 1))[0]
 
 
 def prefill_layer(x, kv, pool, table, length):
-    return prefill_gpu.prefill_attention(x, kv, kv, pool, table, length)[0]
+    return prefill_gpu.prefill_attention(x, kv, kv, RawKVs(pool, table, length))[0]
 
 
 @in_place
@@ -251,17 +248,18 @@ def test_layers_in_a_loop_share_one_pool_of_quantised_blocks():
         pool, x = state
         table, lengths, blocks, offsets = ids
         new = x[:, : model.num_kv_heads].reshape(rows, -1)
-        pool = tiered_writes_gpu.write_kvs(pool, new, new, offsets, blocks, offsets, layout)
-        pool = tiered_writes_gpu.lower_kvs(pool, blocks, offsets, blocks, offsets, layout)
-        following = {"significance": significance, "next_position": lengths[0, :, 0]}
-        done = tiered_gpu.tiered_attention(x, pool, table, lengths, layout, **following)
-        return (done.pool, x + done.output), done.weakest
+        pool = quantised_writes_gpu.write_kvs(pool, new, new, offsets, blocks, offsets, layout)
+        pool = quantised_writes_gpu.lower_kvs(pool, blocks, offsets, blocks, offsets, layout)
+        tiers = TieredKVs(pool=pool, block_table=table, lengths=lengths, layout=layout)
+        observed = {"observe": significance, "next_position": lengths[:, 0, 0]}
+        out, (pool, weakest) = gpu_tiers.paged_attention(x, None, tiers, **observed)
+        return (pool, x + out), weakest
 
     def run(pool, x, *ids):
         return jax.lax.fori_loop(0, 5, lambda _, state: jax.lax.scan(layer, state, ids)[0], (pool, x))
 
     pool = Array((SLOTS // 16, layout.rows, 128), jnp.uint32)
     index, x = Array((layers, rows), jnp.int32), Array((BATCH, model.num_heads, model.head_dim), jnp.bfloat16)
-    ids = Array((layers, *heads, CONTEXT // 64), jnp.int32), Array((layers, 2, *heads), jnp.int32), index, index
+    ids = Array((layers, *heads, CONTEXT // 64), jnp.int32), Array((layers, *heads, 2), jnp.int32), index, index
     program = compile_for_h200(run, pool, x, *ids, donate=(0,))
     assert_no_copy(program, pool, written=True)

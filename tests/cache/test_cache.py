@@ -11,7 +11,7 @@ import tiny
 from jaxkv.cache import CacheConfig, init_cache
 from jaxkv.cache.stats import stats
 from pallas_kernels.block_writes import write_blocks
-from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.paged_attention import RawKVs, paged_attention
 from pallas_kernels.prefill_attention import prefill_attention
 
 
@@ -47,8 +47,9 @@ def test_a_cache_of_bfloat16_keeps_what_bfloat16_keeps():
 
     def attention(pool, key, value):
         pool = write_blocks(pool, key, value, table, jnp.zeros_like(lengths), jnp.array([40]))
-        decoded = paged_attention(query[:, 0], pool, table, lengths)[0]
-        return decoded, prefill_attention(query, query[:, :, :2], query[:, :, 2:], pool, table, lengths)[0]
+        raw = RawKVs(pool, table, lengths)
+        decoded = paged_attention(query[:, 0], raw)[0]
+        return decoded, prefill_attention(query, query[:, :, :2], query[:, :, 2:], raw)[0]
 
     got = attention(cache.raw.pool, key, value)
     rounded = (x.astype(jnp.bfloat16).astype(jnp.float32) for x in (key, value))

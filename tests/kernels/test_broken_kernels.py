@@ -2,16 +2,16 @@
 
 import numpy as np
 import pytest
+import test_quantised_writes
 import test_tiered_attention
-import test_tiered_writes
 import test_tpu_kernels
 from interpreted import MODES, Interpreter
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 from tiered import LAYOUTS
 
-from pallas_kernels.tiered_attention.softmax_tpu import BlockStream
-from pallas_kernels.tiles_tpu import TileStream
+from pallas_kernels.paged_attention.tpu_tiers_softmax import BlockStream
+from pallas_kernels.tpu_tiles import TileStream
 
 pytestmark = pytest.mark.once
 
@@ -34,9 +34,9 @@ CHECKS = {
     "writes": lambda interpreter: test_tpu_kernels.check_writes(interpreter, length=3),
     "moves": lambda interpreter: test_tpu_kernels.check_moves(interpreter, counts=[31, 20]),
     "tiers": lambda interpreter: test_tiered_attention.check_tpu(
-        interpreter, LAYOUTS["plain"], lengths=np.array([[[150]], [[130]]])
+        interpreter, LAYOUTS["plain"], lengths=np.array([[[150, 130]]])
     ),
-    "single KVs in tiers": lambda interpreter: test_tiered_writes.check_writes(interpreter, LAYOUTS["plain"]),
+    "single KVs in tiers": lambda interpreter: test_quantised_writes.check_writes(interpreter, LAYOUTS["plain"]),
 }
 STREAMED = ("decode", "prefill", "moves", "tiers")
 

@@ -17,14 +17,16 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # public in jax 0.11
-from test_paged_attention import mass, paged, squared_mass
+from test_paged_attention import paged, squared_mass
 
 from pallas_kernels import block_moves, block_writes, paged_attention, prefill_attention
-from pallas_kernels.block_moves import mosaic_gpu as moves_gpu
-from pallas_kernels.block_writes import mosaic_gpu as writes_gpu
-from pallas_kernels.paged_attention import cuda_cores_gpu, merge_gpu, segments_gpu, tensor_cores_gpu
-from pallas_kernels.paged_attention import mosaic_gpu as paged_gpu
-from pallas_kernels.prefill_attention import mosaic_gpu as prefill_gpu
+from pallas_kernels.block_moves import gpu as moves_gpu
+from pallas_kernels.block_writes import gpu as writes_gpu
+from pallas_kernels.gpu_warpgroup import MASKED
+from pallas_kernels.kvs import RawKVs
+from pallas_kernels.paged_attention import gpu as paged_gpu
+from pallas_kernels.paged_attention import gpu_cuda_cores, gpu_merge, gpu_segments, gpu_tensor_cores
+from pallas_kernels.prefill_attention import gpu as prefill_gpu
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}
 SKEWED = np.array([[300, 0, 1], [2, 65, 16]])
@@ -77,15 +79,16 @@ def check_decode(run, *, lengths=SKEWED, group=3, head_dim=64, half=None, size=1
     pool, table = pool_of(rng, lengths, head_dim=head_dim, half=half, size=size, dtype=dtype)
     batch, kv_heads = lengths.shape
     query = jnp.asarray(rng.standard_normal((batch, kv_heads * group, head_dim)), dtype)
-    arguments = query, pool, table, jnp.asarray(lengths)
-    observe = (mass, squared_mass) if observed else ()
+    arguments = query, RawKVs(pool, table, jnp.asarray(lengths))
+    observe = squared_mass if observed else None
     got, masses = run(paged_gpu.paged_attention, *arguments, observe=observe)
     wanted, wanted_masses = paged_attention.paged_attention(*arguments, observe=observe, implementation="xla")
     assert got.dtype == wanted.dtype
     assert_close(got, wanted, dtype)
-    for one, other in zip(masses, wanted_masses, strict=True):
-        assert_close(one, other, dtype)
-        assert (np.asarray(one)[np.asarray(other) == 0] == 0).all()
+    assert (masses is None) == (not observed)
+    if observed:
+        assert_close(masses, wanted_masses, dtype)
+        assert (np.asarray(masses)[np.asarray(wanted_masses) == 0] == 0).all()
     assert (np.float32(got).reshape(batch, kv_heads, group, -1)[lengths == 0] == 0).all()
 
 
@@ -116,7 +119,7 @@ def test_decode_of_empty_heads_alone(run):
 
 def test_a_long_head_is_cut_into_segments():
     lengths, tile = jnp.array([0, 40_000, 1, 129]), 64
-    work = segments_gpu.plan_work(lengths, 65_536, tile)
+    work = gpu_segments.plan_work(lengths, 65_536, tile)
     row, first, count, _ = np.asarray(work.table).T
     tiles = -(-np.asarray(lengths) // tile)
     for r in range(4):
@@ -124,20 +127,20 @@ def test_a_long_head_is_cut_into_segments():
         assert count[mine].sum() == tiles[r]
         assert (first[mine] == np.cumsum(count[mine]) - count[mine]).all()
         assert (np.flatnonzero(mine) == np.arange(0 if r == 0 else work.end[r - 1], work.end[r])).all()
-    assert count.max() == segments_gpu.MIN_TILES
+    assert count.max() == gpu_segments.MIN_TILES
 
 
 def test_segments_grow_with_what_is_held_so_that_their_number_stays():
-    work = segments_gpu.plan_work(jnp.full(64, 100_000), 131_072, 64)
+    work = gpu_segments.plan_work(jnp.full(64, 100_000), 131_072, 64)
     count = np.asarray(work.table)[:, 2]
     assert count.sum() == 64 * -(-100_000 // 64)
-    assert segments_gpu.SEGMENTS // 2 < (count > 0).sum() <= segments_gpu.SEGMENTS + 64
+    assert gpu_segments.SEGMENTS // 2 < (count > 0).sum() <= gpu_segments.SEGMENTS + 64
 
 
-@pytest.mark.parametrize(("axis", "layout"), [(0, cuda_cores_gpu.LAYOUT), (1, tensor_cores_gpu.LAYOUT)])
+@pytest.mark.parametrize(("axis", "layout"), [(0, gpu_cuda_cores.LAYOUT), (1, gpu_tensor_cores.LAYOUT)])
 def test_segments_are_joined_by_row(run, axis, layout):
     rng = np.random.default_rng()
-    end = np.cumsum([0, 1, merge_gpu.TURN, 0, 2 * merge_gpu.TURN + 3, 0])
+    end = np.cumsum([0, 1, gpu_merge.TURN, 0, 2 * gpu_merge.TURN + 3, 0])
     shape = (end[-1] + 2, 8, 64)
     output, maximum = rng.standard_normal(shape), 30 * rng.standard_normal(shape[:2])
     total = rng.random(shape[:2]) + 0.5
@@ -145,14 +148,14 @@ def test_segments_are_joined_by_row(run, axis, layout):
         array[end[-1] :] = np.nan  # no program writes there
     given = np.moveaxis(output, 1, 1 + axis), maximum, total
     options = {"axis": axis, "layout": layout}
-    got = run(merge_gpu.merge, jnp.asarray(end, jnp.int32), *(jnp.asarray(x, jnp.float32) for x in given), **options)
+    got = run(gpu_merge.merge, jnp.asarray(end, jnp.int32), *(jnp.asarray(x, jnp.float32) for x in given), **options)
     for row, last in enumerate(end):
         mine = slice(end[row - 1] if row else 0, last)
-        weight = np.exp2(maximum[mine] - maximum[mine].max(0, initial=merge_gpu.MASKED))
+        weight = np.exp2(maximum[mine] - maximum[mine].max(0, initial=MASKED))
         whole = (total[mine] * weight).sum(0)
         wanted = (output[mine] * weight[..., None]).sum(0) / np.maximum(whole, 1e-30)[:, None]
         assert_close(np.moveaxis(got[0][row], axis, 0), wanted, jnp.float32)
-        assert_close(got[1][row], maximum[mine].max(0, initial=merge_gpu.MASKED), jnp.float32)
+        assert_close(got[1][row], maximum[mine].max(0, initial=MASKED), jnp.float32)
         assert_close(got[2][row], whole, jnp.float32)
 
 
@@ -165,9 +168,10 @@ def test_segments_are_joined_by_row(run, axis, layout):
     ],
 )
 def test_what_decode_cannot_take_is_refused(pool, group, message):
-    query, table = jnp.zeros((1, group, 64)), jnp.zeros((1, 1, 2), jnp.int32)
+    query = jnp.zeros((1, group, 64))
+    raw = RawKVs(jnp.zeros(pool), jnp.zeros((1, 1, 2), jnp.int32), jnp.ones((1, 1), jnp.int32))
     with pytest.raises(ValueError, match=message):
-        paged_gpu.paged_attention(query, jnp.zeros(pool), table, jnp.ones((1, 1), jnp.int32))
+        paged_attention.paged_attention(query, raw, implementation="mosaic_gpu")
 
 
 def check_writes(run, *, length, counts, head_dim=64, half=None, size=16, dtype=jnp.float32):
@@ -233,10 +237,11 @@ def test_moves(run, counts, dtype):
 def test_jax_that_would_copy_the_pool_is_told_what_to_upgrade():
     pool, ids = jnp.zeros((3, 16, 128)), jnp.zeros((1, 1), jnp.int32)
     kv, values, none = jnp.zeros((1, 1, 1, 64)), jnp.zeros((1, 128)), jnp.zeros((1, 16), bool)
+    moves = block_moves.Moves(is_source=none, is_hole=none)
     with pytest.raises(ValueError, match=r"needs jax >= 0\.11 .*upgrade"):
-        writes_gpu.write_blocks(pool, kv, kv, ids[None], ids, ids[0])
+        block_writes.write_blocks(pool, kv, kv, ids[None], ids, ids[0], implementation="mosaic_gpu")
     with pytest.raises(ValueError, match=r"needs jax >= 0\.11 .*upgrade"):
-        moves_gpu.move_kvs(pool, values, values, ids, block_moves.Moves(is_source=none, is_hole=none))
+        block_moves.move_kvs(pool, values, values, ids, moves, implementation="mosaic_gpu")
 
 
 def check_prefill(run, *, cached, length, group=2, head_dim=64, half=None, size=16, dtype=None, buffer=0):
@@ -246,17 +251,17 @@ def check_prefill(run, *, cached, length, group=2, head_dim=64, half=None, size=
     batch, kv_heads = cached.shape
     query = jnp.asarray(rng.standard_normal((batch, length, kv_heads * group, head_dim)), dtype)
     key, value = (jnp.asarray(rng.standard_normal((batch, length, kv_heads, head_dim)), dtype) for _ in range(2))
-    observed = prefill_attention.Observed(
+    observed = prefill_attention.ObservedQueries(
         rows=jnp.asarray([[length - 1, 0, -1], [-1, length // 2, length - 2]][:batch], jnp.int32),
         positions=jnp.asarray(np.array([[100], [400]])[:batch] + np.arange(length), jnp.int32),
         cached_positions=jnp.asarray(rng.integers(0, 120, (batch, kv_heads, table.shape[-1] * size)), jnp.int32),
         function=lambda p: p * p,
         buffer=buffer,
     )
-    arguments = query, key, value, pool, table, jnp.asarray(cached)
+    arguments = query, key, value, RawKVs(pool, table, jnp.asarray(cached))
     # Three threads' reads and writes look like races to it though a barrier lies between: only values are compared.
-    got, masses = run(prefill_gpu.prefill_attention, *arguments, observed=observed, detect_races=False)
-    wanted, wanted_masses = prefill_attention.prefill_attention(*arguments, observed=observed, implementation="xla")
+    got, masses = run(prefill_gpu.prefill_attention, *arguments, observe=observed, detect_races=False)
+    wanted, wanted_masses = prefill_attention.prefill_attention(*arguments, observe=observed, implementation="xla")
     assert got.dtype == wanted.dtype
     assert_close(got, wanted, dtype)
     for one, other in zip(masses, wanted_masses, strict=True):
@@ -297,5 +302,6 @@ def test_prefill_where_xla_has_threads():
 
 def test_a_float32_pool_is_refused_by_the_tensor_cores():
     query, kv, ids = jnp.zeros((1, 1, 2, 64)), jnp.zeros((1, 1, 1, 64)), jnp.zeros((1, 1), jnp.int32)
+    raw = RawKVs(jnp.zeros((3, 16, 128)), ids[None], ids)
     with pytest.raises(ValueError, match="bfloat16, not float32"):
-        prefill_gpu.prefill_attention(query, kv, kv, jnp.zeros((3, 16, 128)), ids[None], ids)
+        prefill_attention.prefill_attention(query, kv, kv, raw, implementation="mosaic_gpu")

@@ -8,18 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_gpu_kernels import in_place
 from test_gpu_kernels import run as run
-from test_tiered_attention import arguments, close, options, query_of, reference
-from test_tiered_writes import garbage, lower, lowered, new_kvs, write
+from test_quantised_writes import garbage, lower, lowered, new_kvs, write
+from test_tiered_attention import check_alike, observing, query_of, reference, tiers_of
 from tiered import hold, layout_of
 
-from pallas_kernels.tiered_attention import mosaic_gpu as attention_gpu
-from pallas_kernels.tiered_attention import softmax_gpu, tiered_attention
-from pallas_kernels.tiered_writes import mosaic_gpu as writes_gpu
-from pallas_kernels.tiered_writes import write_kvs
-from pallas_kernels.tiers import blocks
+from pallas_kernels.paged_attention import gpu_tiers, gpu_tiers_softmax, paged_attention
+from pallas_kernels.quantised_block import blocks
+from pallas_kernels.quantised_writes import gpu as writes_gpu
+from pallas_kernels.quantised_writes import write_kvs
 
-SKEWED = np.array([[[70, 0, 1]], [[97, 0, 130]]])
-"""High, then low tier: an empty head, blocks that are part-filled and full."""
+SKEWED = np.stack([[[70, 0, 1]], [[97, 0, 130]]], axis=-1)
+"""High and low tier: an empty head, blocks that are part-filled and full."""
 LAYOUTS = {
     "plain": layout_of("K8V4", "K4V2", tile=1),
     "groups": layout_of("K8V4/1,2", "K4V2/2,4", head_dim=128, tile=1),
@@ -32,38 +31,29 @@ LAYOUTS = {
 def test_tiles_hold_every_token_once_where_its_codes_are(name):
     for tier in LAYOUTS[name].tiers:
         row = np.arange(tier.tokens)
-        token = softmax_gpu.token_of(row, tier)
+        token = gpu_tiers_softmax.token_of(row, tier)
         np.testing.assert_array_equal(np.sort(token), row)
         for bits in (tier.format.key_bits, tier.format.value_bits):
             wanted = blocks.locate(jnp.asarray(token), tier, bits)
-            for got, other in zip(softmax_gpu.locate(jnp.asarray(row), tier, bits), wanted, strict=True):
+            for got, other in zip(gpu_tiers_softmax.locate(jnp.asarray(row), tier, bits), wanted, strict=True):
                 np.testing.assert_array_equal(got, other)
 
 
 @given(st.floats(1.0, 2.0, width=32), st.integers(-60, 60), st.sampled_from([-1, 1]))
 def test_three_numbers_of_16_bits_are_one_of_32(fraction, exponent, sign):
     x = jnp.float32(sign * fraction * 2.0**exponent)
-    assert sum(np.float64(part) for part in softmax_gpu.split(x, 3)) == np.float64(x)
+    assert sum(np.float64(part) for part in gpu_tiers_softmax.split(x, 3)) == np.float64(x)
 
 
 def check_attention(run, layout, *, lengths=SKEWED, dtype=np.float32, raw=False, significance=True):
     rng = np.random.default_rng()
     held = hold(rng, layout, lengths, dtype=dtype)
     query = query_of(rng, held, layout, dtype)
-    given = options(held, raw, significance)
-    got = run(attention_gpu.tiered_attention, *arguments(held, query, layout), **given)
-    wanted = reference(*arguments(held, query.astype(jnp.float32), layout), **given)
-    assert got.output.dtype == dtype
-    tolerance = 1e-5 if dtype == np.float32 else 2e-2
-    np.testing.assert_allclose(np.asarray(got.output, np.float32), wanted.output, atol=tolerance, rtol=tolerance)
-    if not significance:
-        assert got.weakest is None
-        np.testing.assert_array_equal(got.pool, held.pool)
-        return
-    close(got.pool, wanted.pool, held, layout)
-    np.testing.assert_allclose(got.weakest.value, wanted.weakest.value, rtol=1e-4)
-    finite = np.isfinite(np.asarray(wanted.weakest.value))
-    np.testing.assert_array_equal(np.asarray(got.weakest.index)[finite], np.asarray(wanted.weakest.index)[finite])
+    beside, tiers = (held.raw if raw else None), tiers_of(held, layout)
+    observed = observing(held) if significance else {}
+    got = run(gpu_tiers.paged_attention, query, beside, tiers, **observed)
+    wanted = reference(query.astype(jnp.float32), beside, tiers, **observed)
+    check_alike(got, wanted, held, layout, dtype)
 
 
 @pytest.mark.parametrize("name", ["plain", "other way round"])
@@ -89,10 +79,10 @@ def test_attention_of_bfloat16_that_nobody_observes(run):
     ],
 )
 def test_what_attention_cannot_take_is_refused(layout, heads, message):
-    held = hold(np.random.default_rng(), layout, np.ones((2, 1, 1), int))
+    held = hold(np.random.default_rng(), layout, np.ones((1, 1, 2), int))
     query = jnp.ones((1, heads, layout.head_dim))
     with pytest.raises(ValueError, match=message):
-        tiered_attention(*arguments(held, query, layout), implementation="mosaic_gpu")
+        paged_attention(query, None, tiers=tiers_of(held, layout), implementation="mosaic_gpu")
 
 
 @in_place

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.paged_attention import RawKVs, paged_attention
+from pallas_kernels.walk import walk
 
 
 def mass(p):
@@ -19,8 +20,8 @@ def squared_mass(p):
 
 
 @partial(jax.jit, static_argnames="observe")
-def attend(query, pool, table, lengths, observe=(mass, squared_mass)):
-    return paged_attention(query, pool, table, lengths, observe=observe)
+def attend(query, pool, table, lengths, observe=mass):
+    return paged_attention(query, RawKVs(pool, table, lengths), observe=observe)
 
 
 def paged(rng, lengths, *, head_dim=16, block_size=16, max_blocks=None, dtype=np.float32):
@@ -60,7 +61,8 @@ def check(lengths, *, group=3, head_dim=16, block_size=16, max_blocks=None, dtyp
     batch, kv_heads = lengths.shape
     pool, table, kvs = paged(rng, lengths, head_dim=head_dim, block_size=block_size, max_blocks=max_blocks, dtype=dtype)
     query = rng.standard_normal((batch, kv_heads * group, head_dim)).astype(np.float32)
-    out, (masses, squares) = attend(query, pool, table, jnp.asarray(lengths))
+    out, masses = attend(query, pool, table, jnp.asarray(lengths))
+    _, squares = attend(query, pool, table, jnp.asarray(lengths), observe=squared_mass)
     for b, h in np.ndindex(lengths.shape):
         n, heads = lengths[b, h], slice(h * group, (h + 1) * group)
         assert (np.asarray(masses[b, h, n:]) == 0).all()
@@ -113,8 +115,8 @@ def test_recording_changes_no_bit_of_the_output():
     pool, table, _ = paged(rng, RAGGED)
     query = rng.standard_normal((3, 9, 16)).astype(np.float32)
     observed, _ = attend(query, pool, table, jnp.asarray(RAGGED))
-    plain, none = attend(query, pool, table, jnp.asarray(RAGGED), observe=())
-    assert none == ()
+    plain, none = attend(query, pool, table, jnp.asarray(RAGGED), observe=None)
+    assert none is None
     np.testing.assert_array_equal(observed, plain)
 
 
@@ -130,12 +132,11 @@ def test_where_blocks_lie_does_not_matter():
 
 
 def test_work_follows_resident_blocks_not_the_tables_width():
-    """Steps of the walk, read off its plan: a wide table of short heads takes no more than a narrow one."""
-    from pallas_kernels.paged_attention.reference import plan_walk
-
+    """A wide table of short heads takes no more steps than a narrow one."""
     lengths = jnp.array([1, 0, 4000, 130])
-    walk = plan_walk(lengths, 16, 8)
-    assert int(walk.segments) == 1 + 0 + 32 + 2
+    for max_blocks in (250, 10_000):
+        plan = walk(jnp.zeros((4, max_blocks), int), lengths, 16, segment_blocks=8, segments_a_step=1)
+        assert int(plan.steps) == 1 + 0 + 32 + 2
 
 
 @pytest.mark.parametrize(
@@ -149,15 +150,13 @@ def test_work_follows_resident_blocks_not_the_tables_width():
 )
 def test_shapes_that_do_not_belong_together_are_refused(query, pool, table, lengths, message):
     with pytest.raises(ValueError, match=message):
-        paged_attention(jnp.zeros(query), jnp.zeros(pool), jnp.zeros(table, int), jnp.zeros(lengths, int))
+        paged_attention(jnp.zeros(query), RawKVs(jnp.zeros(pool), jnp.zeros(table, int), jnp.zeros(lengths, int)))
 
 
 def test_an_unknown_implementation_is_refused():
     with pytest.raises(ValueError, match="'cuda'"):
         paged_attention(
             jnp.zeros((1, 2, 8)),
-            jnp.zeros((3, 16, 16)),
-            jnp.zeros((1, 1, 2), int),
-            jnp.zeros((1, 1), int),
+            RawKVs(jnp.zeros((3, 16, 16)), jnp.zeros((1, 1, 2), int), jnp.zeros((1, 1), int)),
             implementation="cuda",  # pyright: ignore[reportArgumentType]
         )

@@ -9,7 +9,7 @@ import pytest
 from test_paged_attention import paged
 
 from pallas_kernels.block_writes import write_blocks
-from pallas_kernels.prefill_attention import Observed, prefill_attention
+from pallas_kernels.prefill_attention import ObservedQueries, RawKVs, prefill_attention
 
 GROUP, D = 3, 16
 
@@ -20,7 +20,7 @@ def square(p):
 
 @jax.jit
 def attend(query, key, value, pool, table, lengths, observed=None):
-    return prefill_attention(query, key, value, pool, table, lengths, observed=observed)
+    return prefill_attention(query, key, value, RawKVs(pool, table, lengths), observe=observed)
 
 
 def chunk(rng, batch, length, kv_heads):
@@ -69,7 +69,7 @@ def test_masses_of_the_observed_queries(buffer):
         cached_positions[b, h, : CACHED[b, h]] = rng.permutation(begins[b])[: CACHED[b, h]]
     rows = np.array([[0, 7, 39, -1], [-1, -1, -1, -1], [3, 38, 39, 1]], np.int32)
     positions = begins[:, None] + np.arange(length)
-    observed = Observed(
+    observed = ObservedQueries(
         rows=jnp.asarray(rows),
         positions=jnp.asarray(positions),
         cached_positions=jnp.asarray(cached_positions),
@@ -110,11 +110,11 @@ def test_chunks_in_turn_equal_one_chunk():
 
 
 def test_shapes_that_do_not_belong_together_are_refused():
-    table, lengths, pool = jnp.zeros((1, 2, 4), int), jnp.zeros((1, 2), int), jnp.zeros((9, 16, 2 * D))
+    raw = RawKVs(jnp.zeros((9, 16, 2 * D)), jnp.zeros((1, 2, 4), int), jnp.zeros((1, 2), int))
     good, bad = jnp.zeros((1, 5, 2, D)), jnp.zeros((1, 4, 2, D))
     with pytest.raises(ValueError, match="keys and values must match"):
-        prefill_attention(jnp.zeros((1, 5, 6, D)), bad, bad, pool, table, lengths)
+        prefill_attention(jnp.zeros((1, 5, 6, D)), bad, bad, raw)
     with pytest.raises(ValueError, match="multiple of KV heads"):
-        prefill_attention(jnp.zeros((1, 5, 5, D)), good, good, pool, table, lengths)
+        prefill_attention(jnp.zeros((1, 5, 5, D)), good, good, raw)
     with pytest.raises(ValueError, match="disagree"):
-        prefill_attention(jnp.zeros((1, 5, 6, D)), good, good, pool, table, jnp.zeros((2, 2), int))
+        prefill_attention(jnp.zeros((1, 5, 6, D)), good, good, raw._replace(lengths=jnp.zeros((2, 2), int)))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import tiers as oracle
 
-from pallas_kernels.tiers import quantizer
+from pallas_kernels.quantised_block import quantizer
 
 quantize = jax.jit(quantizer.quantize, static_argnums=(1, 2))
 dequantize = jax.jit(quantizer.dequantize)

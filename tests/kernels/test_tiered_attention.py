@@ -1,5 +1,6 @@
 """Attention over both tiers: the XLA reference against numpy, and the TPU kernel, in the interpreter, against it."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -13,46 +14,44 @@ from interpreted import interpreter as interpreter
 from oracles.tiers import attend
 from tiered import LAYOUTS, SIGNIFICANCE, WINDOW, block_of, hold, layout_of, slots
 
-from pallas_kernels.tiered_attention import mosaic_tpu, tiered_attention
-from pallas_kernels.tiers import walk as tier_walk
-from pallas_kernels.tiles_tpu import Tiling
+from pallas_kernels import walk as blocks_walk
+from pallas_kernels.paged_attention import TieredKVs, paged_attention, tpu_tiers
+from pallas_kernels.tpu_tiles import Tiling
 
 GROUP = 3
-SKEWED = np.array([[[70, 0, 1, 33, 5]], [[65, 0, 193, 2, 0]]])
-"""High, then low tier: an empty head, heads of several tiles; three heads for one of a chip's two cores."""
+SKEWED = np.stack([[[70, 0, 1, 33, 5]], [[65, 0, 193, 2, 0]]], axis=-1)
+"""High and low tier: an empty head, heads of several tiles; three heads for one of a chip's two cores."""
 
 
 def query_of(rng, held, layout, dtype=np.float32):
-    batch, kv_heads = held.lengths.shape[1:]
+    batch, kv_heads = held.lengths.shape[:-1]
     return jnp.asarray(rng.standard_normal((batch, kv_heads * GROUP, layout.head_dim)), dtype)
 
 
-def arguments(held, query, layout):
-    return query, jnp.asarray(held.pool), jnp.asarray(held.table), jnp.asarray(held.lengths), layout
+def tiers_of(held, layout):
+    parts = {"pool": held.pool, "block_table": held.table, "lengths": held.lengths}
+    return TieredKVs(**{name: jnp.asarray(part) for name, part in parts.items()}, layout=layout)
 
 
-def options(held, raw, significance):
-    following = jnp.asarray(held.following, jnp.int32)
-    observed = {"significance": SIGNIFICANCE, "next_position": following} if significance else {}
-    return {"raw": held.raw if raw else None, **observed}
+def observing(held):
+    return {"observe": SIGNIFICANCE, "next_position": jnp.asarray(held.following, jnp.int32)}
 
 
-def check_against_numpy(held, layout, query, got, *, raw):
+def check_against_numpy(held, layout, query, output, significant):
     """Output, scores, everything else of the pool, and the weakest KVs."""
     wanted_pool = held.pool.copy()
-    for where in np.ndindex(held.lengths.shape[1:]):
+    values, indices = np.asarray(significant.weakest.value), np.asarray(significant.weakest.index)
+    for where in np.ndindex(held.lengths.shape[:-1]):
         kvs = []
         for tier in range(2):
             places = slots(held, layout, where, tier)
             kvs += [block_of(held.pool, block, layout, tier).get(offset)[:2] for block, offset in places]
-        counts = held.lengths[(slice(None), *where)]
-        if raw:
-            kvs += zip(*held.raw_kvs[where], strict=True)
-        queries = np.asarray(query).reshape(*held.lengths.shape[1:], GROUP, -1)[where]
-        out = np.asarray(got.output).reshape(*held.lengths.shape[1:], GROUP, -1)[where]
+        counts = held.lengths[where]
+        kvs += zip(*held.raw_kvs[where], strict=True)
+        queries, out = (np.asarray(x).reshape(*held.lengths.shape[:-1], GROUP, -1)[where] for x in (query, output))
         if not kvs:
             assert (out == 0).all()
-            assert (np.asarray(got.weakest.value)[(slice(None), *where)] == np.inf).all()
+            assert (values[where] == np.inf).all()
             continue
         wanted, p = attend(queries, *(np.stack(x) for x in zip(*kvs, strict=True)))
         np.testing.assert_allclose(out, wanted, atol=1e-5)
@@ -64,17 +63,17 @@ def check_against_numpy(held, layout, query, got, *, raw):
                 words.words[words.scores + offset] = score.view(np.uint32)
             age = held.following[where[0]] - kvs.positions
             worth = np.where(age >= WINDOW, scores / np.maximum(age, 1), np.inf)
-            least = np.asarray(got.weakest.value)[(tier, *where)]
+            least = values[where][tier]
             np.testing.assert_allclose(least, worth.min(initial=np.inf), rtol=1e-4)
             if np.isfinite(least):
-                assert np.isclose(worth[np.asarray(got.weakest.index)[(tier, *where)]], least, rtol=1e-4)
-    close(got.pool, wanted_pool, held, layout)
+                assert np.isclose(worth[indices[where][tier]], least, rtol=1e-4)
+    close(significant.pool, wanted_pool, held, layout)
 
 
 def close(got, wanted, held, layout):
     """Pools alike: in what held scores to rounding, else to the bit, but for the null block."""
     got, wanted = np.asarray(got).copy(), np.asarray(wanted).copy()
-    for where in np.ndindex(held.lengths.shape[1:]):
+    for where in np.ndindex(held.lengths.shape[:-1]):
         for tier in range(2):
             for block, offset in slots(held, layout, where, tier):
                 one, other = (block_of(pool, block, layout, tier) for pool in (got, wanted))
@@ -89,9 +88,9 @@ def close(got, wanted, held, layout):
     np.testing.assert_array_equal(got[1:], wanted[1:])
 
 
-@partial(jax.jit, static_argnames=("layout", "significance"))
-def reference(query, pool, table, lengths, layout, **given):
-    return tiered_attention(query, pool, table, lengths, layout, **given, implementation="xla")
+@partial(jax.jit, static_argnames="observe")
+def reference(query, raw, tiers, **observing):
+    return paged_attention(query, raw, tiers=tiers, **observing, implementation="xla")
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -100,44 +99,48 @@ def reference(query, pool, table, lengths, layout, **given):
 def test_the_reference_against_numpy(name, seed):
     rng, layout = np.random.default_rng(seed), LAYOUTS[name]
     most = [3 * tier.tokens for tier in layout.tiers]
-    lengths = np.stack([rng.integers(0, n, (2, 2)) for n in most]) * (rng.random((2, 2, 2)) < 0.8)
+    lengths = rng.integers(0, most, (2, 2, 2)) * (rng.random((2, 2, 2)) < 0.8)
     held = hold(rng, layout, lengths, max_blocks=7)
     query = query_of(rng, held, layout)
-    given = options(held, True, True)
-    got = reference(*arguments(held, query, layout), **given)
-    check_against_numpy(held, layout, query, got, raw=True)
+    check_against_numpy(held, layout, query, *reference(query, held.raw, tiers_of(held, layout), **observing(held)))
 
 
 def test_the_reference_in_many_steps(monkeypatch):
     """Of two blocks each; heads begin and end within them."""
-    monkeypatch.setattr(tier_walk, "FEW_KVS", 64)
+    monkeypatch.setattr(blocks_walk, "FEW_KVS", 64)
     rng, layout = np.random.default_rng(), LAYOUTS["plain"]
     held = hold(rng, layout, SKEWED)
     query = query_of(rng, held, layout)
-    given = options(held, True, True)
-    got = tiered_attention(*arguments(held, query, layout), **given, implementation="xla")
-    check_against_numpy(held, layout, query, got, raw=True)
+    options = {**observing(held), "implementation": "xla"}
+    check_against_numpy(held, layout, query, *paged_attention(query, held.raw, tiers=tiers_of(held, layout), **options))
+
+
+def check_alike(got, wanted, held, layout, dtype):
+    """Outputs of that dtype and what was observed, as ``paged_attention`` gives them."""
+    (output, significant), (wanted_output, wanted_significant) = got, wanted
+    assert output.dtype == dtype
+    tolerance = 1e-5 if dtype == np.float32 else 2e-2
+    np.testing.assert_allclose(np.asarray(output, np.float32), wanted_output, atol=tolerance, rtol=tolerance)
+    if wanted_significant is None:
+        assert significant is None
+    elif dtype == np.float32:
+        close(significant.pool, wanted_significant.pool, held, layout)
+        weakest, wanted_weakest = significant.weakest, wanted_significant.weakest
+        np.testing.assert_allclose(weakest.value, wanted_weakest.value, rtol=1e-4)
+        finite = np.isfinite(np.asarray(wanted_weakest.value))
+        np.testing.assert_array_equal(np.asarray(weakest.index)[finite], np.asarray(wanted_weakest.index)[finite])
 
 
 def check_tpu(interpreter, layout, *, lengths=SKEWED, dtype=np.float32, raw=False, significance=True, **more):
     rng = np.random.default_rng()
     held = hold(rng, layout, lengths, dtype=dtype)
     query = query_of(rng, held, layout, dtype)
-    given = options(held, raw, significance)
+    beside, tiers = (held.raw if raw else None), tiers_of(held, layout)
+    observed = observing(held) if significance else {}
     more = {"tiles": Tiling(block_size=layout.rows, blocks=2, max_blocks=held.table.shape[-1], buffers=3), **more}
-    got = interpreter.run(mosaic_tpu.tiered_attention, *arguments(held, query, layout), **given, **more)
-    wanted = reference(*arguments(held, query.astype(jnp.float32), layout), **given)
-    assert got.output.dtype == dtype
-    tolerance = 1e-5 if dtype == np.float32 else 2e-2
-    np.testing.assert_allclose(np.asarray(got.output, np.float32), wanted.output, atol=tolerance, rtol=tolerance)
-    if not significance:
-        assert got.weakest is None
-        np.testing.assert_array_equal(got.pool, held.pool)
-    elif dtype == np.float32:
-        close(got.pool, wanted.pool, held, layout)
-        np.testing.assert_allclose(got.weakest.value, wanted.weakest.value, rtol=1e-4)
-        finite = np.isfinite(np.asarray(wanted.weakest.value))
-        np.testing.assert_array_equal(np.asarray(got.weakest.index)[finite], np.asarray(wanted.weakest.index)[finite])
+    got = interpreter.run(tpu_tiers.paged_attention, query, beside, tiers, **observed, **more)
+    wanted = reference(query.astype(jnp.float32), beside, tiers, **observed)
+    check_alike(got, wanted, held, layout, dtype)
 
 
 def test_tpu(interpreter):
@@ -157,12 +160,12 @@ def test_tpu_with_blocks_as_a_tpu_likes_them(eager):
     layout = layout_of("K8V4", "K4V2", tokens=256)
     assert layout.rows == 56
     assert layout.tiers[1].positions % 128
-    check_tpu(eager, layout, lengths=np.array([[[300]], [[500]]]), tiles=None)
+    check_tpu(eager, layout, lengths=np.array([[[300, 500]]]), tiles=None)
 
 
 def test_tpu_over_a_table_too_large_for_one_call(eager):
     """Two rows of 5 entries, and 3 numbers each, where SMEM is said to hold 9."""
-    check_tpu(eager, LAYOUTS["plain"], lengths=np.array([[[40, 0]], [[65, 3]]]), smem_entries=9)
+    check_tpu(eager, LAYOUTS["plain"], lengths=np.array([[[40, 65], [0, 3]]]), smem_entries=9)
 
 
 @pytest.mark.parametrize(
@@ -173,36 +176,43 @@ def test_tpu_over_a_table_too_large_for_one_call(eager):
     ],
 )
 def test_what_a_tpu_cannot_take_is_refused(layout, message):
-    held = hold(np.random.default_rng(), layout, np.ones((2, 1, 1), int))
+    held = hold(np.random.default_rng(), layout, np.ones((1, 1, 2), int))
     query = jnp.ones((1, 1, layout.head_dim))
     with pytest.raises(ValueError, match=message):
-        tiered_attention(*arguments(held, query, layout), implementation="mosaic_tpu")
+        paged_attention(query, None, tiers=tiers_of(held, layout), implementation="mosaic_tpu")
 
 
 def test_what_does_not_belong_together_is_refused():
     layout = LAYOUTS["plain"]
-    held = hold(np.random.default_rng(), layout, np.ones((2, 1, 1), int))
-    good = list(arguments(held, jnp.ones((1, 2, 64)), layout))
-    for at, wrong, message in (
-        (0, jnp.ones((1, 2, 32)), "not of this layout"),
-        (1, jnp.zeros((4, 3, 128), jnp.uint32), "not of this layout"),
-        (3, jnp.zeros((2, 2, 1), jnp.int32), "batch and KV heads disagree"),
+    held = hold(np.random.default_rng(), layout, np.ones((1, 1, 2), int))
+    query, tiers = jnp.ones((1, 2, 64)), tiers_of(held, layout)
+    following = jnp.zeros(1, jnp.int32)
+    for raw, changes, message in (
+        (None, {"tiers": None}, "nothing to attend to: give raw KVs, tiers, or both"),
+        (None, {"tiers": replace(tiers, pool=jnp.zeros((4, 3, 128), jnp.uint32))}, "not of this layout"),
+        (None, {"tiers": replace(tiers, lengths=jnp.zeros((2, 1, 2), jnp.int32))}, "batch and KV heads disagree"),
+        (None, {"tiers": replace(tiers, lengths=jnp.zeros((1, 1, 3), jnp.int32))}, "the high and of the low tier"),
+        (None, {"observe": SIGNIFICANCE}, "go together"),
+        (None, {"next_position": following}, "go together"),
+        (None, {"observe": lambda p: p.sum(-2)}, "must be a Significance"),
+        (held.raw, {"tiers": None, "observe": SIGNIFICANCE, "next_position": following}, "give tiers"),
     ):
         with pytest.raises(ValueError, match=message):
-            tiered_attention(*good[:at], wrong, *good[at + 1 :])
-    with pytest.raises(ValueError, match="go together"):
-        tiered_attention(*good, significance=SIGNIFICANCE)
+            paged_attention(query, raw, **{"tiers": tiers, **changes})
+    with pytest.raises(ValueError, match="not of this layout"):
+        paged_attention(jnp.ones((1, 2, 32)), None, tiers=tiers)
 
 
 def test_the_pool_is_updated_in_place():
     layout = LAYOUTS["plain"]
     held = hold(np.random.default_rng(), layout, SKEWED)
     query = query_of(np.random.default_rng(), held, layout)
-    given = options(held, False, True)
 
-    def step(pool, query, table, lengths):
-        return tiered_attention(query, pool, table, lengths, layout, **given, implementation="xla").pool
+    def step(pool, query, tiers):
+        tiers = replace(tiers, pool=pool)
+        return paged_attention(query, None, tiers=tiers, **observing(held), implementation="xla")[1].pool
 
-    rest = query, jnp.asarray(held.table), jnp.asarray(held.lengths)
-    memory = jax.jit(step, donate_argnums=0).lower(jnp.asarray(held.pool), *rest).compile().memory_analysis()
+    tiers = tiers_of(held, layout)
+    rest = query, replace(tiers, pool=jnp.zeros((1, *tiers.pool.shape[1:]), jnp.uint32))
+    memory = jax.jit(step, donate_argnums=0).lower(tiers.pool, *rest).compile().memory_analysis()
     assert memory.alias_size_in_bytes == held.pool.nbytes

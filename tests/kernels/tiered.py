@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from oracles.tiers import Block, Tokens
 
-from pallas_kernels.tiered_attention import RawKVs, Significance
-from pallas_kernels.tiers import BlockLayout, Format
+from pallas_kernels.paged_attention import RawKVs, Significance
+from pallas_kernels.quantised_block import BlockLayout, Format
 
 WINDOW = 20
 SIGNIFICANCE = Significance(
@@ -32,12 +32,13 @@ LAYOUTS = {
 
 
 class Held(NamedTuple):
-    """The arguments of ``tiered_attention``, but for the query, and what is in them."""
+    """The arguments of ``paged_attention`` over tiers, but for the query, and what is in them."""
 
     pool: np.ndarray
     """``u32[blocks, rows, 128]``."""
     table: np.ndarray
     lengths: np.ndarray
+    """``i32[batch, kv_heads, 2]``."""
     tokens: dict
     """By batch, head and tier."""
     raw: RawKVs
@@ -54,31 +55,31 @@ def slots(held, layout, where, tier):
     """Block and offset of each KV of a head's tier."""
     size = layout.tiers[tier].tokens
     row = held.table[where] if tier == 0 else held.table[where][::-1]
-    return [(row[i // size], i % size) for i in range(held.lengths[(tier, *where)])]
+    return [(row[i // size], i % size) for i in range(held.lengths[(*where, tier)])]
 
 
 def hold(rng, layout, lengths, *, dtype=np.float32, max_blocks=None):
-    """``lengths``: ``[2, batch, kv_heads]``. What no KV is in is garbage: random bits, NaN, and in tables any block."""
-    sizes = np.array([tier.tokens for tier in layout.tiers])[:, None, None]
+    """``lengths``: ``[batch, kv_heads, 2]``. What no KV is in is garbage: random bits, NaN, and in tables any block."""
+    sizes = np.array([tier.tokens for tier in layout.tiers])
     used = -(-lengths // sizes)
-    max_blocks = max_blocks or int(used.sum(0).max()) + 1
-    heads = lengths.shape[1:]
+    max_blocks = max_blocks or int(used.sum(-1).max()) + 1
+    heads = lengths.shape[:-1]
     blocks = 1 + max_blocks * heads[0] * heads[1]
     pool = rng.integers(0, 2**32, (blocks, layout.rows, 128), dtype=np.uint32)
     table = np.full((*heads, max_blocks), blocks + 10**6, np.int32)
     ids, tokens = list(1 + rng.permutation(blocks - 1)), {}
     for where in np.ndindex(heads):
         for tier in range(2):
-            mine = np.array([ids.pop() for _ in range(used[(tier, *where)])], np.int32)
+            mine = np.array([ids.pop() for _ in range(used[(*where, tier)])], np.int32)
             row = table[where] if tier == 0 else table[where][::-1]
             row[: len(mine)] = mine
-            n = lengths[(tier, *where)]
+            n = lengths[(*where, tier)]
             kvs = Tokens(
                 *(rng.standard_normal((n, layout.head_dim)).astype(np.float32) for _ in range(2)),
                 rng.random(n).astype(np.float32),
                 rng.integers(0, 100, n).astype(np.int32),
             )
-            size = sizes[tier, 0, 0]
+            size = sizes[tier]
             for i, kv in enumerate(zip(*kvs, strict=True)):
                 block_of(pool, mine[i // size], layout, tier).put(i % size, *kv)
             tokens[(*where, tier)] = kvs

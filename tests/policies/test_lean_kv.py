@@ -16,7 +16,7 @@ from jaxkv.generation.compress import compress
 from jaxkv.generation.decode import decode_step
 from jaxkv.generation.prefill import prefill
 from jaxkv.policies import LeanKV
-from pallas_kernels.tiers import Format, blocks
+from pallas_kernels.quantised_block import Format, blocks
 
 POLICY = LeanKV(high_threshold=1.2, low_threshold=0.3, protected_window=16, block_tokens=8)
 EVERYTHING = LeanKV(high_threshold=0.0, low_threshold=0.0, protected_window=16, block_tokens=8)

@@ -26,7 +26,7 @@ from jaxkv.generation.prefill import look_ahead, prefill
 from jaxkv.policies import LeanKV, Mixed, StreamingLLM
 from jaxkv.report import tier_mix
 from models.shapes import SHAPES
-from pallas_kernels.tiers import Format
+from pallas_kernels.quantised_block import Format
 
 LAYERS, HEADS, KVS = 2, 2, 256
 SMALL = {"block_tokens": 8, "protected_window": 8}

@@ -1,0 +1,258 @@
+"""Chunk attention as a TPU kernel: a block of queries with its whole group, over cached tiles and then its own keys.
+
+All query heads of a KV head share what is read for it: ``group * block`` queries make the rows of one matrix product.
+The chunk's own K and V come beside each other like the pool's, so both kinds of tile take the same path. Masses are a
+second kernel (``tpu_masses``), since a query's probabilities are known only after its last key.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.kvs import RawKVs
+from pallas_kernels.prefill_attention.tpu_masses import masses, queries_a_block
+from pallas_kernels.prefill_attention.types import ObservedQueries
+from pallas_kernels.tpu_tiles import (
+    CORES,
+    MASKED,
+    SMEM_ENTRIES,
+    UNCHECKED,
+    TileStream,
+    Tiling,
+    as_row,
+    check_pool,
+    held_blocks,
+    lanes_of,
+    product,
+    rows_at_once,
+    tiling,
+)
+
+QUERY_ROWS = 512
+"""Queries of all heads of a group in one product, about."""
+TILE_KVS = 512
+
+
+def prefill_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    raw: RawKVs,
+    *,
+    observe: ObservedQueries | None = None,
+    tiles: Tiling | None = None,
+    query_rows: int = QUERY_ROWS,
+    smem_entries: int = SMEM_ENTRIES,
+    interpret: Any = False,
+) -> tuple[Array, tuple[Array, Array] | None]:
+    """See ``api.prefill_attention``; ``tiles``, ``query_rows`` and ``smem_entries`` are for tests.
+
+    Raises:
+      ValueError: a table row too long for SMEM.
+    """
+    batch, length, heads, head_dim = query.shape
+    pool, block_table, lengths = raw
+    kv_heads, max_blocks = block_table.shape[1:]
+    at_once = rows_at_once(max_blocks, smem_entries)
+    tiles = tiles or tiling(pool, max_blocks, kvs=TILE_KVS)
+    rows, group = batch * kv_heads, heads // kv_heads
+    block = queries_a_block(length, group, query_rows)
+    padded = -(-length // block) * block
+    lanes = lanes_of(pool)
+
+    def pad(x: Array, width: int) -> Array:
+        return jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, width - head_dim)))
+
+    grouped = pad(query, lanes.width).reshape(batch, padded, kv_heads, group, -1).transpose(0, 2, 3, 1, 4)
+    grouped = grouped.reshape(rows, group, padded, -1).astype(pool.dtype)
+    own = jnp.concatenate([pad(key, lanes.half), pad(value, lanes.half)], axis=-1).transpose(0, 2, 1, 3)
+    own = own.reshape(rows, padded, -1).astype(pool.dtype)
+    per_row = grouped, own, block_table.reshape(rows, max_blocks), lengths.reshape(rows)
+    run = partial(_run, pool, dtype=query.dtype, block=block, head_dim=head_dim, tiles=tiles, interpret=interpret)
+    parts = [run(*(x[at : at + at_once] for x in per_row)) for at in range(0, rows, at_once)]
+    out, log_total = (jnp.concatenate(xs) for xs in zip(*parts, strict=True))
+    out = out.reshape(batch, kv_heads, group, padded, -1)[:, :, :, :length, lanes.value_at : lanes.value_at + head_dim]
+    out = out.transpose(0, 3, 1, 2, 4).reshape(query.shape)
+    if observe is None:
+        return out, None
+    on_cached, on_own = masses(
+        pool,
+        *per_row,
+        log_total,
+        observe,
+        head_dim=head_dim,
+        tiles=tiles,
+        query_rows=query_rows,
+        at_once=at_once,
+        interpret=interpret,
+    )
+    kvs = max_blocks * tiles.block_size
+    return out, (
+        on_cached.reshape(batch, heads, -1)[..., :kvs],
+        on_own.reshape(batch, heads, -1)[..., :length],
+    )
+
+
+def check(pool: Array, head_dim: int) -> None:
+    """Raises ValueError for what the kernel can't take."""
+    check_pool(pool, head_dim)
+
+
+def _run(
+    pool: Array,
+    query: Array,
+    own: Array,
+    table: Array,
+    lengths: Array,
+    *,
+    dtype: Any,
+    block: int,
+    head_dim: int,
+    tiles: Tiling,
+    interpret: Any,
+) -> tuple[Array, Array]:
+    """One call.
+
+    Args:
+      pool: ``[blocks, block_size, 2 * half]``.
+      query: ``[rows, group, length, width]``.
+      own: ``[rows, length, 2 * half]``.
+      table: ``i32[rows, max_blocks]``.
+      lengths: ``i32[rows]``.
+
+    Returns:
+      Output ``[rows, group, length, width]`` and the log of each query's softmax sum, ``f32[rows, group, length]``.
+    """
+    rows, group, length, width = query.shape
+    query_blocks = length // block
+    steps = -(-rows // CORES)
+
+    def row_of(core: Array, step: Array) -> Array:
+        return core * steps + step  # of an odd number of rows the last step's is one past the end, and nobody's
+
+    def read_row(core: Array, step: Array) -> Array:
+        return jnp.minimum(row_of(core, step), rows - 1)
+
+    of_query = (1, group, block, width)
+    of_log = (1, 1, group * block)
+    out, log_total = pl.pallas_call(
+        partial(_kernel, scale=head_dim**-0.5, tiles=tiles, rows=rows, steps=steps, query_blocks=query_blocks),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(CORES, steps, query_blocks),
+            in_specs=[
+                pl.BlockSpec(of_query, lambda core, step, q, *_: (read_row(core, step), 0, q, 0)),
+                pl.BlockSpec((1, length, pool.shape[-1]), lambda core, step, q, *_: (read_row(core, step), 0, 0)),
+                pl.BlockSpec(memory_space=pltpu.HBM),
+            ],
+            out_specs=[
+                pl.BlockSpec(of_query, lambda core, step, q, *_: (row_of(core, step), 0, q, 0)),
+                pl.BlockSpec(of_log, lambda core, step, q, *_: (row_of(core, step) * query_blocks + q, 0, 0)),
+            ],
+            scratch_shapes=[
+                *TileStream.scratch_shapes(tiles, pool),
+                pltpu.VMEM((group * block, 1), jnp.float32),
+                pltpu.VMEM((group * block, 1), jnp.float32),
+                pltpu.VMEM((group * block, width), jnp.float32),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((CORES * steps, group, length, width), dtype),
+            jax.ShapeDtypeStruct((CORES * steps * query_blocks, 1, group * block), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=48 * 2**20, **UNCHECKED
+        ),
+        name="prefill_attention",
+        interpret=interpret,
+    )(lengths, table.reshape(-1), query, own, pool)
+    log_total = log_total.reshape(-1, query_blocks, group, block).transpose(0, 2, 1, 3)
+    return out[:rows], log_total.reshape(-1, group, length)[:rows]
+
+
+def _kernel(
+    lengths: Any,
+    table: Any,
+    query_ref: Any,
+    own: Any,
+    pool: Any,
+    out_ref: Any,
+    log_ref: Any,
+    buffer: Any,
+    arrived: Any,
+    state: Any,
+    maximum: Any,
+    total: Any,
+    output: Any,
+    *,
+    scale: float,
+    tiles: Tiling,
+    rows: int,
+    steps: int,
+    query_blocks: int,
+) -> None:
+    core, step, query_block = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    row = core * steps + step
+    item = row * query_blocks + query_block
+    _, group, block, width = query_ref.shape
+    value_at = buffer.shape[-1] - width
+
+    end = jnp.minimum((core + 1) * steps, rows)
+    items = core * steps * query_blocks, end * query_blocks
+    stream = TileStream(
+        tiles,
+        pool,
+        table,
+        held_blocks(lengths, tiles, query_blocks),
+        (buffer, arrived, state),
+        items,
+        repeats=query_blocks,
+    )
+    pl.when((step == 0) & (query_block == 0))(stream.start)
+
+    def attend(kv: Array, visible: Any) -> None:
+        """Keys ``[kvs, 2 * half]`` into the running softmax; visible: logits ``[queries, kvs]`` -> ``bool`` of them."""
+        query = query_ref[0].reshape(group * block, width)
+        s = product(query, kv[:, :width], (1, 1))
+        s = jnp.where(visible(s.shape), s * scale, MASKED)
+        new_maximum = jnp.maximum(maximum[...], s.max(-1, keepdims=True))
+        p = jnp.exp(s - new_maximum)
+        decay = jnp.exp(maximum[...] - new_maximum)
+        out = product(p.astype(kv.dtype), kv[:, value_at:], (1, 0))
+        maximum[...] = new_maximum
+        total[...] = total[...] * decay + p.sum(-1, keepdims=True)
+        output[...] = output[...] * decay + out
+
+    def attend_cached(tile: Array, _: None) -> None:
+        slot = stream.take(item, tile)
+        left = lengths[row] - tile * tiles.kvs
+        stream.clear_past(slot, left, tiles.kvs, value_at)
+        attend(buffer[slot], lambda shape: lax.broadcasted_iota(jnp.int32, shape, 1) < left)
+
+    def attend_own(own_block: Array, _: None) -> None:
+        at = pl.multiple_of(own_block * block, block)
+
+        def causal(shape: tuple[int, ...]) -> Array:
+            key = lax.broadcasted_iota(jnp.int32, (group, block, block), 2) + at
+            query = lax.broadcasted_iota(jnp.int32, (group, block, block), 1) + query_block * block
+            return (key <= query).reshape(shape)
+
+        attend(own[0, pl.ds(at, block)], causal)
+
+    @pl.when(row < rows)
+    def _():
+        maximum[...] = jnp.full(maximum.shape, MASKED)
+        total[...] = jnp.zeros(total.shape)
+        output[...] = jnp.zeros(output.shape)
+        lax.fori_loop(0, stream.tiles(item)[1], attend_cached, None)
+        lax.fori_loop(0, query_block + 1, attend_own, None)
+        out = output[...] / total[...]
+        out_ref[0] = out.reshape(group, block, width).astype(out_ref.dtype)
+        log_ref[0] = as_row(maximum[...] + jnp.log(total[...]))

@@ -1,0 +1,89 @@
+"""Inside a TPU kernel: the parts of quantised blocks ``u32[blocks, rows, 128]`` as vectors.
+
+``layout`` says what lies where. A part that has a value a token (meta, scores, positions) lies in the block as a line
+that may begin at any lane; as a vector its tokens begin at lane 0, ``[blocks, 1, tokens]``.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.quantised_block.layout import LANES, BlockLayout
+
+SUBLANES = 8
+"""Rows of a tile, in which a TPU keeps arrays of words."""
+
+
+def check_layout(layout: BlockLayout) -> None:
+    """Raises ValueError for blocks that the kernels can't read."""
+    if layout.head_dim not in (64, 128):
+        raise ValueError(
+            f"on a TPU quantised heads have 64 or 128 values, not {layout.head_dim}: pad K and V to the next of them"
+        )
+    if layout.rows % SUBLANES:
+        raise ValueError(
+            f"a TPU keeps arrays in tiles of {SUBLANES} rows, not {layout.rows}: give the layout tile={SUBLANES}"
+        )
+
+
+def unpack(words: Array, bits: int, dtype: jnp.dtype) -> Array:
+    """Codes ``[blocks, rows * 32 / bits, 128]``, sides beside each other, of words ``[blocks, rows, 128]``."""
+    words = lax.bitcast_convert_type(words, jnp.int32)
+    mask = 2**bits - 1
+    parts = [(words >> shift & mask).astype(jnp.float32) for shift in range(0, 32, bits)]
+    return jnp.concatenate(parts, axis=1).astype(dtype)
+
+
+def halves(meta: Array) -> tuple[Array, Array]:
+    """Scale and minimum, float32, of words of meta: TPUs know no IEEE half precision."""
+    meta = lax.bitcast_convert_type(meta, jnp.int32)
+    return _from_half(meta & 0xFFFF), _from_half(lax.shift_right_logical(meta, jnp.int32(16)))
+
+
+def _from_half(bits: Array) -> Array:
+    fraction, exponent = bits & 0x3FF, bits >> 10 & 0x1F
+    power = jnp.where(exponent == 31, 255, exponent + 112)  # 31: infinite or no number
+    normal = lax.bitcast_convert_type(power << 23 | fraction << 13, jnp.float32)
+    size = jnp.where(exponent == 0, fraction.astype(jnp.float32) * 2.0**-24, normal)
+    return jnp.where(bits >= 0x8000, -size, size)
+
+
+def line(rows: Array, start: int, count: int) -> Array:
+    """``count`` values from the ``start``-th on of rows ``[blocks, rows, 128]`` read as one line."""
+    first, shift = divmod(start, LANES)
+    chunks = -(-count // LANES)
+    if shift == 0:
+        parts = [rows[:, first + k : first + k + 1] for k in range(chunks)]
+    else:
+        last = -(-(start + count) // LANES)
+        rolled = [pltpu.roll(rows[:, k : k + 1], LANES - shift, axis=2) for k in range(first, last)]
+        rolled += rolled[-1:]  # what it gives is cut off
+        lane = lax.broadcasted_iota(jnp.int32, rolled[0].shape, 2)
+        parts = [jnp.where(lane < LANES - shift, *rolled[k : k + 2]) for k in range(chunks)]
+    return jnp.concatenate(parts, axis=2)[..., :count]
+
+
+def lay(rows: Array, start: int, values: Array) -> Array:
+    """The reverse of ``line``: rows with ``[blocks, 1, count]`` values in them."""
+    first, shift = divmod(start, LANES)
+    count = values.shape[2]
+    pad = -count % LANES
+    if pad:
+        values = jnp.concatenate([values, jnp.zeros((*values.shape[:2], pad), values.dtype)], axis=2)
+    parts = [values[..., at : at + LANES] for at in range(0, count + pad, LANES)]
+    if shift:
+        parts = [pltpu.roll(part, shift, axis=2) for part in parts]
+    found = []
+    for row in range(rows.shape[1]):
+        old, k = rows[:, row : row + 1], row - first
+        lane = lax.broadcasted_iota(jnp.int32, old.shape, 2)
+        at = (row * LANES + lane) - start
+        if k * LANES < count + shift and k >= 0:
+            new = parts[min(k, len(parts) - 1)]
+            if shift and k > 0:
+                new = jnp.where(lane < shift, parts[k - 1], new)
+            old = jnp.where((at >= 0) & (at < count), new, old)
+        found.append(old)
+    return jnp.concatenate(found, axis=1)

@@ -1,7 +1,0 @@
-"""Decode attention over quantised blocks of both tiers, and over unquantised ones, in one pass."""
-
-from pallas_kernels.tiered_attention.api import RawKVs as RawKVs
-from pallas_kernels.tiered_attention.api import Significance as Significance
-from pallas_kernels.tiered_attention.api import Tiered as Tiered
-from pallas_kernels.tiered_attention.api import Weakest as Weakest
-from pallas_kernels.tiered_attention.api import tiered_attention as tiered_attention

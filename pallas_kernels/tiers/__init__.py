@@ -1,4 +1,0 @@
-"""Blocks of a fixed number of bytes that hold KVs at one of two precisions (LeanKV, arXiv 2412.03131)."""
-
-from pallas_kernels.tiers.layout import BlockLayout as BlockLayout
-from pallas_kernels.tiers.layout import Format as Format
