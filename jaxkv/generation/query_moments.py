@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from models.config import LlamaConfig
+from models import LlamaConfig
 from models.rope import rotate, rotation
 
 
