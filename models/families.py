@@ -10,7 +10,7 @@ from models.family import Family
 from models.fields import Fields
 
 Model = llama.Llama
-"""What loading gives."""
+"""What loading gives; a union where there are several families."""
 
 FAMILIES: tuple[Family[Model], ...] = (llama.FAMILY,)
 

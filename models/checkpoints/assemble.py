@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -82,13 +82,9 @@ def assemble(
     parameters = parameters_of(model)
     stored = {path: names(path, config) for path in parameters}
     _check_names({name for place in stored.values() for name in place.names}, source, harmless)
-    rows: dict[str, int] = {}  # of each tensor that several parameters share
-    for place in stored.values():
-        if isinstance(place, Rows):
-            rows[place.name] = max(place.stop, rows.get(place.name, 0))
+    read = _Reader(source=source, dtype=np.dtype(dtype), rows=_rows_of_shared(stored.values()))
     for path, parameter in parameters.items():
-        read = _Read(source=source, transposed=path[-1] == "kernel", dtype=np.dtype(dtype), rows=rows)
-        values = read(stored[path], parameter.shape)
+        values = read(stored[path], parameter.shape, transposed=path[-1] == "kernel")
         if values.shape != parameter.shape:
             raise ValueError(f"{path} has shape {parameter.shape}, but {values.shape} of {stored[path]}: fix {names}")
         parameter.set_value(jax.device_put(values))
@@ -110,26 +106,34 @@ def _check_names(needed: set[str], source: TensorSource, harmless: Callable[[str
         )
 
 
+def _rows_of_shared(places: Iterable[Stored]) -> dict[str, int]:
+    """How many rows each tensor must have that several parameters share: up to the end of the last part."""
+    rows: dict[str, int] = {}
+    for place in places:
+        if isinstance(place, Rows):
+            rows[place.name] = max(place.stop, rows.get(place.name, 0))
+    return rows
+
+
 @dataclass(frozen=True, kw_only=True)
-class _Read:
-    """Reads one parameter, on the host."""
+class _Reader:
+    """Reads one parameter at a time, onto the host."""
 
     source: TensorSource
-    transposed: bool
     dtype: np.dtype
     rows: Mapping[str, int]
-    """How many rows each tensor has that is read in parts."""
+    """What ``_rows_of_shared`` says."""
 
-    def __call__(self, place: Stored, shape: tuple[int, ...]) -> np.ndarray:
+    def __call__(self, place: Stored, shape: tuple[int, ...], *, transposed: bool) -> np.ndarray:
         if isinstance(place, Stacked):
-            return np.stack([self._tensor(name, shape[1:], slice(None)) for name in place.names])
+            return np.stack([self._tensor(name, shape[1:], transposed) for name in place.names])
         part = slice(place.start, place.stop) if isinstance(place, Rows) else slice(None)
-        return self._tensor(place.names[0], shape, part)
+        return self._tensor(place.name, shape, transposed, part)
 
-    def _tensor(self, name: str, shape: tuple[int, ...], part: slice) -> np.ndarray:
-        """Some rows of a tensor, in the parameter's own shape."""
+    def _tensor(self, name: str, shape: tuple[int, ...], transposed: bool, part: slice = slice(None)) -> np.ndarray:
+        """A tensor, or some of its rows, for a parameter of that shape."""
         source = self.source
-        stored = shape[::-1] if self.transposed else shape
+        stored = shape[::-1] if transposed else shape
         stored = (self.rows.get(name, stored[0]), *stored[1:])
         if source.shape(name) != stored:
             raise CheckpointError(
@@ -143,7 +147,7 @@ class _Read:
                 "checkpoint, or a GGUF file for quantised weights."
             )
         # Always a copy of its own: JAX may keep a NumPy buffer without copying, and this one may be a mapped file.
-        values = np.array(values.T if self.transposed else values, dtype=self.dtype, order="C")
+        values = np.array(values.T if transposed else values, dtype=self.dtype, order="C")
         if not np.isfinite(values).all():
             raise CheckpointError(
                 f"{source.origin}: tensor {name!r} has NaN or infinite values as {self.dtype}. The checkpoint is "
