@@ -1,18 +1,23 @@
-"""Llama-family models in Flax NNX, their checkpoints, and their tokenizers."""
+"""Models in Flax NNX, their checkpoints, their tokenizers, and the interface that other models can implement."""
 
-from models.attention import Attend, causal_attention
 from models.checkpoints import load_model
-from models.config import LlamaConfig
 from models.errors import CheckpointError
 from models.hub import resolve
-from models.llama import Llama, stack_layers
+from models.interface import Attend, AttentionSpec, Decoder, ModelSizes, Rotary, causal_attention
+from models.layers import stack_layers
+from models.llama import Llama
+from models.llama_config import LlamaConfig
 from models.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "Attend",
+    "AttentionSpec",
     "CheckpointError",
+    "Decoder",
     "Llama",
     "LlamaConfig",
+    "ModelSizes",
+    "Rotary",
     "Tokenizer",
     "causal_attention",
     "load_model",

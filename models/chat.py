@@ -23,14 +23,14 @@ def render_chat(
     """The conversation as one text.
 
     Args:
-        template: Jinja, as transformers takes it.
-        messages: each with `role` and `content`.
-        add_generation_prompt: end with the words that begin the model's answer.
-        special_tokens: `bos_token` and others that the template may name.
+      template: Jinja, as transformers takes it.
+      messages: each with ``role`` and ``content``.
+      add_generation_prompt: end with the words that begin the model's answer.
+      special_tokens: ``bos_token`` and others that the template may name.
 
     Raises:
-        ValueError: a message without role or content.
-        CheckpointError: the template is broken, or refuses the conversation.
+      ValueError: a message without role or content.
+      CheckpointError: the template is broken, or refuses the conversation.
     """
     for i, message in enumerate(messages):
         if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):

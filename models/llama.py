@@ -1,35 +1,25 @@
 """The Llama family (Llama, Mistral, Qwen2, Qwen3, SmolLM) in Flax NNX, with attention left to the caller."""
 
-from functools import partial
-from typing import Any, TypeVar
+from __future__ import annotations
 
-import jax
+from functools import partial
+from typing import TypeVar
+
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 from jax.typing import DTypeLike
 
-from models.attention import Attend
-from models.config import LlamaConfig
-from models.rope import rotate, rotation
+from models.family import Family, NameMap
+from models.interface import Attend
+from models.layers import RMSNorm, SwiGLU, rotate, rotation, run_layers
+from models.llama_config import GGUF_ARCHITECTURES, MODEL_TYPES, LlamaConfig
 
 State = TypeVar("State")
 
 
-class RMSNorm(nnx.Module):
-    """Scale the last axis to a root mean square of one, in float32."""
-
-    def __init__(self, size: int, *, eps: float, dtype: DTypeLike):
-        self.scale = nnx.Param(jnp.ones(size, dtype))  # [size]
-        self.eps = eps
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        wide *= jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
-        return (wide * self.scale[...].astype(jnp.float32)).astype(x.dtype)
-
-
 class Attention(nnx.Module):
-    """Grouped-query attention's projections, norms and RoPE, around the caller's `attend`."""
+    """Grouped-query attention's projections, norms and RoPE, around the caller's ``attend``."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         linear = partial(nnx.Linear, dtype=dtype, param_dtype=dtype, rngs=rngs)
@@ -44,32 +34,20 @@ class Attention(nnx.Module):
         self.head_dim = config.head_dim
 
     def __call__(
-        self,
-        x: jax.Array,  # [batch, length, hidden]
-        rotated_by: tuple[jax.Array, jax.Array],  # cos and sin, f32[batch, length, 1, head_dim / 2]
-        layer: int | jax.Array,
-        attend: Attend[State],
-        state: State,
-    ) -> tuple[State, jax.Array]:
+        self, x: Array, rotated_by: tuple[Array, Array], layer: int | Array, attend: Attend[State], state: State
+    ) -> tuple[State, Array]:
+        """Attend in one layer.
+
+        Args:
+          x: ``[batch, length, hidden]``.
+          rotated_by: cosine and sine, ``f32[batch, length, 1, head_dim / 2]``.
+        """
         heads = (*x.shape[:2], -1, self.head_dim)
         query, key, value = (project(x).reshape(heads) for project in (self.query, self.key, self.value))
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         state, out = attend(state, layer, rotate(query, rotated_by), rotate(key, rotated_by), value)
         return state, self.output(out.reshape(*x.shape[:2], -1))
-
-
-class FeedForward(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
-
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
-        linear = partial(nnx.Linear, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs)
-        self.gate = linear(config.hidden_size, config.intermediate_size)
-        self.up = linear(config.hidden_size, config.intermediate_size)
-        self.down = linear(config.intermediate_size, config.hidden_size)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(nnx.silu(self.gate(x)) * self.up(x))
 
 
 class Layer(nnx.Module):
@@ -80,34 +58,29 @@ class Layer(nnx.Module):
         self.attention_norm = norm()
         self.attention = Attention(config, rngs=rngs, dtype=dtype)
         self.feed_forward_norm = norm()
-        self.feed_forward = FeedForward(config, rngs=rngs, dtype=dtype)
+        self.feed_forward = SwiGLU(config.hidden_size, config.intermediate_size, rngs=rngs, dtype=dtype)
 
     def __call__(
-        self,
-        x: jax.Array,
-        rotated_by: tuple[jax.Array, jax.Array],
-        layer: int | jax.Array,
-        attend: Attend[State],
-        state: State,
-    ) -> tuple[State, jax.Array]:
+        self, x: Array, rotated_by: tuple[Array, Array], layer: int | Array, attend: Attend[State], state: State
+    ) -> tuple[State, Array]:
         state, attended = self.attention(self.attention_norm(x), rotated_by, layer, attend, state)
         x = x + attended
         return state, x + self.feed_forward(self.feed_forward_norm(x))
 
 
 class Llama(nnx.Module):
-    """A decoder-only transformer. Every layer's weights are leaves of their own, until `stack_layers`; kernels are
-    [in, out].
+    """A ``models.interface.Rotary`` decoder. Every layer's weights are leaves of their own, until ``stack_layers``;
+    kernels are ``[in, out]``.
 
-    `Llama(config, rngs=...)` initialises random weights; `models.load_model` builds one from a checkpoint. For a fast
-    step, `nnx.split` the model once and pass the leaves, not the module, through `jax.jit`.
+    ``Llama(config, rngs=...)`` initialises random weights; ``models.load_model`` builds one from a checkpoint. For a
+    fast step, ``nnx.split`` the model once and pass the leaves, not the module, through ``jax.jit``.
     """
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         self.config = config
         self.embed = nnx.Embed(config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs)
         layers = [Layer(config, rngs=rngs, dtype=dtype) for _ in range(config.num_layers)]
-        self.layers: nnx.List[Layer] | Layer = nnx.List(layers)  # one Layer once stacked, each leaf [layers, ...]
+        self.layers: nnx.List[Layer] | Layer = nnx.List(layers)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.head = (
             None
@@ -117,72 +90,79 @@ class Llama(nnx.Module):
             )
         )
 
-    def __call__(
-        self, tokens: jax.Array, positions: jax.Array, attend: Attend[State], state: State
-    ) -> tuple[State, jax.Array]:
-        """Run every layer, in order.
+    @property
+    def sizes(self) -> LlamaConfig:
+        return self.config
 
-        Args:
-            tokens: i32[batch, length]
-            positions: i32[batch, length], each token's place in its sequence, from 0.
-            attend: called once a layer; traced once for all of them where they are stacked.
-            state: handed to the first layer's `attend`, and from each layer to the next. Where the layers are stacked,
-                a pytree of arrays whose shapes and dtypes stay as they are.
-
-        Returns:
-            The last layer's state, and [batch, length, hidden] after the final norm.
-        """
+    def __call__(self, tokens: Array, positions: Array, attend: Attend[State], state: State) -> tuple[State, Array]:
+        """What ``models.interface.Decoder`` says."""
         rotated_by = self.rotation(0, positions)
-        x = self.embed(tokens)
-        if isinstance(self.layers, Layer):
-            graph, stacked = nnx.split(self.layers)
 
-            def step(carry: tuple[State, jax.Array], xs: Any) -> tuple[tuple[State, jax.Array], None]:
-                state, x = carry
-                index, weights = xs
-                return nnx.merge(graph, weights)(x, rotated_by, index, attend, state), None
+        def step(layer: Layer, index: int | Array, state: State, x: Array) -> tuple[State, Array]:
+            return layer(x, rotated_by, index, attend, state)
 
-            (state, x), _ = jax.lax.scan(step, (state, x), (jnp.arange(self.config.num_layers), stacked))
-        else:
-            for index, layer in enumerate(self.layers):
-                state, x = layer(x, rotated_by, index, attend, state)
+        state, x = run_layers(self, step, state, self.embed(tokens))
         return state, self.norm(x)
 
-    def rotation(self, layer: int | jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Cosine and sine of the angles by which a layer turns queries and keys at i32[batch, length] positions."""
+    def rotation(self, layer: int | Array, positions: Array) -> tuple[Array, Array]:
+        """The same in every layer."""
         config = self.config
         return rotation(positions, head_dim=config.head_dim, theta=config.rope_theta, scaling=config.rope_scaling)
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """f32[..., vocab] from hidden [..., hidden] after the final norm."""
+    def logits(self, hidden: Array) -> Array:
+        """``f32[..., vocab]`` from ``[..., hidden]`` after the final norm."""
         if self.head is None:
             table = self.embed.embedding[...]
             return jnp.einsum("...h,vh->...v", hidden, table, preferred_element_type=jnp.float32)
         return jnp.einsum("...h,hv->...v", hidden, self.head.kernel[...], preferred_element_type=jnp.float32)
 
 
-def stack_layers(model: Llama) -> Llama:
-    """The same model, changed to run its layers by one `jax.lax.scan`: much quicker to compile, slower on CPU.
+HF_NAMES = NameMap(
+    model={"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"},
+    layer_prefix="model.layers",
+    layer={
+        "attention_norm": "input_layernorm",
+        "attention.query": "self_attn.q_proj",
+        "attention.key": "self_attn.k_proj",
+        "attention.value": "self_attn.v_proj",
+        "attention.output": "self_attn.o_proj",
+        "attention.query_norm": "self_attn.q_norm",
+        "attention.key_norm": "self_attn.k_norm",
+        "feed_forward_norm": "post_attention_layernorm",
+        "feed_forward.gate": "mlp.gate_proj",
+        "feed_forward.up": "mlp.up_proj",
+        "feed_forward.down": "mlp.down_proj",
+    },
+)
 
-    Each of a layer's weights becomes one leaf, [layers, ...]. The layers' own weights are given up one by one, so that
-    only one leaf at a time is held twice; keep no other reference to them. Leaves may be shapes without memory.
-    """
-    if isinstance(model.layers, Layer):
-        return model
-    graph = nnx.graphdef(model.layers[0])
-    tree = jax.tree.structure(nnx.state(model.layers[0]))
-    leaves = [jax.tree.leaves(nnx.state(layer)) for layer in model.layers]
-    del model.layers
-    stacked = [_stacked([layer.pop() for layer in leaves]) for _ in range(tree.num_leaves)]
-    model.layers = nnx.merge(graph, jax.tree.unflatten(tree, stacked[::-1]))
-    return model
+GGUF_NAMES = NameMap(
+    model={"embed": "token_embd", "norm": "output_norm", "head": "output"},
+    layer_prefix="blk",
+    layer={
+        "attention_norm": "attn_norm",
+        "attention.query": "attn_q",
+        "attention.key": "attn_k",
+        "attention.value": "attn_v",
+        "attention.output": "attn_output",
+        "attention.query_norm": "attn_q_norm",
+        "attention.key_norm": "attn_k_norm",
+        "feed_forward_norm": "ffn_norm",
+        "feed_forward.gate": "ffn_gate",
+        "feed_forward.up": "ffn_up",
+        "feed_forward.down": "ffn_down",
+    },
+)
 
-
-def _stacked(leaves: list[Any]) -> Any:
-    """[...] leaves, arrays or shapes, as one [len(leaves), ...]."""
-    if isinstance(leaves[0], jax.ShapeDtypeStruct):
-        return jax.eval_shape(jnp.stack, leaves)
-    return jax.block_until_ready(_stack(leaves))  # waits, lest the next leaf be stacked before these are freed
-
-
-_stack = jax.jit(jnp.stack)  # compiled, since op by op it copies every leaf once more
+FAMILY = Family(
+    config_file="llama.json",
+    config=LlamaConfig,
+    build=Llama,
+    hf_types=MODEL_TYPES,
+    gguf_architectures=GGUF_ARCHITECTURES,
+    gguf_interleaved=("llama",),
+    config_from_hf=LlamaConfig.from_hf,
+    config_from_gguf=LlamaConfig.from_gguf,
+    config_from_saved=LlamaConfig.from_saved,
+    hf_names=HF_NAMES,
+    gguf_names=GGUF_NAMES,
+)

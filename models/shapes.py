@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from models.config import LlamaConfig
+from models.llama_config import LlamaConfig
 from models.rope import RopeScaling
 
 

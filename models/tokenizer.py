@@ -1,4 +1,4 @@
-"""Text to token ids and back, from a `tokenizer.json` or from a GGUF file's own vocabulary."""
+"""Text to token ids and back, from a ``tokenizer.json`` or from a GGUF file's own vocabulary."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Tokenizer:
     """Tokens that end an answer."""
     bos_id: int | None = None
     adds_bos: bool = False
-    """Whether `encode` itself puts the first token in front (else the core's post-processor does what is due)."""
+    """Whether ``encode`` itself puts the first token in front (else the core's post-processor does what is due)."""
     chat_template: str | None = None
 
     @property
@@ -31,7 +31,7 @@ class Tokenizer:
         return self.core.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
-        """Token ids; `add_special` adds what the model expects at the text's beginning, unless it is there."""
+        """Token ids; ``add_special`` adds what the model expects at the text's beginning, unless it is there."""
         bos = self.core.id_to_token(self.bos_id) if self.bos_id is not None else None
         add_special = add_special and not (bos and text.startswith(bos))
         ids = self.core.encode(text, add_special_tokens=add_special).ids
@@ -49,7 +49,7 @@ class Tokenizer:
         """A conversation in the model's format, as text.
 
         Raises:
-            CheckpointError: the checkpoint has no chat template, or it refuses the conversation.
+          CheckpointError: the checkpoint has no chat template, or it refuses the conversation.
         """
         if self.chat_template is None:
             raise CheckpointError("this model has no chat template; give the prompt as plain text, without chat")
@@ -99,10 +99,10 @@ class Detokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a `.gguf` file, or of a directory with `tokenizer.json` or one `.gguf`.
+    """The tokenizer of a ``.gguf`` file, or of a directory with ``tokenizer.json`` or one ``.gguf``.
 
     Raises:
-        CheckpointError: there is none, it can't be read, or it is of an unknown kind.
+      CheckpointError: there is none, it can't be read, or it is of an unknown kind.
     """
     path = Path(path)
     if path.is_dir() and not (path / "tokenizer.json").exists():

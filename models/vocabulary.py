@@ -1,4 +1,4 @@
-"""A GGUF file's vocabulary as a `tokenizers.Tokenizer`."""
+"""A GGUF file's vocabulary as a ``tokenizers.Tokenizer``."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class GgufTokenizer:
 
 
 def tokenizer_from_gguf(path: Path) -> GgufTokenizer:
-    """Reads the metadata under `tokenizer.`.
+    """Reads the metadata under ``tokenizer.``.
 
     Raises:
-        CheckpointError: the file can't be read, has no vocabulary, or one of an unknown kind.
+      CheckpointError: the file can't be read, has no vocabulary, or one of an unknown kind.
     """
     values = GgufFile(path).metadata(lambda key: key.startswith("tokenizer."))
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +13,9 @@ from jaxkv.cache.nbytes import nbytes
 from jaxkv.cache.quantised import NoStore, QuantisedStore
 from jaxkv.cache.raw import LANES, RawStore
 from jaxkv.cache.state import PagedCache
+from models import ModelSizes
 from pallas_kernels import padded_head_dim
 from pallas_kernels.quantised_block import BlockLayout
-
-
-class Sizes(Protocol):
-    """What a cache must know of a model."""
-
-    @property
-    def num_layers(self) -> int: ...
-    @property
-    def num_kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +64,7 @@ class CacheConfig:
     @classmethod
     def for_model(
         cls,
-        model: Sizes,
+        model: ModelSizes,
         *,
         batch: int,
         max_context: int,

@@ -15,7 +15,7 @@ from jaxkv.compression.budget import MOST, Budget, Footprint
 from jaxkv.compression.evict import Evict
 from jaxkv.compression.placement import Placement, Worth
 from jaxkv.compression.scorer import Scorer
-from models import LlamaConfig
+from models import ModelSizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class Policy:
         """Raises ValueError where a cache of these sizes can't keep the budget, whatever the text."""
         self.placement.check(config, self.budget, self.protected_window, self.sinks)
 
-    def for_model(self, sizes: LlamaConfig) -> Self:
+    def for_model(self, sizes: ModelSizes) -> Self:
         """The policy with what it leaves to the model filled in, told by its ``models.ModelSizes``."""
         return self
 

@@ -15,11 +15,11 @@ from jaxkv.generation.compress import check_blocks, compress
 from jaxkv.generation.passes import begin_step
 from jaxkv.generation.prefill import prefill
 from jaxkv.generation.sampling import Greedy, Sampler, logprobs_of
-from models import Llama
+from models import Decoder
 
 
 def decode_step(
-    model: Llama, cache: PagedCache, tokens: Array, active: Array, policy: Policy | None = None
+    model: Decoder, cache: PagedCache, tokens: Array, active: Array, policy: Policy | None = None
 ) -> tuple[PagedCache, Array]:
     """Caches one token a sequence and gives the logits of the next.
 
@@ -73,7 +73,7 @@ class Decoded(NamedTuple):
 
 
 def decode(
-    model: Llama,
+    model: Decoder,
     cache: PagedCache,
     tokens: Array,
     limits: Array,
@@ -148,7 +148,7 @@ def _compress_grown(cache: PagedCache, policy: Policy | None, active: Array) -> 
 
 
 def generate(
-    model: Llama,
+    model: Decoder,
     cache: PagedCache,
     tokens: Array,
     lengths: Array,

@@ -19,9 +19,9 @@ from jaxkv.cache.raw import in_table_order, to_slots
 from jaxkv.cache.state import PagedCache
 from jaxkv.compression.placement import Claim
 from jaxkv.compression.policy import Policy
-from jaxkv.generation.prompt import PromptState, observation_of
+from jaxkv.generation.prompt import PromptState, observation_of, rotary
 from jaxkv.generation.query_moments import QueryMoments
-from models import Llama
+from models import Decoder
 from pallas_kernels.block_writes import write_blocks
 from pallas_kernels.kvs import RawKVs
 from pallas_kernels.paged_attention import Weakest, paged_attention
@@ -55,9 +55,9 @@ class ReadChunk:
     """A chunk of prompts is cached; it attends to all that was cached before and, causally, to itself."""
 
     def __init__(
-        self, model: Llama, cache: PagedCache, prompt: PromptState, length: int, counts: Array, policy: Policy | None
+        self, model: Decoder, cache: PagedCache, prompt: PromptState, length: int, counts: Array, policy: Policy | None
     ):
-        self.model, self.prompt, self.quantised = model, prompt, cache.quantised
+        self.prompt, self.quantised = prompt, cache.quantised
         cache = unquantised(cache) if prompt.fresh else cache
         place, starts = jnp.arange(length), cache.raw.tables.lengths
         self.positions = cache.num_tokens[:, None] + place
@@ -75,6 +75,7 @@ class ReadChunk:
         sinks = 0 if policy is None else policy.sinks
         self.typical = (place < self.counts[:, None]) & (self.positions >= sinks)
         """``bool[batch, length]``: the queries that are like those to expect."""
+        self.rotation = None if prompt.queries is None else rotary(model).rotation
         self.state = raw.pool, prompt.mass, prompt.queries
 
     def attend(
@@ -96,8 +97,8 @@ class ReadChunk:
             on_cached, on_own = masses
             mass = mass.at[layer].add(_join(on_cached, on_own, cached.lengths, self.counts))
             out = out + _zero_from(on_cached).astype(out.dtype)
-        if queries is not None:
-            queries = queries.with_layer(layer, query, self.model.rotation(layer, self.positions), self.typical)
+        if queries is not None and self.rotation is not None:
+            queries = queries.with_layer(layer, query, self.rotation(layer, self.positions), self.typical)
         return (pool, mass, queries), out
 
     def _observed(self, cached_positions: Array) -> ObservedQueries | None:

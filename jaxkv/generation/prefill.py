@@ -16,14 +16,14 @@ from jaxkv.compression.policy import Policy
 from jaxkv.generation.passes import LookAhead, ReadChunk
 from jaxkv.generation.prompt import PromptState, start_prompt
 from jaxkv.generation.scoring import score_prompt
-from models import Llama
+from models import Decoder
 
 CHUNK = 512
 """Tokens of a prompt that go through the model at once."""
 
 
 def prefill(
-    model: Llama,
+    model: Decoder,
     cache: PagedCache,
     tokens: Array,
     lengths: Array,
@@ -69,7 +69,7 @@ def prefill(
 
 
 def prefill_chunk(
-    model: Llama, cache: PagedCache, prompt: PromptState, tokens: Array, counts: Array, policy: Policy | None
+    model: Decoder, cache: PagedCache, prompt: PromptState, tokens: Array, counts: Array, policy: Policy | None
 ) -> tuple[PagedCache, PromptState]:
     """Reads one chunk, ``i32[batch, chunk]``, of which the first ``i32[batch]`` counts are real. Both states are
     donated."""
@@ -79,7 +79,7 @@ def prefill_chunk(
 
 
 def reread_chunk(
-    model: Llama, cache: PagedCache, prompt: PromptState, tokens: Array, counts: Array, policy: Policy
+    model: Decoder, cache: PagedCache, prompt: PromptState, tokens: Array, counts: Array, policy: Policy
 ) -> PromptState:
     """Reads a chunk as if it followed the prompt, only to see what it attends to: nothing of it is cached."""
     place = jnp.arange(tokens.shape[1])
@@ -89,7 +89,7 @@ def reread_chunk(
     return replace(prompt, mass=mass)
 
 
-def look_ahead(model: Llama, cache: PagedCache, tokens: Array) -> Array:
+def look_ahead(model: Decoder, cache: PagedCache, tokens: Array) -> Array:
     """What the model makes of tokens that would follow, ``[batch, length, hidden]``; the cache stays as it is.
 
     ``tokens`` is ``i32[batch, length]``; what a row has past its real tokens changes nothing before it. A cache of one
@@ -100,7 +100,7 @@ def look_ahead(model: Llama, cache: PagedCache, tokens: Array) -> Array:
 
 
 def finish_prompt(
-    model: Llama, cache: PagedCache, prompt: PromptState, policy: Policy | None
+    model: Decoder, cache: PagedCache, prompt: PromptState, policy: Policy | None
 ) -> tuple[PagedCache, Array]:
     """After the last chunk: scores from the observed attention and the KVs, and the logits of the last tokens."""
     logits = model.logits(prompt.hidden)

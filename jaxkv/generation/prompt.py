@@ -12,7 +12,7 @@ from jaxkv.cache.state import PagedCache
 from jaxkv.compression.observation import ExpectedQueries, Nothing, Observation
 from jaxkv.compression.policy import Policy
 from jaxkv.generation.query_moments import QueryMoments
-from models import Llama
+from models import Decoder, Rotary
 
 
 @jax.tree_util.register_dataclass
@@ -37,10 +37,10 @@ class PromptState:
 
 
 def start_prompt(
-    model: Llama, cache: PagedCache, lengths: Array, policy: Policy | None, *, fresh: bool = False
+    model: Decoder, cache: PagedCache, lengths: Array, policy: Policy | None, *, fresh: bool = False
 ) -> PromptState:
     """Before the first chunk of prompts of ``i32[batch]`` lengths; ``fresh`` where the sequences hold nothing."""
-    sizes, observes = model.config, observation_of(policy)
+    sizes, observes = model.sizes, observation_of(policy)
     layers, batch, _ = cache.raw.lengths.shape
     width = cache.capacity if observes.watches else 0
     return PromptState(
@@ -52,6 +52,20 @@ def start_prompt(
         queries=QueryMoments.none(sizes, batch) if isinstance(observes, ExpectedQueries) else None,
         fresh=fresh,
     )
+
+
+def rotary(model: Decoder) -> Rotary:
+    """The model, as one that tells its rotation.
+
+    Raises:
+      ValueError: it doesn't.
+    """
+    if not isinstance(model, Rotary):
+        raise ValueError(
+            f"the policy expects queries at later positions, and {type(model).__name__} has no rotation(layer, "
+            "positions) to turn them there (models.Rotary); give it one, or take another policy"
+        )
+    return model
 
 
 def observation_of(policy: Policy | None) -> Observation:

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from models.config import LlamaConfig
-from models.rope import rotate
+from models import ModelSizes
+from models.layers import rotate
 
 
 @jax.tree_util.register_dataclass
@@ -25,7 +25,7 @@ class QueryMoments:
     """``f32[layers, batch, heads, head_dim, head_dim]``: the covariance times ``count``."""
 
     @classmethod
-    def none(cls, sizes: LlamaConfig, batch: int) -> QueryMoments:
+    def none(cls, sizes: ModelSizes, batch: int) -> QueryMoments:
         """Of no queries."""
         mean = jnp.zeros((sizes.num_layers, batch, sizes.num_heads, sizes.head_dim))
         scatter = jnp.zeros((*mean.shape, sizes.head_dim))

@@ -10,12 +10,12 @@ from jaxkv.cache.raw import NULL_BLOCK
 from jaxkv.cache.state import PagedCache
 from jaxkv.compression.observation import ExpectedQueries, LastQueries
 from jaxkv.compression.policy import Policy
-from jaxkv.generation.prompt import PromptState
-from models import Llama
+from jaxkv.generation.prompt import PromptState, rotary
+from models import Decoder
 from pallas_kernels.pool_values import read_rows
 
 
-def score_prompt(model: Llama, cache: PagedCache, prompt: PromptState, policy: Policy | None) -> PagedCache:
+def score_prompt(model: Decoder, cache: PagedCache, prompt: PromptState, policy: Policy | None) -> PagedCache:
     """The cache with scores from attention and KVs: of a prompt, or of a part of one that is read in parts.
 
     What the last queries observed, or what others are expected to, replaces the scores that there are; what all queries
@@ -46,7 +46,7 @@ def score_prompt(model: Llama, cache: PagedCache, prompt: PromptState, policy: P
     )
 
 
-def _scores(model: Llama, cache: PagedCache, now: Contents, prompt: PromptState, policy: Policy) -> Array:
+def _scores(model: Decoder, cache: PagedCache, now: Contents, prompt: PromptState, policy: Policy) -> Array:
     """``f32`` like ``now.scores``, of what this prompt alone tells; 0 where there is no KV."""
     scorer, held = policy.scorer, now.held
     layers, batch, kv_heads, _ = held.shape
@@ -54,12 +54,12 @@ def _scores(model: Llama, cache: PagedCache, now: Contents, prompt: PromptState,
     scores = jnp.zeros(held.shape)
     if prompt.queries is not None and isinstance(scorer.observes, ExpectedQueries):
         moments, count = prompt.queries, scorer.observes.count
-        following = cache.num_tokens[:, None] + jnp.arange(count)
+        following, rotation = cache.num_tokens[:, None] + jnp.arange(count), rotary(model).rotation
 
         def expected(layer: Array) -> Array:
             keys, _, positions = _kvs(cache, now, layer)
             seen = held[layer] & (positions >= policy.sinks)
-            return moments.attention(layer, keys, seen, model.rotation(layer, following))
+            return moments.attention(layer, keys, seen, rotation(layer, following))
 
         scores = scorer.score(lax.map(expected, each), held)
     elif scorer.observes.watches:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from models import LlamaConfig
+from models import ModelSizes
 
 
 class Thresholds(NamedTuple):
@@ -34,7 +33,7 @@ CALIBRATED = {
 """The authors' evaluation has them from the training problems of MATH; for Qwen2.5 7B it has no low tier."""
 
 
-def thresholds_for(model: LlamaConfig) -> Thresholds:
+def thresholds_for(model: ModelSizes) -> Thresholds:
     """Those of its family, or the general ones."""
     family = Family(model.num_layers, model.hidden_size, model.vocab_size)
     return CALIBRATED.get(family, GENERAL)

@@ -15,7 +15,7 @@ from jaxkv.compression.scorer import Scorer
 from jaxkv.compression.significance import QUERIES, Significance
 from jaxkv.compression.tiered import K4V2, K8V4
 from jaxkv.policies.calibrated import GENERAL, Thresholds, thresholds_for
-from models import LlamaConfig
+from models import ModelSizes
 from pallas_kernels.quantised_block import Format
 
 UNLIMITED = Unlimited()
@@ -74,7 +74,7 @@ class LeanKV(Method):
         """The model's own fill in only by ``for_model``: here the general ones do."""
         return self._filled(GENERAL)
 
-    def for_model(self, sizes: LlamaConfig) -> Self:
+    def for_model(self, sizes: ModelSizes) -> Self:
         high, low = self._filled(thresholds_for(sizes))
         return replace(self, high_threshold=high, low_threshold=low)
 

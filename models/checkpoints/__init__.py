@@ -1,4 +1,4 @@
-"""Loading a Llama-family model from whatever format its weights are in."""
+"""Loading a model from whatever format its weights are in."""
 
 from pathlib import Path
 
@@ -9,28 +9,28 @@ from models.checkpoints import orbax
 from models.checkpoints.gguf import load_gguf
 from models.checkpoints.safetensors import load_safetensors
 from models.errors import CheckpointError
-from models.llama import Llama
+from models.families import Model
 
 __all__ = ["load_model"]
 
 
-def load_model(path: Path, dtype: DTypeLike = jnp.float32) -> Llama:
+def load_model(path: Path, dtype: DTypeLike = jnp.float32) -> Model:
     """Load a model onto the default device.
 
     Args:
-        path: a .gguf file; or a directory with a checkpoint that `orbax.save` wrote, with config.json and
-            safetensors, or with exactly one .gguf file.
-        dtype: of the parameters, and so of the computation outside norms, softmax, RoPE and logits.
+      path: a .gguf file; or a directory with a checkpoint that ``orbax.save`` wrote, with config.json and safetensors,
+        or with exactly one .gguf file.
+      dtype: of the parameters, and so of the computation outside norms, softmax, RoPE and logits.
 
     Raises:
-        CheckpointError: nothing is there, or it is none of these, or it is damaged or not of the Llama family.
+      CheckpointError: nothing is there, or it is none of these, or it is damaged or not of a supported model.
     """
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path} doesn't exist. Give the path of a .gguf file or of a checkpoint's directory.")
     if path.is_file():
         return load_gguf(path, dtype)
-    if (path / orbax.CONFIG_FILE).exists():
+    if orbax.family_in(path):
         return orbax.restore(path, dtype)
     if any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json")):
         return load_safetensors(path, dtype)
@@ -42,7 +42,8 @@ def load_model(path: Path, dtype: DTypeLike = jnp.float32) -> Llama:
             f"{path} has {len(ggufs)} .gguf files ({', '.join(file.name for file in ggufs)}), expected one. "
             "Give the path of the file to load."
         )
+    own = " or ".join(orbax.config_files())
     raise CheckpointError(
         f"{path} has no weights that can be loaded, expected config.json and *.safetensors, or one .gguf file, or "
-        f"{orbax.CONFIG_FILE} and weights saved by this package. Give the directory of a complete checkpoint."
+        f"{own} and weights saved by this package. Give the directory of a complete checkpoint."
     )

@@ -1,9 +1,11 @@
-"""Build a `Llama` out of a checkpoint's tensors, one at a time, each checked."""
+"""Build a model out of a checkpoint's tensors, one at a time, each checked."""
 
-from collections.abc import Callable, Collection
-from dataclasses import replace
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +13,13 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.config import LlamaConfig
 from models.errors import CheckpointError
-from models.llama import Layer, Llama
-
-ParameterPath = tuple[str, ...]  # such as ("layers", "3", "attention", "query", "kernel")
+from models.family import Family, Model, ParameterPath, Rows, Stacked, Stored
+from models.interface import ModelSizes
 
 
 class TensorSource(Protocol):
-    """A checkpoint's tensors by name, linear weights as [out, in]."""
+    """A checkpoint's tensors by name, linear weights as ``[out, in]``."""
 
     @property
     def origin(self) -> Path: ...
@@ -33,56 +33,61 @@ class TensorSource(Protocol):
         ...
 
 
-def abstract_model(config: LlamaConfig, dtype: DTypeLike) -> Llama:
-    """A `Llama` whose parameters are shapes and dtypes, without memory."""
+def abstract_model(build: Callable[..., Model], config: ModelSizes, dtype: DTypeLike) -> Model:
+    """A model whose parameters are shapes and dtypes, without memory.
+
+    Args:
+      build: as ``Family.build``, of a model whose layers are alike.
+    """
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be a floating point type, got {dtype}")
-    model, layer = nnx.eval_shape(
-        lambda: (
-            Llama(replace(config, num_layers=1), rngs=nnx.Rngs(0), dtype=dtype),
-            Layer(config, rngs=nnx.Rngs(0), dtype=dtype),
-        )
-    )
+    one_layer = replace(config, num_layers=1, specs=config.specs[:1])
+    model = nnx.eval_shape(lambda: build(one_layer, rngs=nnx.Rngs(0), dtype=dtype))
     model.config = config
-    model.layers = nnx.List([nnx.clone(layer) for _ in range(config.num_layers)])  # tracing each would take seconds
+    model.layers = nnx.List([nnx.clone(model.layers[0]) for _ in range(config.num_layers)])  # tracing: seconds
     return model
 
 
-def parameters_of(model: Llama) -> dict[ParameterPath, nnx.Variable[jax.Array]]:
+def parameters_of(model: Any) -> dict[ParameterPath, nnx.Variable[jax.Array]]:
     """The model's own variables, by path; setting one's value changes the model."""
     return {tuple(str(part) for part in path): leaf for path, leaf in nnx.to_flat_state(nnx.state(model))}
 
 
 def assemble(
-    config: LlamaConfig,
+    family: Family[Model],
+    config: ModelSizes,
     source: TensorSource,
     *,
-    name_of: Callable[[ParameterPath], str],
+    names: Callable[[ParameterPath, Any], Stored],
     harmless: Callable[[str], bool],
     dtype: DTypeLike,
-) -> Llama:
-    """Read each of the model's parameters, convert it to `dtype` and place it on the default device.
+) -> Model:
+    """Read each of the model's parameters, convert it to ``dtype`` and place it on the default device.
 
-    Only one tensor at a time is held twice. Linear weights are transposed to [in, out].
+    Only one parameter at a time is held twice. Linear weights are transposed to ``[in, out]``.
 
     Args:
-        name_of: a parameter's name in the checkpoint.
-        harmless: whether a tensor that the model doesn't use may be left unread.
+      names: the family's, for this format: where a parameter is in the checkpoint.
+      harmless: whether a tensor that the model doesn't use may be left unread.
 
     Raises:
-        CheckpointError: a tensor is missing, unexpected, of the wrong shape, or not finite.
+      CheckpointError: a tensor is missing, unexpected, of the wrong shape, or not finite.
     """
     if config.num_layers > len(source.names()):  # before so many layers are built
         raise CheckpointError(
             f"{source.origin} has {len(source.names())} tensors, too few for the {config.num_layers} layers that its "
             "config calls for. Check that config and weights belong together."
         )
-    model = abstract_model(config, dtype)
+    model = abstract_model(family.build, config, dtype)
     parameters = parameters_of(model)
-    _check_names({name_of(path) for path in parameters}, source, harmless)
+    stored = {path: names(path, config) for path in parameters}
+    _check_names({name for place in stored.values() for name in place.names}, source, harmless)
+    read = _Reader(source=source, dtype=np.dtype(dtype), rows=_rows_of_shared(stored.values()))
     for path, parameter in parameters.items():
-        transposed = path[-1] == "kernel"
-        parameter.set_value(_load(source, name_of(path), parameter.shape, transposed, np.dtype(dtype)))
+        values = read(stored[path], parameter.shape, transposed=path[-1] == "kernel")
+        if values.shape != parameter.shape:
+            raise ValueError(f"{path} has shape {parameter.shape}, but {values.shape} of {stored[path]}: fix {names}")
+        parameter.set_value(jax.device_put(values))
     return model
 
 
@@ -96,29 +101,56 @@ def _check_names(needed: set[str], source: TensorSource, harmless: Callable[[str
     if unexpected := sorted(name for name in present - needed if not harmless(name)):
         raise CheckpointError(
             f"{source.origin} has {len(unexpected)} tensors that a model of its config doesn't use, first "
-            f"{unexpected[0]!r}. Check that config and weights belong together and that the model is a plain Llama, "
-            "Mistral, Qwen2 or Qwen3."
+            f"{unexpected[0]!r}. Check that config and weights belong together and that the model is no variant "
+            "of what its config names."
         )
 
 
-def _load(source: TensorSource, name: str, shape: tuple[int, ...], transposed: bool, dtype: np.dtype) -> jax.Array:
-    stored = shape[::-1] if transposed else shape
-    if source.shape(name) != stored:
-        raise CheckpointError(
-            f"{source.origin}: tensor {name!r} has shape {source.shape(name)}, expected {stored} by the config. "
-            "Check that config and weights belong together."
-        )
-    values = source.read(name)
-    if not jnp.issubdtype(values.dtype, jnp.floating):
-        raise CheckpointError(
-            f"{source.origin}: tensor {name!r} holds {values.dtype}, expected floats. Use the unquantised checkpoint, "
-            "or a GGUF file for quantised weights."
-        )
-    # Always a copy of its own: JAX may keep a NumPy buffer without copying, and this one may be a mapped file.
-    values = np.array(values.T if transposed else values, dtype=dtype, order="C")
-    if not np.isfinite(values).all():
-        raise CheckpointError(
-            f"{source.origin}: tensor {name!r} has NaN or infinite values as {dtype}. The checkpoint is damaged, "
-            f"or its values don't fit in {dtype}; download it again or load it as float32."
-        )
-    return jax.device_put(values)
+def _rows_of_shared(places: Iterable[Stored]) -> dict[str, int]:
+    """How many rows each tensor must have that several parameters share: up to the end of the last part."""
+    rows: dict[str, int] = {}
+    for place in places:
+        if isinstance(place, Rows):
+            rows[place.name] = max(place.stop, rows.get(place.name, 0))
+    return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Reader:
+    """Reads one parameter at a time, onto the host."""
+
+    source: TensorSource
+    dtype: np.dtype
+    rows: Mapping[str, int]
+    """What ``_rows_of_shared`` says."""
+
+    def __call__(self, place: Stored, shape: tuple[int, ...], *, transposed: bool) -> np.ndarray:
+        if isinstance(place, Stacked):
+            return np.stack([self._tensor(name, shape[1:], transposed) for name in place.names])
+        part = slice(place.start, place.stop) if isinstance(place, Rows) else slice(None)
+        return self._tensor(place.name, shape, transposed, part)
+
+    def _tensor(self, name: str, shape: tuple[int, ...], transposed: bool, part: slice = slice(None)) -> np.ndarray:
+        """A tensor, or some of its rows, for a parameter of that shape."""
+        source = self.source
+        stored = shape[::-1] if transposed else shape
+        stored = (self.rows.get(name, stored[0]), *stored[1:])
+        if source.shape(name) != stored:
+            raise CheckpointError(
+                f"{source.origin}: tensor {name!r} has shape {source.shape(name)}, expected {stored} by the config. "
+                "Check that config and weights belong together."
+            )
+        values = source.read(name)[part]
+        if not jnp.issubdtype(values.dtype, jnp.floating):
+            raise CheckpointError(
+                f"{source.origin}: tensor {name!r} holds {values.dtype}, expected floats. Use the unquantised "
+                "checkpoint, or a GGUF file for quantised weights."
+            )
+        # Always a copy of its own: JAX may keep a NumPy buffer without copying, and this one may be a mapped file.
+        values = np.array(values.T if transposed else values, dtype=self.dtype, order="C")
+        if not np.isfinite(values).all():
+            raise CheckpointError(
+                f"{source.origin}: tensor {name!r} has NaN or infinite values as {self.dtype}. The checkpoint is "
+                f"damaged, or its values don't fit in {self.dtype}; download it again or load it as float32."
+            )
+        return values

@@ -1,4 +1,6 @@
-"""GGUF files, quantised or not, of the architectures llama, qwen2 and qwen3."""
+"""GGUF files, quantised or not."""
+
+from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
@@ -10,19 +12,18 @@ from jax.typing import DTypeLike
 
 from models.checkpoints.assemble import assemble
 from models.checkpoints.gguf_file import GgufFile, GgufTensor
-from models.checkpoints.names import GGUF
-from models.config import LlamaConfig
 from models.errors import CheckpointError
-from models.llama import Llama
+from models.families import Model, family_of_gguf
+from models.interface import ModelSizes
 
 _ROPE_DIVISORS = "rope_freqs.weight"  # Llama 3.1's frequency scaling, one f32 a pair
 
 
-def load_gguf(path: Path, dtype: DTypeLike = jnp.float32) -> Llama:
-    """Load a model from one GGUF file, dequantised to `dtype`.
+def load_gguf(path: Path, dtype: DTypeLike = jnp.float32) -> Model:
+    """Load a model from one GGUF file, dequantised to ``dtype``.
 
     Raises:
-        CheckpointError: the file is absent, damaged, not a GGUF, or not of a supported architecture.
+      CheckpointError: the file is absent, damaged, not a GGUF, or not of a supported architecture.
     """
     file = GgufFile(path)
     metadata = file.metadata(lambda key: not key.startswith("tokenizer.") or key.endswith("_token_id"))
@@ -32,20 +33,22 @@ def load_gguf(path: Path, dtype: DTypeLike = jnp.float32) -> Llama:
     stored = file.tensors.get(_ROPE_DIVISORS)
     divisors = None if stored is None else _dequantise(path, _ROPE_DIVISORS, stored).ravel().tolist()
     try:
-        config = LlamaConfig.from_gguf(metadata, tensor_names=file.tensors, rope_divisors=divisors)
+        family = family_of_gguf(metadata)
+        config = family.config_from_gguf(metadata, tensor_names=file.tensors, rope_divisors=divisors)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    source = _GgufTensors(file, config, interleaved=metadata["general.architecture"] == "llama")
-    return assemble(config, source, name_of=GGUF, harmless=lambda name: name == _ROPE_DIVISORS, dtype=dtype)
+    source = _GgufTensors(file, config, interleaved=metadata["general.architecture"] in family.gguf_interleaved)
+    return assemble(
+        family, config, source, names=family.gguf_names, harmless=lambda name: name == _ROPE_DIVISORS, dtype=dtype
+    )
 
 
 class _GgufTensors:
-    """A `TensorSource` over a mapped GGUF file."""
+    """A ``TensorSource`` over a mapped GGUF file."""
 
-    def __init__(self, file: GgufFile, config: LlamaConfig, *, interleaved: bool):
+    def __init__(self, file: GgufFile, config: ModelSizes, *, interleaved: bool):
         self.origin = file.path
         self._tensors = file.tensors
-        # The llama architecture stores query and key rows for interleaved RoPE: pair i is rows 2i and 2i + 1.
         self._interleaved_heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads} if interleaved else {}
 
     def names(self) -> Collection[str]:
@@ -63,13 +66,13 @@ class _GgufTensors:
 
 
 def halves_from_interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Reorder each head's rows [heads * head_dim, ...] from RoPE pairs (2i, 2i + 1) to pairs (i, i + head_dim / 2)."""
+    """Reorder each head's rows ``[heads * head_dim, ...]`` from RoPE pairs (2i, 2i + 1) to (i, i + head_dim / 2)."""
     pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
 def _dequantise(path: Path, name: str, tensor: GgufTensor) -> np.ndarray:
-    """The tensor's values as floats, in the row-major shape [out, in]."""
+    """The tensor's values as floats, in the row-major shape ``[out, in]``."""
     try:
         return dequantize(tensor.data, tensor.kind)
     except (NotImplementedError, ValueError) as error:

@@ -42,9 +42,9 @@ class GgufTensor:
 
     kind: GGMLQuantizationType
     shape: tuple[int, ...]
-    """Row-major: [out, in] for a linear layer."""
+    """Row-major: ``[out, in]`` for a linear layer."""
     data: np.ndarray
-    """u8[..., bytes of a row], mapped."""
+    """``u8[..., bytes of a row]``, mapped."""
 
 
 class GgufFile:
@@ -54,7 +54,7 @@ class GgufFile:
         """Maps the file and reads its header.
 
         Raises:
-            CheckpointError: it can't be read, isn't a GGUF, or is damaged.
+          CheckpointError: it can't be read, isn't a GGUF, or is damaged.
         """
         self.path = path
         try:
@@ -79,7 +79,7 @@ class GgufFile:
         """The wanted keys' values: numbers, strings, lists of them.
 
         Raises:
-            CheckpointError: a string isn't UTF-8.
+          CheckpointError: a string isn't UTF-8.
         """
         values = {}
         for key, raw in self._raw.items():

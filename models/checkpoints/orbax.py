@@ -1,9 +1,12 @@
 """Our own checkpoints: an Orbax directory of weights, the config as JSON, and the tokenizer's files."""
 
+from __future__ import annotations
+
 import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +14,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.typing import DTypeLike
 
+from models import families
 from models.checkpoints.assemble import abstract_model, parameters_of
 from models.checkpoints.safetensors import read_json
-from models.config import LlamaConfig
 from models.errors import CheckpointError
+from models.families import Model, family_of_config
+from models.family import Family
 from models.fields import Fields
-from models.llama import Layer, Llama
-from models.rope import RopeScaling
+from models.layers import is_stacked
 
-CONFIG_FILE = "llama.json"
 _WEIGHTS = "weights"
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -34,20 +37,31 @@ _TOKENIZER_FILES = (
 )
 
 
-def save(model: Llama, directory: Path, *, tokenizer_from: Path | None = None) -> None:
-    """Write a model that `restore` reads.
+def config_files() -> tuple[str, ...]:
+    """Names of which a checkpoint's directory has one."""
+    return tuple(family.config_file for family in families.FAMILIES)
+
+
+def family_in(directory: Path) -> Family[Model] | None:
+    """Of the checkpoint that ``save`` wrote there; None: there is none."""
+    return next((family for family in families.FAMILIES if (directory / family.config_file).exists()), None)
+
+
+def save(model: Model, directory: Path, *, tokenizer_from: Path | None = None) -> None:
+    """Write a model that ``restore`` reads.
 
     Args:
-        directory: created; must not hold a checkpoint yet.
-        tokenizer_from: a directory whose tokenizer files are copied along.
+      directory: created; must not hold a checkpoint yet.
+      tokenizer_from: a directory whose tokenizer files are copied along.
 
     Raises:
-        CheckpointError: `directory` holds a checkpoint, `tokenizer_from` no tokenizer, or the layers are stacked.
+      CheckpointError: ``directory`` holds a checkpoint, ``tokenizer_from`` no tokenizer, or the layers are stacked.
     """
-    if isinstance(model.layers, Layer):
+    if is_stacked(model):
         raise CheckpointError("the model's layers are stacked, expected one by one. Save it before `stack_layers`.")
+    family = family_of_config(model.config)
     directory = directory.absolute()
-    if (directory / CONFIG_FILE).exists() or (directory / _WEIGHTS).exists():
+    if family_in(directory) or (directory / _WEIGHTS).exists():
         raise CheckpointError(f"{directory} already holds a checkpoint. Choose another directory, or remove that one.")
     copied = [tokenizer_from / name for name in _TOKENIZER_FILES] if tokenizer_from is not None else []
     copied = [path for path in copied if path.is_file()]
@@ -64,18 +78,22 @@ def save(model: Llama, directory: Path, *, tokenizer_from: Path | None = None) -
             directory / _WEIGHTS, {".".join(path): leaf[...] for path, leaf in parameters_of(model).items()}
         )
     # Last, so that an interrupted save isn't taken for a checkpoint.
-    (directory / CONFIG_FILE).write_text(json.dumps(asdict(model.config), indent=2) + "\n", encoding="utf-8")
+    (directory / family.config_file).write_text(json.dumps(asdict(model.config), indent=2) + "\n", encoding="utf-8")
 
 
-def restore(directory: Path, dtype: DTypeLike = jnp.float32) -> Llama:
-    """Read a model that `save` wrote, converted to `dtype`, onto the default device.
+def restore(directory: Path, dtype: DTypeLike = jnp.float32) -> Model:
+    """Read a model that ``save`` wrote, converted to ``dtype``, onto the default device.
 
     Raises:
-        CheckpointError: a file is absent or damaged, or a tensor isn't what the config calls for, or not finite.
+      CheckpointError: a file is absent or damaged, or a tensor isn't what the config calls for, or not finite.
     """
     directory = directory.absolute()
-    config = _config_from_json(directory / CONFIG_FILE)
-    model = abstract_model(config, dtype)
+    family = family_in(directory)
+    if family is None:
+        files = " or ".join(config_files())
+        raise CheckpointError(f"{directory} has no {files}. Give the directory of a checkpoint that `save` wrote.")
+    config = _config_from_json(directory / family.config_file, family)
+    model = abstract_model(family.build, config, dtype)
     parameters = {".".join(path): leaf for path, leaf in parameters_of(model).items()}
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     expected = {
@@ -92,16 +110,10 @@ def restore(directory: Path, dtype: DTypeLike = jnp.float32) -> Llama:
     return model
 
 
-def _config_from_json(path: Path) -> LlamaConfig:
-    values = read_json(path)
-    fields = Fields(origin=str(path), values=values)
-    scaling = fields.section("rope_scaling").numbers("divisors") if fields.has("rope_scaling") else None
-    converted = {
-        "rope_scaling": None if scaling is None else RopeScaling(divisors=scaling),
-        "eos_token_ids": fields.ids("eos_token_ids"),
-    }
+def _config_from_json(path: Path, family: Family[Model]) -> Any:
+    fields = Fields(origin=str(path), values=read_json(path))
     try:
-        return LlamaConfig(**{**values, **converted})
+        return family.config_from_saved(fields)
     except (TypeError, CheckpointError) as error:
         raise CheckpointError(f"{path} isn't a config that `save` wrote ({error}). Save the model again.") from error
 

@@ -1,9 +1,12 @@
 """Hugging Face directories: config.json beside safetensors weights, in one file or several."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,31 +14,30 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from models.checkpoints.assemble import assemble
-from models.checkpoints.names import HUGGING_FACE
-from models.config import LlamaConfig
 from models.errors import CheckpointError
+from models.families import Model, family_of_hf
+from models.family import Family
 from models.fields import Fields
-from models.llama import Llama
 
 _INDEX = "model.safetensors.index.json"
 
 
-def load_safetensors(directory: Path, dtype: DTypeLike = jnp.float32) -> Llama:
-    """Load a model from a directory as transformers' `save_pretrained` writes it.
+def load_safetensors(directory: Path, dtype: DTypeLike = jnp.float32) -> Model:
+    """Load a model from a directory as transformers' ``save_pretrained`` writes it.
 
     End-of-sequence tokens come from config.json and, where there is one, generation_config.json.
 
     Raises:
-        CheckpointError: a file is absent, damaged, or not of a supported model.
+      CheckpointError: a file is absent, damaged, or not of a supported model.
     """
-    config = _read_config(directory)
-
-    def harmless(name: str) -> bool:
-        # Older checkpoints store RoPE's frequencies, and some with tied embeddings store the embedding twice.
-        return name.endswith("rotary_emb.inv_freq") or (config.tie_embeddings and name == "lm_head.weight")
-
+    family, config = _read_config(directory)
     source = _SafetensorsFiles(directory)
-    return assemble(config, source, name_of=HUGGING_FACE, harmless=harmless, dtype=dtype)
+    return assemble(family, config, source, names=family.hf_names, harmless=_harmless, dtype=dtype)
+
+
+def _harmless(name: str) -> bool:
+    """Older checkpoints store RoPE's frequencies, and some with tied embeddings store the embedding twice."""
+    return name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -51,21 +53,24 @@ def read_json(path: Path) -> dict[str, object]:
     return value
 
 
-def _read_config(directory: Path) -> LlamaConfig:
+def _read_config(directory: Path) -> tuple[Family[Model], Any]:
+    """The family and its config."""
     path = directory / "config.json"
     try:
-        config = LlamaConfig.from_hf(read_json(path))
+        values = read_json(path)
+        family = family_of_hf(values)
+        config = family.config_from_hf(values)
     except CheckpointError as error:
         raise error if str(path) in str(error) else CheckpointError(f"{path}: {error}") from error
     generation = directory / "generation_config.json"
     if not generation.exists():
-        return config
+        return family, config
     more = Fields(origin=str(generation), values=read_json(generation)).ids("eos_token_id")
-    return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *more))))
+    return family, replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *more))))
 
 
 class _SafetensorsFiles:
-    """A `TensorSource` over the mapped files of one directory."""
+    """A ``TensorSource`` over the mapped files of one directory."""
 
     def __init__(self, directory: Path):
         self.origin = directory

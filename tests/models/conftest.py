@@ -13,11 +13,10 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from models.attention import causal_attention
 from models.checkpoints.assemble import parameters_of
-from models.checkpoints.names import HUGGING_FACE
-from models.config import LlamaConfig
-from models.llama import Llama
+from models.interface import causal_attention
+from models.llama import HF_NAMES, Llama
+from models.llama_config import LlamaConfig
 
 TINY = LlamaConfig(
     vocab_size=160,
@@ -112,6 +111,6 @@ def hf_directory(tmp_path: Path, tiny_model: Callable[..., Llama]) -> Path:
     tensors = {}
     for path, leaf in parameters_of(model).items():
         value = np.asarray(leaf[...])
-        tensors[HUGGING_FACE(path)] = np.ascontiguousarray(value.T if path[-1] == "kernel" else value)
+        tensors[HF_NAMES(path, TINY).name] = np.ascontiguousarray(value.T if path[-1] == "kernel" else value)
     save_file(tensors, directory / "model.safetensors")
     return directory

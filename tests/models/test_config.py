@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.config import LlamaConfig
 from models.errors import CheckpointError
+from models.llama_config import LlamaConfig
 from models.rope import RopeScaling
 
 HF = {

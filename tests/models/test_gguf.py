@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from models import CheckpointError, load_model
 from models.checkpoints.assemble import parameters_of
 from models.checkpoints.gguf import halves_from_interleaved
-from models.checkpoints.names import GGUF
-from models.llama import Llama
+from models.llama import GGUF_NAMES, Llama
 from models.rope import RopeScaling
 
 Kind = GGMLQuantizationType
@@ -44,7 +43,7 @@ def gguf_tensors(model: Llama, architecture: str) -> dict[str, np.ndarray]:
     heads = {"attn_q": model.config.num_heads, "attn_k": model.config.num_kv_heads}
     tensors = {}
     for path, leaf in parameters_of(model).items():
-        name, value = GGUF(path), np.asarray(leaf[...])
+        name, value = GGUF_NAMES(path, model.config).name, np.asarray(leaf[...])
         value = value.T if path[-1] == "kernel" else value
         module = name.split(".")[-2]
         if architecture == "llama" and module in heads:

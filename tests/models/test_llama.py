@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.attention import causal_attention
 from models.checkpoints.assemble import abstract_model
+from models.interface import causal_attention
 from models.llama import Llama
 from models.rope import RopeScaling, rotate, rotation
 
@@ -128,7 +128,7 @@ def test_an_abstract_model_is_the_one_that_initialisation_would_give(tiny_model)
     config = replace(tiny_model().config, num_layers=3, qk_norm=True, attention_bias=True)
     traced = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
     graph, expected = nnx.split(traced)
-    found_graph, found = nnx.split(abstract_model(config, jnp.bfloat16))
+    found_graph, found = nnx.split(abstract_model(Llama, config, jnp.bfloat16))
     assert found_graph == graph
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     assert jax.tree.leaves(found) == jax.tree.leaves(expected)

@@ -109,7 +109,7 @@ def test_stacking_again_changes_nothing(tiny_model):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_an_abstract_model_stacks_and_compiles_without_weights(tiny_model, tokens, dtype):
     config = tiny_model(qk_norm=True, attention_bias=True).config
-    model = stack_layers(abstract_model(config, dtype))
+    model = stack_layers(abstract_model(Llama, config, dtype))
     graph, weights = nnx.split(model)
     built = nnx.eval_shape(lambda: stack_layers(Llama(config, rngs=nnx.Rngs(0), dtype=dtype)))
     shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(weights)]

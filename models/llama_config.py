@@ -1,10 +1,13 @@
-"""A Llama-family model's shape, from a Hugging Face config.json or from GGUF metadata."""
+"""The config of a Llama-family model, from a Hugging Face config.json or from GGUF metadata."""
+
+from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from models.errors import CheckpointError
 from models.fields import Fields
+from models.interface import AttentionSpec, ModelSizes
 from models.rope import RopeScaling
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -13,47 +16,29 @@ _GGUF_EOS_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")  # end of sequ
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlamaConfig:
-    """The shape of a decoder.
+class LlamaConfig(ModelSizes):
+    """The shape of a ``models.Llama``.
 
     Raises:
-        CheckpointError: sizes that don't belong together.
+      CheckpointError: sizes that don't belong together.
     """
 
-    vocab_size: int
-    hidden_size: int
     intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_context: int  # tokens; with a sliding window at most the window: within it, full attention is the same thing
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = 1e-5
     tie_embeddings: bool = False
-    attention_bias: bool = False  # of the query, key and value projections
-    output_bias: bool = False  # of the attention's output projection
-    qk_norm: bool = False  # an RMSNorm over each head's query and key, before RoPE
-    eos_token_ids: tuple[int, ...] = ()
+    attention_bias: bool = False
+    """Of the query, key and value projections."""
+    output_bias: bool = False
+    """Of the attention's output projection."""
+    qk_norm: bool = False
+    """An RMSNorm over each head's query and key, before RoPE."""
     bos_token_id: int | None = None
 
-    def __post_init__(self):
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
-            if not 1 <= getattr(self, name) < 2**31:
-                raise CheckpointError(
-                    f"{name} is {getattr(self, name)}, expected 1 to 2**31 - 1. The config is damaged."
-                )
-        if self.max_context < 1 or self.head_dim < 2 or self.head_dim % 2:
-            raise CheckpointError(
-                f"expected max_context >= 1 and an even head_dim, got {self.max_context=}, {self.head_dim=}. "
-                "The config is damaged."
-            )
-        if self.num_heads % self.num_kv_heads:
-            raise CheckpointError(
-                f"query heads must be a multiple of KV heads, got num_heads={self.num_heads} and "
-                f"num_kv_heads={self.num_kv_heads}. The config is damaged."
-            )
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_counts("intermediate_size")
         if not (self.rope_theta > 0 and self.rms_norm_eps > 0):
             raise CheckpointError(
                 f"expected positive numbers, got {self.rope_theta=}, {self.rms_norm_eps=}. The config is damaged."
@@ -65,21 +50,16 @@ class LlamaConfig:
             )
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, object]) -> "LlamaConfig":
+    def from_hf(cls, config: Mapping[str, object]) -> LlamaConfig:
         """From the contents of a config.json of model type llama, mistral, qwen2 or qwen3.
 
         What the file leaves out takes transformers' own default for that model type.
 
         Raises:
-            CheckpointError: another model type, an absent or malformed key, or a feature that isn't supported.
+          CheckpointError: another model type, an absent or malformed key, or a feature that isn't supported.
         """
         fields = Fields(origin="config.json", values=config)
-        kind = fields.text("model_type", "")
-        if kind not in MODEL_TYPES:
-            raise CheckpointError(
-                f"config.json: model_type is {kind!r}, expected one of {', '.join(MODEL_TYPES)}. "
-                "Only Llama-family models are supported."
-            )
+        kind = fields.choice("model_type", MODEL_TYPES)
         _reject_hf_variants(fields)
         heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
         head_dim = fields.integer("head_dim", 128 if kind == "qwen3" else hidden // max(heads, 1))
@@ -114,31 +94,20 @@ class LlamaConfig:
         *,
         tensor_names: Collection[str],
         rope_divisors: Sequence[float] | None = None,
-    ) -> "LlamaConfig":
+    ) -> LlamaConfig:
         """From the metadata of a GGUF file of architecture llama (Mistral too), qwen2 or qwen3.
 
         Args:
-            metadata: key-value pairs, as Python values.
-            tensor_names: of the file's tensors; without an output matrix the embeddings are tied.
-            rope_divisors: contents of rope_freqs.weight, [head_dim / 2], where the file has it.
+          metadata: key-value pairs, as Python values.
+          tensor_names: of the file's tensors; without an output matrix the embeddings are tied.
+          rope_divisors: contents of rope_freqs.weight, ``[head_dim / 2]``, where the file has it.
 
         Raises:
-            CheckpointError: another architecture, an absent or malformed key, or a feature that isn't supported.
+          CheckpointError: another architecture, an absent or malformed key, or a feature that isn't supported.
         """
         fields = Fields(origin="GGUF metadata", values=metadata)
-        kind = fields.text("general.architecture", "")
-        if kind not in GGUF_ARCHITECTURES:
-            raise CheckpointError(
-                f"GGUF metadata: general.architecture is {kind!r}, expected one of {', '.join(GGUF_ARCHITECTURES)}. "
-                "Only Llama-family models are supported."
-            )
-        if fields.integer(f"{kind}.expert_count", 0):
-            raise CheckpointError("GGUF metadata: this is a mixture of experts, expected a dense model.")
-        if fields.integer("split.count", 1) > 1:
-            raise CheckpointError(
-                "GGUF metadata: the file is one part of a split model, expected a whole one. Join the parts with "
-                "`llama-gguf-split --merge`."
-            )
+        kind = fields.choice("general.architecture", GGUF_ARCHITECTURES)
+        _reject_gguf_variants(fields, kind)
         heads, hidden = fields.integer(f"{kind}.attention.head_count"), fields.integer(f"{kind}.embedding_length")
         head_dim = fields.integer(f"{kind}.attention.key_length", hidden // max(heads, 1))
         for key in (f"{kind}.attention.value_length", f"{kind}.rope.dimension_count"):
@@ -168,6 +137,22 @@ class LlamaConfig:
             bos_token_id=next(iter(fields.ids("tokenizer.ggml.bos_token_id")), None),
         )
 
+    @classmethod
+    def from_saved(cls, fields: Fields) -> LlamaConfig:
+        """From what ``dataclasses.asdict`` made of one, by way of JSON.
+
+        Raises:
+          CheckpointError: a malformed value.
+          TypeError: an unknown or absent key, or a value of the wrong type.
+        """
+        divisors = fields.section("rope_scaling").numbers("divisors") if fields.has("rope_scaling") else None
+        converted = {
+            "rope_scaling": None if divisors is None else RopeScaling(divisors=divisors),
+            "eos_token_ids": fields.ids("eos_token_ids"),
+            "specs": tuple(AttentionSpec(**spec) for spec in fields.sections("specs")),
+        }
+        return cls(**{**fields.values, **converted})
+
 
 def _reject_hf_variants(fields: Fields) -> None:
     """Refuse what would load as a Llama but compute something else."""
@@ -184,6 +169,17 @@ def _reject_hf_variants(fields: Fields) -> None:
         raise CheckpointError(
             "config.json has a quantization_config, expected plain float weights. Use the unquantised checkpoint, or a "
             "GGUF file for quantised weights."
+        )
+
+
+def _reject_gguf_variants(fields: Fields, kind: str) -> None:
+    """Refuse what isn't a whole, dense model."""
+    if fields.integer(f"{kind}.expert_count", 0):
+        raise CheckpointError("GGUF metadata: this is a mixture of experts, expected a dense model.")
+    if fields.integer("split.count", 1) > 1:
+        raise CheckpointError(
+            "GGUF metadata: the file is one part of a split model, expected a whole one. Join the parts with "
+            "`llama-gguf-split --merge`."
         )
 
 

@@ -1,0 +1,115 @@
+"""The parts that decoders share, and how to run their layers one by one or stacked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+
+from models.rope import rotate, rotation
+
+__all__ = ["Layered", "RMSNorm", "SwiGLU", "is_stacked", "rotate", "rotation", "run_layers", "stack_layers"]
+
+State = TypeVar("State")
+
+
+class RMSNorm(nnx.Module):
+    """Scale the last axis to a root mean square of one, in float32."""
+
+    def __init__(self, size: int, *, eps: float, dtype: DTypeLike):
+        self.scale = nnx.Param(jnp.ones(size, dtype))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        wide *= jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
+        return (wide * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class SwiGLU(nnx.Module):
+    """The feed-forward ``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        linear = partial(nnx.Linear, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        self.gate = linear(hidden_size, intermediate_size)
+        self.up = linear(hidden_size, intermediate_size)
+        self.down = linear(intermediate_size, hidden_size)
+
+    def __call__(self, x: Array) -> Array:
+        return self.down(nnx.silu(self.gate(x)) * self.up(x))
+
+
+class Layered(Protocol):
+    """A model whose layers have weights of the same names and shapes."""
+
+    layers: Any
+    """An ``nnx.List`` of modules, or one module once stacked, each leaf ``[layers, ...]``."""
+
+
+Model = TypeVar("Model", bound=Layered)
+
+
+def is_stacked(model: Layered) -> bool:
+    """Whether ``stack_layers`` has been there."""
+    return not isinstance(model.layers, nnx.List)
+
+
+def run_layers(
+    model: Layered,
+    step: Callable[[Any, int | Array, State, Array], tuple[State, Array]],
+    state: State,
+    x: Array,
+) -> tuple[State, Array]:
+    """Run every layer in order, by one scan where they are stacked.
+
+    Args:
+      step: ``step(layer, index, state, x) -> (state, x)``; traced once, with a traced index, where they are stacked.
+      state: handed to the first layer, and from each layer to the next.
+      x: like ``state``.
+    """
+    if not is_stacked(model):
+        for index, layer in enumerate(model.layers):
+            state, x = step(layer, index, state, x)
+        return state, x
+    graph, weights = nnx.split(model.layers)
+    count = jax.tree.leaves(weights)[0].shape[0]
+
+    def scanned(carry: tuple[State, Array], xs: Any) -> tuple[tuple[State, Array], None]:
+        index, weights = xs
+        return step(nnx.merge(graph, weights), index, *carry), None
+
+    carry, _ = jax.lax.scan(scanned, (state, x), (jnp.arange(count), weights))
+    return carry
+
+
+def stack_layers(model: Model) -> Model:
+    """The same model, changed to run its layers by one ``jax.lax.scan``: much quicker to compile, slower on CPU.
+
+    Each of a layer's weights becomes one leaf, ``[layers, ...]``. The layers' own weights are given up one by one, so
+    that only one leaf at a time is held twice; keep no other reference to them. Leaves may be shapes without memory.
+    """
+    if is_stacked(model):
+        return model
+    graph = nnx.graphdef(model.layers[0])
+    tree = jax.tree.structure(nnx.state(model.layers[0]))
+    leaves = [jax.tree.leaves(nnx.state(layer)) for layer in model.layers]
+    del model.layers
+    stacked = [_stacked([layer.pop() for layer in leaves]) for _ in range(tree.num_leaves)]
+    model.layers = nnx.merge(graph, jax.tree.unflatten(tree, stacked[::-1]))
+    return model
+
+
+def _stacked(leaves: list[Any]) -> Any:
+    """``[...]`` leaves, arrays or shapes, as one ``[len(leaves), ...]``."""
+    if isinstance(leaves[0], jax.ShapeDtypeStruct):
+        return jax.eval_shape(jnp.stack, leaves)
+    return jax.block_until_ready(_stack(leaves))  # waits, lest the next leaf be stacked before these are freed
+
+
+_stack = jax.jit(jnp.stack)  # compiled, since op by op it copies every leaf once more
