@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +13,11 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxkv.cache.state import CacheConfig, PagedCache, init_cache
-from jaxkv.engine.engine import Engine
-from jaxkv.engine.programs import CompiledSteps
-from jaxkv.engine.scheduler import refusal
-from jaxkv.engine.sequence import Answer
-from jaxkv.policies import Policy, TierPolicy
+from jaxkv.engine import Engine, sequence
+from jaxkv.engine.policy_needs import layout_of, quantises_decoding
+from jaxkv.engine.programs import Programs
+from jaxkv.engine.prompt_plan import Unservable, plan_prompt
+from jaxkv.policies import Policy
 from jaxkv.requests import Completion, Event, Finished, Refused, Request, SamplingParams, TextMade, check_unicode
 from models import Llama, Tokenizer, load_model, load_tokenizer, resolve, stack_layers
 from pallas_kernels import default_block_size
@@ -80,7 +78,8 @@ class LLM:
         self.max_batch = max_batch
         self.share_prefixes = share_prefixes
         self._cache: tuple[CacheConfig, PagedCache] | None = None
-        self._steps: CompiledSteps | None = None
+        """That of the latest call which came to its end."""
+        self._programs: Programs | None = None
         self.engine: Engine | None = None
         """Of the latest call."""
 
@@ -136,10 +135,11 @@ class LLM:
                 raise _of_prompt(error, i, len(prompts)) from None
         longest = max((len(r.prompt) + r.limit for r in requests), default=1)
         config = self._cache_config(longest, rows=len(requests))
-        for request in requests:
-            if error := refusal(request, config):
-                raise _of_prompt(error, request.index, len(prompts))
-        for event in self._serve(requests, config):
+        sequences = [self._sequence(request, config) for request in requests]
+        for i, planned in enumerate(sequences):
+            if isinstance(planned.plan, Unservable):
+                raise _of_prompt(planned.plan.reason, i, len(prompts))
+        for event in self._serve(sequences, config):
             if isinstance(event, Refused):
                 raise _of_prompt(event.error, event.request, len(prompts))
             yield event
@@ -161,28 +161,33 @@ class LLM:
         if not 1 < most <= context:
             raise ValueError(f"max_context must lie between 2 and the model's {context}, got {max_context}")
 
-        def requests() -> Iterator[Request | Refused]:
+        config = self._cache_config(most, rows=self.max_batch)
+
+        def sequences() -> Iterator[sequence.Sequence | Refused]:
             for i, (prompt, params) in enumerate(jobs):
                 try:
-                    yield self._request(i, prompt, params, most)
+                    request = self._request(i, prompt, params, most)
                 except ValueError as error:
                     yield Refused(request=i, error=str(error))
+                else:
+                    yield self._sequence(request, config)
 
-        yield from self._serve(requests(), self._cache_config(most, rows=self.max_batch))
+        yield from self._serve(sequences(), config)
 
-    def _serve(self, requests: Iterable[Request | Refused], config: CacheConfig) -> Iterator[Event]:
-        ends = self._ends()
-        if self._steps is None:
-            self._steps = CompiledSteps(self.model, ends)
-        kept = self._cache[1] if self._cache is not None and self._cache[0] == config else None
-        self._cache = self.engine = None  # an old cache goes before there is a new one, also that of a call cut short
-        engine = Engine(self._steps, config, kept or init_cache(config), share_prefixes=self.share_prefixes)
-        self.engine, kept = engine, None
-        answers = (
-            Answer(r, self.tokenizer, ends, self.load_seconds) if isinstance(r, Request) else r for r in requests
-        )
-        yield from engine.run(answers)
+    def _serve(self, sequences: Iterable[sequence.Sequence | Refused], config: CacheConfig) -> Iterator[Event]:
+        """Answers them with the cache that is left of an earlier call, or a new one, of these sizes."""
+        if self._programs is None:
+            self._programs = Programs(self.model, self._ends())
+        kept, self._cache = self._cache, None
+        cache = init_cache(config) if kept is None else kept[1]
+        self.engine = engine = Engine(self._programs, config, cache, share_prefixes=self.share_prefixes)
+        del kept, cache
+        yield from engine.run(sequences)
         self._cache = (config, engine.cache)  # only now: what is cut short leaves a cache that is not empty
+
+    def _sequence(self, request: Request, config: CacheConfig) -> sequence.Sequence:
+        plan = plan_prompt(request, config)
+        return sequence.Sequence(request, plan, self.tokenizer, self._ends(), self.load_seconds)
 
     def _request(self, index: int, prompt: Prompt, params: SamplingParams, context: int | None = None) -> Request:
         """A request for these tokens.
@@ -223,43 +228,46 @@ class LLM:
         return ids
 
     def _cache_config(self, longest: int, *, rows: int) -> CacheConfig:
-        """A cache for so many requests; rounded up, so that calls of like sizes share compiled programs."""
+        """A cache for so many requests; rounded up, so that calls of like sizes share compiled programs.
+
+        Raises:
+          ValueError: a cache memory or a budget with which nothing could be served.
+        """
         rows = min(self.max_batch, 1 << (max(rows, 1) - 1).bit_length())
-        kept = self._cache[0] if self._cache is not None else None
-        if kept is not None and kept.batch == rows and longest <= kept.max_context:
-            config = kept
-        else:
-            sizes = partial(
-                CacheConfig.for_model,
-                self.model.config,
-                batch=rows,
-                max_context=_rounded_up(longest),
-                block_size=self.block_size,
-                dtype=self.cache_dtype,
-                **self._tiers(),
-            )
-            self._cache = self.engine = None  # it won't serve, and is not to count as memory that is taken
-            most, usual = memory_for_a_cache()
-            if self.cache_memory is not None:
-                config = sizes(memory=self.cache_memory)
-            elif (config := sizes()).bytes_with(config.num_blocks) > usual:
-                config = sizes(memory=usual)
-            if (need := config.bytes_with(config.num_blocks)) > most:
-                raise ValueError(
-                    f"a cache of {need} bytes for {rows} sequences of {config.max_context} tokens is more than the "
-                    f"{most} that this machine can give it; give less cache_memory, a smaller max_context or max_batch"
-                )
+        config = None if self._cache is None else self._cache[0]
+        if config is None or config.batch != rows or longest > config.max_context:
+            # An old cache goes before there is a new one, and isn't memory that is taken; so does a call's cut short.
+            self._cache = self.engine = None
+            config = self._new_config(rows, _rounded_up(longest))
         if self.compression is not None:
             self.compression.check(config)
         return config
 
-    def _tiers(self) -> dict[str, Any]:
-        """What a policy of quantised tiers needs of the cache; prompts are read one at a time."""
-        policy = self.compression
-        if not isinstance(policy, TierPolicy):
-            return {}
-        layout = policy.layout(self.model.config.head_dim)
-        return {"layout": layout, "prompts": 1 if policy.quantises_decoding else 2}
+    def _new_config(self, rows: int, max_context: int) -> CacheConfig:
+        """Of the memory that was asked for; else for whole contexts, but of no more than is usual here."""
+
+        def within(memory: int | None) -> CacheConfig:
+            return CacheConfig.for_model(
+                self.model.config,
+                batch=rows,
+                max_context=max_context,
+                memory=memory,
+                block_size=self.block_size,
+                dtype=self.cache_dtype,
+                layout=layout_of(self.compression, self.model.config.head_dim),
+                prompts=1 if quantises_decoding(self.compression) else 2,
+            )
+
+        most, usual = memory_for_a_cache()
+        config = within(self.cache_memory)
+        if self.cache_memory is None and config.bytes_with(config.num_blocks) > usual:
+            config = within(usual)
+        if (need := config.bytes_with(config.num_blocks)) > most:
+            raise ValueError(
+                f"a cache of {need} bytes for {rows} sequences of {config.max_context} tokens is more than the "
+                f"{most} that this machine can give it; give less cache_memory, a smaller max_context or max_batch"
+            )
+        return config
 
     def _ends(self) -> tuple[int, ...]:
         """Tokens that end an answer."""

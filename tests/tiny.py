@@ -124,7 +124,7 @@ def token_slots(cache: PagedCache) -> jnp.ndarray:
 
 
 def assert_no_block_is_lost_or_shared(cache, prefixes=()):
-    """But for what rows borrow of prefixes (``jaxkv.engine.prefixes.Kept``), which must be these."""
+    """But for what rows borrow of prefixes (``jaxkv.engine.prefixes.SharedPrefix``), which must be these."""
     table, lengths, shared, free, stack = jax.device_get(
         (cache.block_table, cache.lengths, cache.shared, cache.num_free, cache.free_blocks)
     )

@@ -1,16 +1,20 @@
-"""The functional layer, compiled for a model: each step is one program, with the cache donated."""
+"""The functional layer, compiled for a model: each verb is one program, with the cache donated."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
-from typing import Any
+from functools import wraps
+from inspect import signature
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.typing import ArrayLike
 
 from jaxkv.cache import prefix
 from jaxkv.cache.allocator import release_sequences
@@ -27,174 +31,211 @@ from models import Llama
 MOST_PROGRAMS = 128
 """Compiled programs that are kept: a job whose lines each bring a policy of their own must not fill the memory."""
 
+Owner = TypeVar("Owner", bound="ModelPrograms")
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
-class CompiledSteps:
-    """Prompt chunks, compression and decoding for one row or for the whole batch.
 
-    The model is split once; the programs take its leaves, since flattening a module costs milliseconds a step.
-    Programs are compiled when first needed for a shape and a policy; ``compile_seconds`` tells what that took.
+class ModelPrograms:
+    """A model whose methods that are marked ``program`` run compiled.
+
+    The model is split once; the programs take its leaves, since flattening a module costs milliseconds a step. They
+    are compiled when first needed for shapes and static arguments; ``compile_seconds`` tells what that took.
     """
 
-    def __init__(self, model: Llama, stop_tokens: tuple[int, ...]):
-        graph, weights = nnx.split(model)
-        self.leaves, treedef = jax.tree.flatten(weights)
+    def __init__(self, model: Llama):
+        self.model = model
+        """Inside a program: one whose weights are the program's arguments."""
         self.compile_seconds = 0.0
+        self._graph, weights = nnx.split(model)
+        self._leaves, self._structure = jax.tree.flatten(weights)
         self._programs: dict[object, Callable[..., Any]] = {}
 
-        def merge(leaves: list[Array]) -> Llama:
-            return nnx.merge(graph, jax.tree.unflatten(treedef, leaves))
-
-        def start(
-            leaves: list[Array], cache: PagedCache, row: Array, length: Array, policy: Policy | None, fresh: bool
-        ) -> PromptState:
-            part = start_prompt(merge(leaves), take_sequences(cache, row), length, policy, fresh=fresh)
-            return replace(part, cache=put_sequences(cache, part.cache, row))
-
-        def chunk(
-            leaves: list[Array], state: PromptState, row: Array, tokens: Array, counts: Array, policy: Policy | None
-        ) -> PromptState:
-            whole = state.cache
-            state = replace(state, cache=take_sequences(whole, row))
-            state = prefill_chunk(merge(leaves), state, tokens, counts, policy)
-            return replace(state, cache=put_sequences(whole, state.cache, row))
-
-        def reread(
-            leaves: list[Array], state: PromptState, row: Array, tokens: Array, counts: Array, policy: Policy
-        ) -> PromptState:
-            whole = state.cache
-            state = replace(state, cache=take_sequences(whole, row))
-            return replace(reread_chunk(merge(leaves), state, tokens, counts, policy), cache=whole)
-
-        def finish(
-            leaves: list[Array],
-            whole: PagedCache,
-            state: PromptState,
-            row: Array,
-            sampler: Sampler,
-            policy: Policy | None,
-        ) -> tuple[PagedCache, Array, Array]:
-            state = replace(state, cache=take_sequences(whole, row))
-            part, logits = finish_prompt(merge(leaves), state, policy)
-            token = sampler(logits, part.num_tokens)
-            return put_sequences(whole, part, row), token, logprobs_of(logits, token)
-
-        def score(whole: PagedCache, state: PromptState, row: Array, policy: Policy) -> PagedCache:
-            return put_sequences(whole, score_prompt(replace(state, cache=take_sequences(whole, row)), policy), row)
-
-        def compress(cache: PagedCache, row: Array, tokens: Array, policy: Policy) -> PagedCache:
-            part = take_sequences(cache, row)
-            part = compress_rows(part, policy, tokens=jnp.maximum(tokens, part.num_tokens))
-            return put_sequences(cache, part, row)
-
-        def decode(
-            leaves: list[Array],
-            cache: PagedCache,
-            tokens: Array,
-            limits: Array,
-            sampler: Sampler,
-            steps: int,
-            policy: Policy | None,
-        ) -> Decoded:
-            return decode_rows(
-                merge(leaves),
-                cache,
-                tokens,
-                limits,
-                steps=steps,
-                sampler=sampler,
-                policy=policy,
-                stop_tokens=stop_tokens,
-            )
-
-        self._start = jax.jit(start, donate_argnums=1, static_argnums=(4, 5))
-        self._chunk = jax.jit(chunk, donate_argnums=1, static_argnums=5)
-        self._reread = jax.jit(reread, donate_argnums=1, static_argnums=5)
-        self._finish = jax.jit(finish, donate_argnums=1, static_argnums=5)
-        self._score = jax.jit(score, donate_argnums=0, static_argnums=3)
-        self._compress = jax.jit(compress, donate_argnums=0, static_argnums=3)
-        self._decode = jax.jit(decode, donate_argnums=1, static_argnums=(5, 6))
-        self._release = jax.jit(release_sequences, donate_argnums=0)
-        self._detach = jax.jit(prefix.detach, donate_argnums=0)
-        self._attach = jax.jit(prefix.attach, donate_argnums=0)
-        self._own = jax.jit(prefix.own, donate_argnums=0)
-        self._cut = jax.jit(prefix.cut, donate_argnums=0)
-
-    def _call(self, step: Any, *args: Any, static: tuple[Any, ...] = ()) -> Any:
-        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(args))
-        key = (step, shapes, jax.tree.structure(args), static)
-        program = self._programs.pop(key, None)
-        if program is None:
-            began = time.perf_counter()
-            program = step.lower(*args, *static).compile()
-            self.compile_seconds += time.perf_counter() - began
-        self._programs[key] = program  # the latest used is the last
+    def _run(self, step: Callable[..., Any], donated: dict[str, Any], given: dict[str, Any], fixed: dict[str, Any]):
+        leaves, structure = jax.tree.flatten((donated, given))
+        key = step, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves), tuple(fixed.values())
+        compiled = self._programs.pop(key, None) or self._compile(step, donated, given, fixed)
+        self._programs[key] = compiled  # the latest used is the last
         while len(self._programs) > MOST_PROGRAMS:
             self._programs.pop(next(iter(self._programs)))
-        return program(*args)
+        return compiled(self._leaves, donated, given)
 
+    def _compile(
+        self, step: Callable[..., Any], donated: dict[str, Any], given: dict[str, Any], fixed: dict[str, Any]
+    ) -> Callable[..., Any]:
+        def traced(leaves: list[Array], donated: dict[str, Any], given: dict[str, Any]) -> Any:
+            inside = copy(self)
+            inside.model = nnx.merge(self._graph, jax.tree.unflatten(self._structure, leaves))
+            return step(inside, **donated, **given, **fixed)
+
+        traced.__name__ = step.__name__  # what profilers show
+        began = time.perf_counter()
+        compiled = jax.jit(traced, donate_argnums=1).lower(self._leaves, donated, given).compile()
+        self.compile_seconds += time.perf_counter() - began
+        return compiled
+
+
+def program(
+    *, donate: tuple[str, ...] = (), static: tuple[str, ...] = ()
+) -> Callable[[Callable[Concatenate[Owner, Arguments], Result]], Callable[Concatenate[Owner, Arguments], Result]]:
+    """Marks a method of ``ModelPrograms`` that runs compiled.
+
+    Whole numbers that aren't static are told as ``i32[]``.
+
+    Args:
+      donate: names of arguments that are given away.
+      static: names of arguments, hashable, for each value of which there is a program of its own.
+    """
+
+    def declare(
+        step: Callable[Concatenate[Owner, Arguments], Result],
+    ) -> Callable[Concatenate[Owner, Arguments], Result]:
+        names = signature(step)
+
+        @wraps(step)
+        def run(self: Owner, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+            bound = names.bind(self, *args, **kwargs)
+            bound.apply_defaults()
+            _, *rest = bound.arguments.items()
+            given = {name: jnp.int32(x) if type(x) is int and name not in static else x for name, x in rest}
+            donated = {name: given.pop(name) for name in donate}
+            fixed = {name: given.pop(name) for name in static}
+            return self._run(step, donated, given, fixed)
+
+        return run
+
+    return declare
+
+
+class Programs(ModelPrograms):
+    """Prompt chunks, compression and decoding, for one row, ``i32[]``, of the batch or for all of it.
+
+    A prompt's state goes beside the cache, without one of its own, so that either can be donated.
+    """
+
+    def __init__(self, model: Llama, stop_tokens: tuple[int, ...] = ()):
+        super().__init__(model)
+        self.stop_tokens = stop_tokens
+
+    @program(donate=("cache",), static=("policy", "fresh"))
     def start(
-        self, cache: PagedCache, row: int, length: int, policy: Policy | None, *, fresh: bool = False
-    ) -> PromptState:
+        self, cache: PagedCache, row: ArrayLike, length: ArrayLike, policy: Policy | None, *, fresh: bool = False
+    ) -> tuple[PagedCache, PromptState]:
         """Begins a prompt, or a part of one, of ``length`` tokens; ``fresh``: in a row that holds nothing quantised."""
-        return self._call(self._start, self.leaves, cache, _one(row), _one(length), static=(policy, fresh))
+        state = start_prompt(self.model, take_sequences(cache, _one(row)), _one(length), policy, fresh=fresh)
+        return _apart(cache, state, row)
 
-    def chunk(self, state: PromptState, row: int, tokens: Array, count: int, policy: Policy | None) -> PromptState:
+    @program(donate=("cache", "state"), static=("policy",))
+    def chunk(
+        self,
+        cache: PagedCache,
+        state: PromptState,
+        row: ArrayLike,
+        tokens: ArrayLike,
+        count: ArrayLike,
+        policy: Policy | None,
+    ) -> tuple[PagedCache, PromptState]:
         """Reads a chunk, ``i32[1, chunk]``."""
-        return self._call(self._chunk, self.leaves, state, _one(row), tokens, _one(count), static=(policy,))
+        state = prefill_chunk(self.model, _together(cache, state, row), jnp.asarray(tokens), _one(count), policy)
+        return _apart(cache, state, row)
 
-    def reread(self, state: PromptState, row: int, tokens: Array, count: int, policy: Policy) -> PromptState:
+    @program(donate=("state",), static=("policy",))
+    def reread(
+        self,
+        cache: PagedCache,
+        state: PromptState,
+        row: ArrayLike,
+        tokens: ArrayLike,
+        count: ArrayLike,
+        policy: Policy,
+    ) -> PromptState:
         """Reads a chunk once more, after the prompt or its part, for a policy that wants it; nothing is cached."""
-        return self._call(self._reread, self.leaves, state, _one(row), tokens, _one(count), static=(policy,))
+        state = _together(cache, state, row)
+        return _alone(reread_chunk(self.model, state, jnp.asarray(tokens), _one(count), policy))
 
+    @program(donate=("cache",), static=("policy",))
     def finish(
-        self, state: PromptState, row: int, sampler: Sampler, policy: Policy | None
+        self, cache: PagedCache, state: PromptState, row: ArrayLike, sampler: Sampler, policy: Policy | None
     ) -> tuple[PagedCache, Array, Array]:
         """Ends a prompt: the cache, the first token and its log probability, ``[1]`` each."""
-        return self._call(
-            self._finish, self.leaves, state.cache, _without_cache(state), _one(row), sampler, static=(policy,)
-        )
+        part, logits = finish_prompt(self.model, _together(cache, state, row), policy)
+        token = sampler(logits, part.num_tokens)
+        return put_sequences(cache, part, _one(row)), token, logprobs_of(logits, token)
 
-    def score(self, state: PromptState, row: int, policy: Policy) -> PagedCache:
+    @program(donate=("cache",), static=("policy",))
+    def score(self, cache: PagedCache, state: PromptState, row: ArrayLike, policy: Policy) -> PagedCache:
         """Ends a part of a prompt, with nothing said."""
-        return self._call(self._score, state.cache, _without_cache(state), _one(row), static=(policy,))
+        return put_sequences(cache, score_prompt(_together(cache, state, row), policy), _one(row))
 
-    def compress(self, cache: PagedCache, row: int, tokens: int, policy: Policy) -> PagedCache:
-        """Compresses one row of the batch to the budget of what it has seen, or of so many tokens if those are more."""
-        return self._call(self._compress, cache, _one(row), _one(tokens), static=(policy,))
+    @program(donate=("cache",), static=("policy",))
+    def compress(self, cache: PagedCache, row: ArrayLike, tokens: ArrayLike, policy: Policy) -> PagedCache:
+        """Compresses one row to the budget of what it has seen, or of so many tokens if those are more."""
+        part = take_sequences(cache, _one(row))
+        part = compress_rows(part, policy, tokens=jnp.maximum(_one(tokens), part.num_tokens))
+        return put_sequences(cache, part, _one(row))
 
+    @program(donate=("cache",), static=("steps", "policy"))
     def decode(
-        self, cache: PagedCache, tokens: Array, limits: Array, sampler: Sampler, steps: int, policy: Policy | None
+        self,
+        cache: PagedCache,
+        tokens: ArrayLike,
+        limits: ArrayLike,
+        sampler: Sampler,
+        steps: int,
+        policy: Policy | None,
     ) -> Decoded:
         """Up to ``steps`` tokens for every row."""
-        return self._call(self._decode, self.leaves, cache, tokens, limits, sampler, static=(steps, policy))
+        return decode_rows(
+            self.model,
+            cache,
+            jnp.asarray(tokens),
+            jnp.asarray(limits),
+            steps=steps,
+            sampler=sampler,
+            policy=policy,
+            stop_tokens=self.stop_tokens,
+        )
 
-    def release(self, cache: PagedCache, finished: Array) -> PagedCache:
-        """Empties rows of the batch."""
-        return self._call(self._release, cache, finished)
+    @program(donate=("cache",))
+    def release(self, cache: PagedCache, finished: ArrayLike) -> PagedCache:
+        """Empties rows, ``bool[batch]``."""
+        return release_sequences(cache, jnp.asarray(finished))
 
-    def detach(self, cache: PagedCache, row: int) -> tuple[PagedCache, Prefix]:
-        """Makes a prefix, on the host, of what a row holds."""
-        cache, made = self._call(self._detach, cache, jnp.int32(row))
-        return cache, jax.device_get(made)
+    @program(donate=("cache",))
+    def detach(self, cache: PagedCache, row: ArrayLike) -> tuple[PagedCache, Prefix]:
+        """Makes a prefix of what a row holds."""
+        return prefix.detach(cache, jnp.asarray(row))
 
-    def attach(self, cache: PagedCache, row: int, prefix: Prefix, blocks: int) -> PagedCache:
+    @program(donate=("cache",))
+    def attach(self, cache: PagedCache, row: ArrayLike, shared: Prefix, blocks: ArrayLike) -> PagedCache:
         """Begins a row with blocks of a prefix."""
-        return self._call(self._attach, cache, jnp.int32(row), prefix, jnp.int32(blocks))
+        return prefix.attach(cache, jnp.asarray(row), shared, jnp.asarray(blocks))
 
-    def own(self, cache: PagedCache, row: int) -> PagedCache:
+    @program(donate=("cache",))
+    def own(self, cache: PagedCache, row: ArrayLike) -> PagedCache:
         """Copies what a row borrows."""
-        return self._call(self._own, cache, jnp.int32(row))
+        return prefix.own(cache, jnp.asarray(row))
 
-    def cut(self, cache: PagedCache, prefix: Prefix, blocks: int) -> tuple[PagedCache, Prefix]:
+    @program(donate=("cache",))
+    def cut(self, cache: PagedCache, shared: Prefix, blocks: ArrayLike) -> tuple[PagedCache, Prefix]:
         """Gives back what of a prefix lies past so many blocks of each head."""
-        cache, left = self._call(self._cut, cache, prefix, jnp.int32(blocks))
-        return cache, jax.device_get(left)
+        return prefix.cut(cache, shared, jnp.asarray(blocks))
 
 
-def _without_cache(state: PromptState) -> PromptState:
-    """What of a prompt's state isn't donated."""
+def _together(cache: PagedCache, state: PromptState, row: ArrayLike) -> PromptState:
+    """The state of a row's prompt with that row."""
+    return replace(state, cache=take_sequences(cache, _one(row)))
+
+
+def _apart(cache: PagedCache, state: PromptState, row: ArrayLike) -> tuple[PagedCache, PromptState]:
+    """The whole cache again, and the state without one."""
+    return put_sequences(cache, state.cache, _one(row)), _alone(state)
+
+
+def _alone(state: PromptState) -> PromptState:
     return replace(state, cache=None)  # pyright: ignore[reportArgumentType]
 
 
-def _one(value: int) -> Array:
-    return jnp.array([value], jnp.int32)
+def _one(value: ArrayLike) -> Array:
+    """``i32[1]``."""
+    return jnp.reshape(jnp.asarray(value, jnp.int32), 1)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from jaxkv import LLM, KVCompress, MaxTokens, Policy, Ratio, SamplingParams
 from jaxkv.cache.state import CacheConfig
-from jaxkv.engine.scheduler import blocks_between_parts, plan_reading
+from jaxkv.engine.policy_needs import blocks_between_parts
+from jaxkv.engine.prompt_plan import Unservable, plan_prompt
 from jaxkv.generation.decode import compress
 from jaxkv.generation.prefill import prefill
 from jaxkv.requests import Finished, Refused, Request
@@ -52,12 +53,12 @@ def test_a_prompt_three_times_the_pool_is_answered_within_the_bound(llm):
     prompt = tiny.prompt(500)
     made, most = answers(llm, [(prompt.tolist(), FREE)])
     config = llm.engine.config
-    reading = plan_reading(request(500), config)
+    plan = plan_prompt(request(500), config)
     assert config.full_blocks(500) > 3 * 40
-    assert reading.part < 500
+    assert plan.part < 500
     kept = config.full_blocks(500) // 8
-    one_part = config.full_blocks(reading.part)
-    assert most <= kept + config.heads + one_part == reading.peak <= BLOCKS
+    one_part = config.full_blocks(plan.part)
+    assert most <= kept + config.heads + one_part == plan.peak_blocks <= BLOCKS
     assert made[0].cache.blocks_held == kept
     assert len(made[0].token_ids) == 12
 
@@ -140,12 +141,12 @@ def test_a_policy_that_protects_more_than_its_budget_is_refused_on_the_way():
 def test_parts_cover_the_prompt_within_the_pool(tokens, blocks, ratio, window):
     config = CacheConfig.for_model(tiny.CONFIG, batch=1, max_context=3072, num_blocks=blocks + 1)
     policy = KVCompress(budget=Ratio(ratio=ratio), window=8, protected_window=window)
-    reading = plan_reading(request(tokens, policy), config)
+    plan = plan_prompt(request(tokens, policy), config)
     kept = blocks_between_parts(config, policy, tokens)
-    if reading is None:
+    if isinstance(plan, Unservable):
         assert config.full_blocks(tokens) > blocks
         assert kept + config.full_blocks(max(64, 2 * window)) > blocks
     else:
-        assert reading.peak <= blocks
-        parts = -(-tokens // reading.part)
-        assert 0 <= reading.part * parts - tokens < parts  # as equal as can be
+        assert plan.peak_blocks <= blocks
+        parts = -(-tokens // plan.part)
+        assert 0 <= plan.part * parts - tokens < parts  # as equal as can be
