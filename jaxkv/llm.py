@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +13,12 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxkv.cache import CacheConfig, PagedCache, init_cache
-from jaxkv.engine.engine import Engine
-from jaxkv.engine.programs import CompiledSteps
-from jaxkv.engine.scheduler import refusal
-from jaxkv.engine.sequence import Answer
+from jaxkv.engine import Engine, sequence
+from jaxkv.engine.programs import Programs
+from jaxkv.engine.prompt_plan import Unservable, plan_prompt
 from jaxkv.policies import Policy
 from jaxkv.requests import Completion, Event, Finished, Refused, Request, SamplingParams, TextMade, check_unicode
-from models import Llama, Tokenizer, load_model, load_tokenizer, resolve, stack_layers
+from models import Decoder, Tokenizer, load_model, load_tokenizer, resolve, stack_layers
 from pallas_kernels import default_block_size
 
 Prompt = str | Sequence[int]
@@ -31,7 +28,7 @@ class LLM:
     """A loaded model.
 
     Args:
-      model: a built-in name, a directory, a ``.gguf`` file, or a loaded model: a ``models.Llama`` or one ported like it
+      model: a built-in name, a directory, a ``.gguf`` file, or a loaded model: any ``models.Decoder``
         (``docs/functional.md``).
       tokenizer: for a loaded model; without one, prompts are token ids and answers have no text.
       cache_memory: bytes for the whole cache; None: what the prompts of a call need uncompressed, of ``run`` as many
@@ -50,7 +47,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str | Path | Llama,
+        model: str | Path | Decoder,
         *,
         tokenizer: Tokenizer | None = None,
         cache_memory: int | None = None,
@@ -75,12 +72,13 @@ class LLM:
             self.model, self.tokenizer = model, tokenizer
         self.load_seconds = time.perf_counter() - began
         self.cache_memory = cache_memory
-        self.compression = compression and compression.for_model(self.model.config)
+        self.compression = compression and compression.for_model(self.model.sizes)
         self.block_size = default_block_size() if block_size is None else block_size
         self.max_batch = max_batch
         self.share_prefixes = share_prefixes
         self._cache: tuple[CacheConfig, PagedCache] | None = None
-        self._steps: CompiledSteps | None = None
+        """That of the latest call which came to its end."""
+        self._programs: Programs | None = None
         self.engine: Engine | None = None
         """Of the latest call."""
 
@@ -136,10 +134,11 @@ class LLM:
                 raise _of_prompt(error, i, len(prompts)) from None
         longest = max((len(r.prompt) + r.limit for r in requests), default=1)
         config = self._cache_config(longest, rows=len(requests))
-        for request in requests:
-            if error := refusal(request, config):
-                raise _of_prompt(error, request.index, len(prompts))
-        for event in self._serve(requests, config):
+        sequences = [self._sequence(request, config) for request in requests]
+        for i, planned in enumerate(sequences):
+            if isinstance(planned.plan, Unservable):
+                raise _of_prompt(planned.plan.reason, i, len(prompts))
+        for event in self._serve(sequences, config):
             if isinstance(event, Refused):
                 raise _of_prompt(event.error, event.request, len(prompts))
             yield event
@@ -156,33 +155,38 @@ class LLM:
         Raises:
           ValueError: a cache memory or a budget with which nothing could be served.
         """
-        context = self.model.config.max_context
+        context = self.model.sizes.max_context
         most = context if max_context is None else max_context
         if not 1 < most <= context:
             raise ValueError(f"max_context must lie between 2 and the model's {context}, got {max_context}")
 
-        def requests() -> Iterator[Request | Refused]:
+        config = self._cache_config(most, rows=self.max_batch)
+
+        def sequences() -> Iterator[sequence.Sequence | Refused]:
             for i, (prompt, params) in enumerate(jobs):
                 try:
-                    yield self._request(i, prompt, params, most)
+                    request = self._request(i, prompt, params, most)
                 except ValueError as error:
                     yield Refused(request=i, error=str(error))
+                else:
+                    yield self._sequence(request, config)
 
-        yield from self._serve(requests(), self._cache_config(most, rows=self.max_batch))
+        yield from self._serve(sequences(), config)
 
-    def _serve(self, requests: Iterable[Request | Refused], config: CacheConfig) -> Iterator[Event]:
-        ends = self._ends()
-        if self._steps is None:
-            self._steps = CompiledSteps(self.model, ends)
-        kept = self._cache[1] if self._cache is not None and self._cache[0] == config else None
-        self._cache = self.engine = None  # an old cache goes before there is a new one, also that of a call cut short
-        engine = Engine(self._steps, config, kept or init_cache(config), share_prefixes=self.share_prefixes)
-        self.engine, kept = engine, None
-        answers = (
-            Answer(r, self.tokenizer, ends, self.load_seconds) if isinstance(r, Request) else r for r in requests
-        )
-        yield from engine.run(answers)
+    def _serve(self, sequences: Iterable[sequence.Sequence | Refused], config: CacheConfig) -> Iterator[Event]:
+        """Answers them with the cache that is left of an earlier call, or a new one, of these sizes."""
+        if self._programs is None:
+            self._programs = Programs(self.model, self._ends())
+        kept, self._cache = self._cache, None
+        cache = init_cache(config) if kept is None else kept[1]
+        self.engine = engine = Engine(self._programs, config, cache, share_prefixes=self.share_prefixes)
+        del kept, cache
+        yield from engine.run(sequences)
         self._cache = (config, engine.cache)  # only now: what is cut short leaves a cache that is not empty
+
+    def _sequence(self, request: Request, config: CacheConfig) -> sequence.Sequence:
+        plan = plan_prompt(request, config)
+        return sequence.Sequence(request, plan, self.tokenizer, self._ends(), self.load_seconds)
 
     def _request(self, index: int, prompt: Prompt, params: SamplingParams, context: int | None = None) -> Request:
         """A request for these tokens.
@@ -190,7 +194,7 @@ class LLM:
         Raises:
           ValueError: no tokens, too many, or none of the model's; stop texts without a tokenizer.
         """
-        context = self.model.config.max_context if context is None else context
+        context = self.model.sizes.max_context if context is None else context
         ids = self._encode(prompt)
         if len(ids) == 0:
             raise ValueError("the prompt is empty; give at least one token")
@@ -199,14 +203,14 @@ class LLM:
                 f"the prompt has {len(ids)} tokens, but the model's context is {context}, with at least one token "
                 "for the answer; shorten it"
             )
-        vocab = self.model.config.vocab_size
+        vocab = self.model.sizes.vocab_size
         if ids.min() < 0 or ids.max() >= vocab:
             raise ValueError(f"the prompt has token ids outside 0..{vocab - 1}: {ids.min()}..{ids.max()}")
         if params.stop and self.tokenizer is None:
             raise ValueError("stop texts need a tokenizer, and this LLM has none")
         limit = min(params.max_tokens, context - len(ids))
         policy = self.compression if params.compression == "default" else params.compression
-        policy = policy and policy.for_model(self.model.config)
+        policy = policy and policy.for_model(self.model.sizes)
         return Request(index=index, prompt=ids.astype(np.int32), params=params, limit=limit, policy=policy)
 
     def _encode(self, prompt: Prompt) -> np.ndarray:
@@ -223,48 +227,53 @@ class LLM:
         return ids
 
     def _cache_config(self, longest: int, *, rows: int) -> CacheConfig:
-        """A cache for so many requests; rounded up, so that calls of like sizes share compiled programs."""
+        """A cache for so many requests; rounded up, so that calls of like sizes share compiled programs.
+
+        Raises:
+          ValueError: a cache memory or a budget with which nothing could be served.
+        """
         rows = min(self.max_batch, 1 << (max(rows, 1) - 1).bit_length())
-        kept = self._cache[0] if self._cache is not None else None
-        if kept is not None and kept.batch == rows and longest <= kept.max_context:
-            config = kept
-        else:
-            sizes = partial(
-                CacheConfig.for_model,
-                self.model.config,
-                batch=rows,
-                max_context=_rounded_up(longest),
-                block_size=self.block_size,
-                dtype=self.cache_dtype,
-                **self._tiers(),
-            )
-            self._cache = self.engine = None  # it won't serve, and is not to count as memory that is taken
-            most, usual = memory_for_a_cache()
-            if self.cache_memory is not None:
-                config = sizes(memory=self.cache_memory)
-            elif (config := sizes()).bytes_with(config.num_blocks) > usual:
-                config = sizes(memory=usual)
-            if (need := config.bytes_with(config.num_blocks)) > most:
-                raise ValueError(
-                    f"a cache of {need} bytes for {rows} sequences of {config.max_context} tokens is more than the "
-                    f"{most} that this machine can give it; give less cache_memory, a smaller max_context or max_batch"
-                )
+        config = None if self._cache is None else self._cache[0]
+        if config is None or config.batch != rows or longest > config.max_context:
+            # An old cache goes before there is a new one, and isn't memory that is taken; so does a call's cut short.
+            self._cache = self.engine = None
+            config = self._new_config(rows, _rounded_up(longest))
         if self.compression is not None:
             self.compression.check(config)
         return config
 
-    def _tiers(self) -> dict[str, Any]:
-        """What a policy of quantised tiers needs of the cache; prompts are read one at a time."""
+    def _new_config(self, rows: int, max_context: int) -> CacheConfig:
+        """Of the memory that was asked for; else for whole contexts, but of no more than is usual here."""
+
         placement = self.compression and self.compression.placement
-        layout = placement and placement.layout(self.model.config.head_dim)
-        if placement is None or layout is None:
-            return {}
-        return {"layout": layout, "prompts": 1 if placement.quantises_decoding else 2}
+
+        def within(memory: int | None) -> CacheConfig:
+            return CacheConfig.for_model(
+                self.model.sizes,
+                batch=rows,
+                max_context=max_context,
+                memory=memory,
+                block_size=self.block_size,
+                dtype=self.cache_dtype,
+                layout=placement and placement.layout(self.model.sizes.head_dim),
+                prompts=1 if placement is None or placement.quantises_decoding else 2,
+            )
+
+        most, usual = memory_for_a_cache()
+        config = within(self.cache_memory)
+        if self.cache_memory is None and config.nbytes > usual:
+            config = within(usual)
+        if (need := config.nbytes) > most:
+            raise ValueError(
+                f"a cache of {need} bytes for {rows} sequences of {config.max_context} tokens is more than the "
+                f"{most} that this machine can give it; give less cache_memory, a smaller max_context or max_batch"
+            )
+        return config
 
     def _ends(self) -> tuple[int, ...]:
         """Tokens that end an answer."""
-        known = {*self.model.config.eos_token_ids, *(self.tokenizer.eos_ids if self.tokenizer is not None else ())}
-        return tuple(sorted(i for i in known if 0 <= i < self.model.config.vocab_size))  # some files say -1 for none
+        known = {*self.model.sizes.eos_token_ids, *(self.tokenizer.eos_ids if self.tokenizer is not None else ())}
+        return tuple(sorted(i for i in known if 0 <= i < self.model.sizes.vocab_size))  # some files say -1 for none
 
 
 def _of_prompt(error: object, index: int, prompts: int) -> ValueError:

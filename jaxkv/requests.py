@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.cache.stats import CacheStats
-from jaxkv.generation.sampling import Greedy, Random, Sampler
 from jaxkv.policies import Policy
 
 
@@ -68,19 +65,6 @@ def check_unicode(text: str, name: str) -> None:
         raise ValueError(f"{name} must be Unicode text, got half a surrogate pair {lone!a}") from None
 
 
-def sampler_for(params: Sequence[SamplingParams]) -> Sampler:
-    """One sampler for a batch, row by row; the cheap one where all rows are greedy."""
-    if all(p.temperature == 0 for p in params):
-        return Greedy()
-    return Random(
-        seed=jnp.array([p.seed for p in params], jnp.uint32),
-        temperature=jnp.array([p.temperature for p in params], jnp.float32),
-        top_k=jnp.array([p.top_k for p in params], jnp.int32),
-        top_p=jnp.array([p.top_p for p in params], jnp.float32),
-        min_p=jnp.array([p.min_p for p in params], jnp.float32),
-    )
-
-
 @dataclass(kw_only=True)
 class Timings:
     """Seconds of each phase. Of a batch, decoding is shared by its requests."""
@@ -91,10 +75,10 @@ class Timings:
     compress: float = 0.0
     decode: float = 0.0
 
-    def spent(self, phase: str, began: float, compiling: float) -> None:
-        """Adds the time since ``began`` to a phase, but for what of it was compiling."""
-        self.compile += compiling
-        setattr(self, phase, getattr(self, phase) + time.perf_counter() - began - compiling)
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Adds to phases, by their names."""
+        for phase, more in seconds.items():
+            setattr(self, phase, getattr(self, phase) + more)
 
 
 @dataclass(frozen=True, kw_only=True)

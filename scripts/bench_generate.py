@@ -22,7 +22,7 @@ import numpy as np
 
 from jaxkv import CacheConfig, Greedy, KVCompress, Policy, Ratio, init_cache
 from jaxkv.cli.main import keep_compiled_programs
-from jaxkv.engine.programs import CompiledSteps
+from jaxkv.engine.programs import Programs
 from jaxkv.generation.prefill import CHUNK
 from models import Llama, load_model, load_tokenizer, resolve
 
@@ -46,35 +46,35 @@ class Row:
 class Ours:
     """A cache of ``batch`` rows, each with its own part of the text; prompts one after the other, as in ``LLM``."""
 
-    def __init__(self, steps: CompiledSteps, policy: Policy, model: Llama, tokens: np.ndarray, room: int):
+    def __init__(self, programs: Programs, policy: Policy, model: Llama, tokens: np.ndarray, room: int):
         batch, length = tokens.shape
-        self.steps, self.policy, self.tokens, self.batch = steps, policy, tokens, batch
+        self.programs, self.policy, self.tokens, self.batch = programs, policy, tokens, batch
         size = -(-(length + room) // 256) * 256
         self.cache = init_cache(CacheConfig.for_model(model.config, batch=batch, max_context=size))
 
     def prefill(self, row: int) -> None:
         ids, chunk = self.tokens[row], min(CHUNK, self.tokens.shape[1])
-        state = self.steps.start(self.cache, row, len(ids), self.policy)
+        self.cache, state = self.programs.start(self.cache, row, len(ids), self.policy)
         for at in range(0, len(ids), chunk):
             part = np.zeros((1, chunk), np.int32)
             count = min(chunk, len(ids) - at)
             part[0, :count] = ids[at : at + count]
-            state = self.steps.chunk(state, row, jnp.asarray(part), count, self.policy)
-        self.cache, token, _ = self.steps.finish(state, row, Greedy(), self.policy)
+            self.cache, state = self.programs.chunk(self.cache, state, row, part, count, self.policy)
+        self.cache, token, _ = self.programs.finish(self.cache, state, row, Greedy(), self.policy)
         token.block_until_ready()
 
     def prefill_all(self) -> None:
-        self.cache = self.steps.release(self.cache, jnp.ones(self.batch, bool))
+        self.cache = self.programs.release(self.cache, jnp.ones(self.batch, bool))
         for row in range(self.batch):
             self.prefill(row)
 
     def compress(self, row: int) -> None:
-        self.cache = jax.block_until_ready(self.steps.compress(self.cache, row, 0, self.policy))
+        self.cache = jax.block_until_ready(self.programs.compress(self.cache, row, 0, self.policy))
 
     def decode(self) -> None:
         last, limits = jnp.zeros(self.batch, jnp.int32), jnp.full(self.batch, STEPS)
         self.cache = jax.block_until_ready(
-            self.steps.decode(self.cache, last, limits, Greedy(), STEPS, self.policy).cache
+            self.programs.decode(self.cache, last, limits, Greedy(), STEPS, self.policy).cache
         )
 
 
@@ -120,10 +120,10 @@ def in_turn(repeats: int, *runs: Callable[[], object]) -> list[float]:
 
 def measure(model: Llama, theirs: Theirs | None, ids: np.ndarray, batch: int, options: argparse.Namespace) -> list[Row]:
     context, repeats, short = options.context, options.repeats, options.context // options.ratio
-    steps, policy = CompiledSteps(model, ()), KVCompress(budget=Ratio(ratio=options.ratio))
+    programs, policy = Programs(model), KVCompress(budget=Ratio(ratio=options.ratio))
     texts = np.stack([ids[start : start + context] for start in np.arange(batch) * 997 % (len(ids) - context)])
     room = (repeats + 1) * STEPS
-    full, eighth = Ours(steps, policy, model, texts, room), Ours(steps, policy, model, texts[:, :short], room)
+    full, eighth = Ours(programs, policy, model, texts, room), Ours(programs, policy, model, texts[:, :short], room)
     name = f"batch {batch}, {context} tokens"
     prefills: list[Callable[[], object]] = [full.prefill_all]
     full.prefill(0)  # warm-up
@@ -132,7 +132,7 @@ def measure(model: Llama, theirs: Theirs | None, ids: np.ndarray, batch: int, op
         prefills.append(lambda: theirs.prefill(texts))
     prefill, *other = in_turn(repeats if batch == 1 else min(repeats, 2), *prefills)
     rows = [row(f"prefill, {name}", prefill, "transformers", other, "≥ 1.0x")]
-    squeezed, compressing = Ours(steps, policy, model, texts, room), []
+    squeezed, compressing = Ours(programs, policy, model, texts, room), []
     while len(compressing) <= repeats:  # the first compiles and isn't counted
         squeezed.prefill_all()
         compressing += [seconds(lambda at=at: squeezed.compress(at)) for at in range(batch)]

@@ -53,17 +53,17 @@ def measure(llm: LLM, texts: list[list[int]], new: int, context: int) -> Row:
         yield from ((text, params) for text in texts)
 
     began, made, peak = time.perf_counter(), 0, 0
-    compiled = llm.engine.steps.compile_seconds if llm.engine is not None else 0.0
+    compiled = llm.engine.programs.compile_seconds if llm.engine is not None else 0.0
     for event in llm.run(jobs(), max_context=context):
         assert llm.engine is not None
         if isinstance(event, TextMade):
             made += len(event.token_ids)
-            peak = max(peak, int((llm.engine.room.total - llm.engine.room.free)[0]))
+            peak = max(peak, (llm.engine.counts.total - llm.engine.counts.free).raw)
         elif isinstance(event, Finished):
             print(f"\r{event.request + 1} answered", end="", file=sys.stderr)
     assert llm.engine is not None
     engine = llm.engine
-    seconds = time.perf_counter() - began - (engine.steps.compile_seconds - compiled)
+    seconds = time.perf_counter() - began - (engine.programs.compile_seconds - compiled)
     print("\r", end="", file=sys.stderr)
     return Row(
         ratio=1.0 if llm.compression is None else llm.compression.budget.ratio,  # pyright: ignore[reportAttributeAccessIssue]

@@ -39,13 +39,13 @@ def answer(llm: LLM, texts: list[list[int]], new: int, context: int) -> tuple[fl
     def jobs() -> Iterator[tuple[list[int], SamplingParams]]:
         yield from ((text, params) for text in texts)
 
-    compiled = llm.engine.steps.compile_seconds if llm.engine is not None else 0.0
+    compiled = llm.engine.programs.compile_seconds if llm.engine is not None else 0.0
     began = time.perf_counter()
     for event in llm.run(jobs(), max_context=context):
         if isinstance(event, Finished):
             made[event.request] = event.completion.token_ids
     assert llm.engine is not None
-    return time.perf_counter() - began - (llm.engine.steps.compile_seconds - compiled), made
+    return time.perf_counter() - began - (llm.engine.programs.compile_seconds - compiled), made
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.metadata import version
@@ -23,6 +22,9 @@ import numpy as np
 from flax import nnx
 
 from jaxkv import CacheConfig, KVCompress, PagedCache, Ratio, compress, decode, init_cache, prefill, stats
+from jaxkv.cache.state import put_sequences, take_sequences
+from jaxkv.engine.programs import ModelPrograms, program
+from jaxkv.generation.decode import Decoded
 from models import Llama, LlamaConfig, stack_layers
 from models.shapes import SHAPES
 
@@ -103,45 +105,49 @@ def random_model(config: LlamaConfig, dtype: Any, *, stacked: bool) -> Llama:
     return stack_layers(model) if stacked else model
 
 
-def compiled(step: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
-    """The program for these arguments, of which the second is the cache and given to it."""
-    return jax.jit(step, donate_argnums=1).lower(*arguments).compile()
+class Serving(ModelPrograms):
+    """The two programs of a run."""
+
+    @program(donate=("cache",), static=("policy",))
+    def read(
+        self, cache: PagedCache, row: jax.Array, tokens: jax.Array, policy: KVCompress | None
+    ) -> tuple[PagedCache, jax.Array]:
+        """One prompt, ``i32[1, tokens]``, into one row, ``i32[1]``; its first token."""
+        part, lengths = take_sequences(cache, row), jnp.full(1, tokens.shape[1])
+        part, logits = prefill(self.model, part, tokens, lengths, policy)
+        part = part if policy is None else compress(part, policy)
+        return put_sequences(cache, part, row), jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    @program(donate=("cache",), static=("steps",))
+    def write(self, cache: PagedCache, first: jax.Array, steps: int) -> Decoded:
+        return decode(self.model, cache, first, jnp.full(first.shape, steps), steps=steps)
+
+    def seconds_since(self, began: float, compiled: float) -> float:
+        """But for what of them was compiling."""
+        return time.perf_counter() - began - (self.compile_seconds - compiled)
 
 
-def measure(setup: Setup, graph: Any, weights: Any, ratio: float) -> Row | None:
+def measure(setup: Setup, serving: Serving, ratio: float) -> Row | None:
     """None: not even one prompt fits."""
     policy = KVCompress(budget=Ratio(ratio=ratio))
     batch = setup.largest_batch(policy, ratio)
     if batch == 0:
         return None
-
-    def read(weights: Any, cache: PagedCache, row: jax.Array, tokens: jax.Array) -> tuple[PagedCache, jax.Array]:
-        part, lengths = cache.rows(row), jnp.full(1, setup.prompt)
-        part, logits = prefill(nnx.merge(graph, weights), part, tokens, lengths, policy if ratio > 1 else None)
-        part = compress(part, policy) if ratio > 1 else part
-        return cache.with_rows(part, row), jnp.argmax(logits, axis=-1)
-
-    def write(weights: Any, cache: PagedCache, first: jax.Array) -> Any:
-        limits = jnp.full(batch, setup.new - 1)
-        return decode(nnx.merge(graph, weights), cache, first, limits, steps=setup.new - 1)
-
     cache = init_cache(setup.config(batch))
     prompts = np.random.default_rng(0).integers(0, setup.model.vocab_size, (batch, setup.prompt), np.int32)
-    row, first = jnp.zeros(1, jnp.int32), jnp.zeros(batch, jnp.int32)
-    read_one = compiled(read, weights, cache, row, jnp.asarray(prompts[:1]))
-    write_all = compiled(write, weights, cache, first)
 
-    began = time.perf_counter()
+    began, compiled = time.perf_counter(), serving.compile_seconds
     tokens = []
     for at in range(batch):
-        cache, token = read_one(weights, cache, jnp.full(1, at, jnp.int32), jnp.asarray(prompts[at : at + 1]))
+        row, prompt = jnp.full(1, at, jnp.int32), jnp.asarray(prompts[at : at + 1])
+        cache, token = serving.read(cache, row, prompt, policy if ratio > 1 else None)
         tokens.append(token)
-    first = jax.block_until_ready(jnp.concatenate(tokens).astype(jnp.int32))
-    prefilled = time.perf_counter() - began
+    first = jax.block_until_ready(jnp.concatenate(tokens))
+    prefilled = serving.seconds_since(began, compiled)
     held = stats(cache).blocks_held
-    began = time.perf_counter()
-    made = jax.block_until_ready(write_all(weights, cache, first))
-    decoded = time.perf_counter() - began
+    began, compiled = time.perf_counter(), serving.compile_seconds
+    made = jax.block_until_ready(serving.write(cache, first, setup.new - 1))
+    decoded = serving.seconds_since(began, compiled)
     count = int(made.counts.sum()) + batch
     if count != batch * setup.new:
         print(f"ratio {ratio:g}: the pool ran dry after {count} of {batch * setup.new} tokens", file=sys.stderr)
@@ -199,10 +205,10 @@ def main() -> None:
     print(f"{head}\n\n| ratio | batch | blocks held | prefill s | decode s | decode tokens/s | tokens/s | speed-up |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
     stacked = jax.default_backend() == "tpu"  # a GPU would copy each layer out of what is stacked, at every step
-    graph, weights = nnx.split(random_model(setup.model, setup.dtype, stacked=stacked))
+    serving = Serving(random_model(setup.model, setup.dtype, stacked=stacked))
     rows: list[Row] = []
     for ratio in map(float, options.ratios.split(",")):
-        row = measure(setup, graph, weights, ratio)
+        row = measure(setup, serving, ratio)
         if row is None:
             print(f"| {ratio:g} | 0 | a prompt doesn't fit the pool | | | | | |", flush=True)
             continue

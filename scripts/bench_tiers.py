@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,35 +22,45 @@ from flax import nnx
 
 from jaxkv import LLM, CacheConfig, LeanKV, PagedCache, Ratio, decode_step, init_cache, stats
 from jaxkv.cache.quantised import TierConfig, init_tiers
-from jaxkv.generation.compress import compress
+from jaxkv.engine.programs import ModelPrograms, program
+from jaxkv.generation.decode import compress
 from jaxkv.generation.passes import compact
-from jaxkv.generation.prefill import finish_prompt, look_ahead, prefill_chunk, start_prompt
+from jaxkv.generation.prefill import PromptState, finish_prompt, look_ahead, prefill_chunk, start_prompt
 from models import Llama
-from pallas_kernels.quantised_block import Format
+from pallas_kernels.tiers import Format
 
 TEXT = Path(__file__).parent / "data" / "emma-chapters-1-10.txt"
 CONTEXT, AFTER = 1536, 512
 CHUNK = 512
 
 
-class Reader:
+OBSERVING = LeanKV()
+
+
+class Reader(ModelPrograms):
     """Reads contexts into an unquantised cache, from which caches of any format are made."""
 
     def __init__(self, model: Llama, context: int, batch: int = 1):
-        graph, self.weights = nnx.split(model)
+        super().__init__(model)
         self.config = CacheConfig.for_model(model.config, batch=batch, max_context=context + 128)
-        observing = LeanKV()
 
-        def program_of(step: Callable[..., Any], *, donate: bool = True) -> Callable[..., Any]:
-            def run(weights: nnx.State, state: Any, *args: Any) -> Any:
-                return step(nnx.merge(graph, weights), state, *args)
+    @program(donate=("cache",))
+    def start(self, cache: PagedCache, lengths: jax.Array) -> PromptState:
+        return start_prompt(self.model, cache, lengths, OBSERVING, fresh=True)
 
-            return partial(jax.jit(run, donate_argnums=(1,) if donate else ()), self.weights)
+    @program(donate=("state",))
+    def chunk(self, state: PromptState, tokens: jax.Array, counts: jax.Array) -> PromptState:
+        return prefill_chunk(self.model, state, tokens, counts, OBSERVING)
 
-        self.program = program_of
-        self.start = program_of(partial(start_prompt, policy=observing, fresh=True))
-        self.chunk = program_of(partial(prefill_chunk, policy=observing))
-        self.finish = program_of(partial(finish_prompt, policy=observing), donate=False)
+    @program()
+    def finish(self, state: PromptState) -> tuple[PagedCache, jax.Array]:
+        return finish_prompt(self.model, state, OBSERVING)
+
+    @program(donate=("cache",), static=("policy",))
+    def step(
+        self, cache: PagedCache, tokens: jax.Array, active: jax.Array, policy: LeanKV
+    ) -> tuple[PagedCache, jax.Array]:
+        return decode_step(self.model, cache, tokens, active, policy)
 
     def read(self, tokens: np.ndarray) -> PagedCache:
         """``i32[batch, tokens]``."""
@@ -138,7 +146,6 @@ def compaction(model: Llama, ids: np.ndarray, batch: int, tokens: int, steps: in
     policy = LeanKV()
     cache = reader.compressed(reader.read(rows), policy)
     active, last = jnp.ones(batch, bool), jnp.asarray(rows[:, -1])
-    step = reader.program(partial(decode_step, active=active, policy=policy))
 
     @partial(jax.jit, donate_argnums=0)
     def alone(tiers, num_tokens):
@@ -146,10 +153,10 @@ def compaction(model: Llama, ids: np.ndarray, batch: int, tokens: int, steps: in
 
     whole, part = [], []
     spare = alone(jax.tree.map(jnp.copy, cache.quantised), cache.num_tokens)
-    cache, logits = step(cache, last)
+    cache, logits = reader.step(cache, last, active, policy)
     for _ in range(steps):
         began = time.perf_counter()
-        cache, logits = jax.block_until_ready(step(cache, last))
+        cache, logits = jax.block_until_ready(reader.step(cache, last, active, policy))
         middle = time.perf_counter()
         spare = jax.block_until_ready(alone(spare, cache.num_tokens))
         whole.append(middle - began)

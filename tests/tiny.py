@@ -134,7 +134,7 @@ def with_tables(cache: PagedCache, **arrays) -> PagedCache:
 
 
 def assert_no_block_is_lost_or_shared(cache, prefixes=()):
-    """But for what rows borrow of prefixes (``jaxkv.engine.prefixes.Kept``), which must be these."""
+    """But for what rows borrow of prefixes (``jaxkv.engine.prefixes.SharedPrefix``), which must be these."""
     tables = cache.raw.tables
     table, lengths, shared, free, stack = jax.device_get(
         (tables.block_table, cache.raw.lengths, cache.shared, tables.free.count, tables.free.blocks)

@@ -1,61 +1,90 @@
-"""What rows hold of a cache's blocks and may still take, on the host: pairs of unquantised and quantised blocks."""
+"""What rows hold of a cache's blocks and may still take, on the host."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import jax
 import numpy as np
 
-from jaxkv.cache.config import CacheConfig
-from jaxkv.cache.state import PagedCache
+from jaxkv.cache import CacheConfig, PagedCache
 from jaxkv.policies import Policy
 
-RAW, QUANTISED = 0, 1
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """So many of each pool. ``a <= b``: where there are b, a can be had."""
+
+    raw: int = 0
+    quantised: int = 0
+
+    def __add__(self, other: Blocks) -> Blocks:
+        return Blocks(raw=self.raw + other.raw, quantised=self.quantised + other.quantised)
+
+    def __sub__(self, other: Blocks) -> Blocks:
+        return Blocks(raw=self.raw - other.raw, quantised=self.quantised - other.quantised)
+
+    def __le__(self, other: Blocks) -> bool:
+        return self.raw <= other.raw and self.quantised <= other.quantised
 
 
-class Room:
-    """What was true of a cache when it was last looked at. All counts are ``i64[2]``."""
+class BlockCounts:
+    """What was true of a cache of these sizes when it was last looked at; at first it is empty."""
 
-    def __init__(self, config: CacheConfig, cache: PagedCache):
+    def __init__(self, config: CacheConfig):
         self.config = config
-        self.total = np.array([config.num_blocks - 1, config.tiers.num_blocks - 1 if config.tiers is not None else 0])
+        heads = config.num_layers, config.batch, config.num_kv_heads
+        self.raw_lengths = np.zeros(heads, np.int32)
+        """``i32[layers, batch, kv_heads]``: unquantised KVs."""
+        self.quantised_lengths = np.zeros((*heads, 2), np.int32)
+        """``i32[layers, batch, kv_heads, 2]``: KVs of each precision."""
+        self.quantised_kvs = np.ones(2, np.int32)
+        """``i32[2]``: KVs that a block of each precision holds."""
+        self.total = Blocks(raw=config.num_blocks - 1)
+        if config.tiers is not None:
+            self.quantised_kvs = np.array([tier.tokens for tier in config.tiers.layout.tiers], np.int32)
+            self.total += Blocks(quantised=config.tiers.num_blocks - 1)
         self.free = self.total
-        self.lengths = np.zeros(cache.raw.lengths.shape, np.int32)
-        self.quantised = np.zeros((*cache.raw.lengths.shape, 2), np.int32)
-        self.tokens = np.ones(2, np.int32) if cache.layout is None else np.array(cache.tiers.tables.kvs_a_block)
 
     def look(self, cache: PagedCache) -> None:
         """Reads back what the heads hold and what is free."""
-        tiers = () if cache.layout is None else (cache.tiers.tables.lengths, cache.tiers.tables.free.count)
-        self.lengths, free, *quantised = jax.device_get((cache.raw.lengths, cache.raw.tables.free.count, *tiers))
-        if quantised:
-            self.quantised = quantised[0]
-        self.free = np.array([int(free), int(quantised[1]) if quantised else 0])
+        stores = [cache.raw] if cache.layout is None else [cache.raw, cache.tiers]
+        (lengths, free), *quantised = jax.device_get([(s.tables.lengths, s.tables.free.count) for s in stores])
+        self.raw_lengths, self.free = lengths[..., 0], Blocks(raw=int(free))
+        for lengths, free in quantised:
+            self.quantised_lengths = lengths
+            self.free += Blocks(quantised=int(free))
 
-    def held(self, row: int) -> np.ndarray:
+    def held(self, row: int) -> Blocks:
         """Blocks of a row, those of a prefix included."""
-        raw = -(-self.lengths[:, row] // self.config.block_size)
-        return np.array([raw.sum(), (-(-self.quantised[:, row] // self.tokens)).sum()])
+        return Blocks(
+            raw=_filled(self.raw_lengths[:, row], self.config.block_size),
+            quantised=_filled(self.quantised_lengths[:, row], self.quantised_kvs),
+        )
 
-    def growth(self, row: int, policy: Policy | None, tokens: int) -> np.ndarray:
-        """Blocks that a row allocates at most for so many more tokens."""
+    def growth(self, row: int, policy: Policy | None, tokens: int) -> Blocks:
+        """What a row allocates at most for so many more tokens."""
         if policy is not None and policy.placement.quantises_decoding:
-            before, size, pool = self.quantised[:, row], self.tokens, QUANTISED
-        else:
-            before, size, pool = self.lengths[:, row], self.config.block_size, RAW
-        more = np.zeros(2, np.int64)
-        more[pool] = (-(-(before + tokens) // size) + (-before // size)).sum()
-        return more
+            lengths, size = self.quantised_lengths[:, row], self.quantised_kvs
+            return Blocks(quantised=_filled(lengths + tokens, size) - _filled(lengths, size))
+        lengths, size = self.raw_lengths[:, row], self.config.block_size
+        return Blocks(raw=_filled(lengths + tokens, size) - _filled(lengths, size))
 
-    def unquantised(self, policy: Policy) -> int:
-        """Blocks of a row that may stay unquantised when it is compressed."""
-        tokens = policy.placement.raw_tokens(policy.protected_window, policy.sinks)
-        if tokens is None:
-            return int(self.total[RAW])
-        return self.config.heads * -(-tokens // self.config.block_size)
-
-    def compressed(self, policy: Policy | None, tokens: int) -> np.ndarray:
-        """Blocks that a prompt of so many tokens may take when it is compressed, or all that there are."""
+    def compressed(self, policy: Policy | None, tokens: int) -> Blocks:
+        """Quantised blocks that a prompt of so many tokens may take when it is compressed, or all that there are."""
         if self.config.tiers is None or policy is None:
-            return np.zeros(2, np.int64)
+            return Blocks()
         worst = self.config.heads * (-(-tokens // self.config.tiers.layout.tokens) + 1)
-        return np.array([0, min(worst, self.total[QUANTISED])])
+        return Blocks(quantised=min(worst, self.total.quantised))
+
+    def left_unquantised(self, row: int, policy: Policy | None) -> bool:
+        """Whether a row that is compressed holds what ought to be quantised: there were too few blocks for it."""
+        if policy is None:
+            return False
+        tokens = policy.placement.raw_tokens(policy.protected_window, policy.sinks)
+        return tokens is not None and self.held(row).raw > self.config.full_blocks(tokens)
+
+
+def _filled(lengths: np.ndarray, size: int | np.ndarray) -> int:
+    """Blocks of so many KVs that heads fill, the last of each perhaps in part."""
+    return int((-(-lengths // size)).sum())

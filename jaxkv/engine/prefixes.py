@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,7 +18,7 @@ AHEAD = 4
 
 
 @dataclass(kw_only=True, eq=False)
-class Kept:
+class SharedPrefix:
     """A prefix in the pool."""
 
     tokens: np.ndarray
@@ -30,36 +30,80 @@ class Kept:
 
     @property
     def blocks(self) -> int:
+        """Of each head."""
         return int(self.prefix.blocks)
 
     @property
     def in_use(self) -> int:
+        """Blocks of each head that somebody borrows."""
         return max(self.borrowed.values(), default=0)
 
 
-def choose(
-    prefixes: Sequence[Kept], request: Request, waiting: Iterable[Request], block_size: int
-) -> tuple[Kept | None, int, int]:
-    """What a request borrows and lends, in blocks of each head: the prefix and how much of it, and how much it lends.
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What a prompt begins with, and what of it others will; both in whole blocks."""
 
-    It lends what it has most in common with one that waits, rather than borrow, where that is more than twice as much:
-    then the other saves more than this one reads again.
-    """
-    mine = request.prompt[: readable(request)]
-    borrowed = [_whole(_common(kept.tokens, mine), block_size) for kept in prefixes]
-    most = max(borrowed, default=0)
-    common = max((_common(mine, other.prompt[: readable(other)]) for other in waiting), default=0)
-    lend = _whole(common, block_size)
-    if lend > 2 * most:
-        return None, 0, lend
-    return (prefixes[borrowed.index(most)], most, 0) if most else (None, 0, 0)
+    prefix: SharedPrefix | None = None
+    borrow_tokens: int = 0
+    """Of the prefix, from its beginning on."""
+    lend_tokens: int = 0
+    """They become a prefix once they are read; 0: none do."""
+
+
+class Prefixes:
+    """All prefixes that are in the pool."""
+
+    def __init__(self, block_size: int):
+        self.block_size = block_size
+        self._all: list[SharedPrefix] = []
+
+    def __iter__(self) -> Iterator[SharedPrefix]:
+        return iter(self._all)
+
+    def share_for(self, request: Request, waiting: Iterable[Request]) -> Share:
+        """What a request borrows or lends.
+
+        It lends what it has most in common with one that waits, rather than borrow, where that is more than twice as
+        much: then the other saves more than this one reads again.
+        """
+        mine = request.prompt[: readable(request)]
+        borrow = [self._whole(_common(shared.tokens, mine)) for shared in self._all]
+        most = max(borrow, default=0)
+        lend = self._whole(max((_common(mine, other.prompt[: readable(other)]) for other in waiting), default=0))
+        if lend > 2 * most:
+            return Share(lend_tokens=lend)
+        return Share(prefix=self._all[borrow.index(most)], borrow_tokens=most) if most else Share()
+
+    def lend(self, row: int, tokens: np.ndarray, prefix: Prefix) -> None:
+        """What a row holds, of these tokens, becomes a prefix, which the row only borrows from now on."""
+        shared = SharedPrefix(tokens=tokens, prefix=prefix)
+        shared.borrowed[row] = shared.blocks
+        self._all.append(shared)
+
+    def give_up(self, row: int) -> bool:
+        """A row borrows no longer; False where it did not."""
+        lenders = [shared for shared in self._all if row in shared.borrowed]
+        for shared in lenders:
+            del shared.borrowed[row]
+        return bool(lenders)
+
+    def unused(self, *, but: SharedPrefix | None = None) -> tuple[SharedPrefix, ...]:
+        """Those of which something may go, but for one."""
+        return tuple(shared for shared in self._all if shared is not but and shared.in_use < shared.blocks)
+
+    def cut(self, shared: SharedPrefix, left: Prefix) -> None:
+        """Notes what is left of a prefix."""
+        shared.prefix = left
+        shared.tokens = shared.tokens[: shared.blocks * self.block_size]
+        if shared.blocks == 0:
+            self._all.remove(shared)
+
+    def _whole(self, tokens: int) -> int:
+        return tokens - tokens % self.block_size if tokens >= LEAST_SHARED else 0
 
 
 def readable(request: Request) -> int:
-    """Tokens that a request may leave to others to read: all but the last, and but those that its policy observes.
-
-    A policy that observes all queries, or expects others like them, reads its whole prompt itself.
-    """
+    """Tokens that a request may leave to others to read."""
     return observation_of(request.policy).shareable(len(request.prompt))
 
 
@@ -67,7 +111,3 @@ def _common(a: np.ndarray, b: np.ndarray) -> int:
     length = min(len(a), len(b))
     differ = np.flatnonzero(a[:length] != b[:length])
     return int(differ[0]) if len(differ) else length
-
-
-def _whole(tokens: int, block_size: int) -> int:
-    return tokens // block_size if tokens >= LEAST_SHARED else 0

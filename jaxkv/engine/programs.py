@@ -1,205 +1,225 @@
-"""The functional layer, compiled for a model: each step is one program, with the cache donated."""
+"""The functional layer, compiled for a model: each verb is one program, with the cache donated."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from copy import copy
+from functools import wraps
+from inspect import signature
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.typing import ArrayLike
 
 from jaxkv.cache import prefix
 from jaxkv.cache.prefix import Prefix
-from jaxkv.cache.state import PagedCache, release
+from jaxkv.cache.state import PagedCache
+from jaxkv.cache.state import release as release_rows
 from jaxkv.generation.compress import compress as compress_rows
 from jaxkv.generation.decode import Decoded
 from jaxkv.generation.decode import decode as decode_rows
-from jaxkv.generation.prefill import PromptState, finish_prompt, prefill_chunk, reread_chunk, score_prompt, start_prompt
+from jaxkv.generation.prefill import finish_prompt, prefill_chunk, reread_chunk
+from jaxkv.generation.prompt import PromptState, start_prompt
 from jaxkv.generation.sampling import Sampler, logprobs_of
+from jaxkv.generation.scoring import score_prompt
 from jaxkv.policies import Policy
-from models import Llama
+from models import Decoder
 
 MOST_PROGRAMS = 128
 """Compiled programs that are kept: a job whose lines each bring a policy of their own must not fill the memory."""
 
+Owner = TypeVar("Owner", bound="ModelPrograms")
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
-class CompiledSteps:
-    """Prompt chunks, compression and decoding for one row or for the whole batch.
 
-    The model is split once; the programs take its leaves, since flattening a module costs milliseconds a step.
-    Programs are compiled when first needed for a shape and a policy; ``compile_seconds`` tells what that took.
+class ModelPrograms:
+    """A model whose methods that are marked ``program`` run compiled.
+
+    The model is split once; the programs take its leaves, since flattening a module costs milliseconds a step. They
+    are compiled when first needed for shapes and static arguments; ``compile_seconds`` tells what that took.
     """
 
-    def __init__(self, model: Llama, stop_tokens: tuple[int, ...]):
-        graph, weights = nnx.split(model)
-        self.leaves, treedef = jax.tree.flatten(weights)
+    def __init__(self, model: Decoder):
+        self.model = model
+        """Inside a program: one whose weights are the program's arguments."""
         self.compile_seconds = 0.0
+        self._graph, weights = nnx.split(model)
+        self._leaves, self._structure = jax.tree.flatten(weights)
         self._programs: dict[object, Callable[..., Any]] = {}
 
-        def merge(leaves: list[Array]) -> Llama:
-            return nnx.merge(graph, jax.tree.unflatten(treedef, leaves))
-
-        def start(
-            leaves: list[Array], cache: PagedCache, row: Array, length: Array, policy: Policy | None, fresh: bool
-        ) -> PromptState:
-            return start_prompt(merge(leaves), cache.rows(row), length, policy, fresh=fresh)
-
-        def chunk(
-            leaves: list[Array],
-            whole: PagedCache,
-            prompt: PromptState,
-            row: Array,
-            tokens: Array,
-            counts: Array,
-            policy: Policy | None,
-        ) -> tuple[PagedCache, PromptState]:
-            part, prompt = prefill_chunk(merge(leaves), whole.rows(row), prompt, tokens, counts, policy)
-            return whole.with_rows(part, row), prompt
-
-        def reread(
-            leaves: list[Array],
-            prompt: PromptState,
-            whole: PagedCache,
-            row: Array,
-            tokens: Array,
-            counts: Array,
-            policy: Policy,
-        ) -> PromptState:
-            return reread_chunk(merge(leaves), whole.rows(row), prompt, tokens, counts, policy)
-
-        def finish(
-            leaves: list[Array],
-            whole: PagedCache,
-            prompt: PromptState,
-            row: Array,
-            sampler: Sampler,
-            policy: Policy | None,
-        ) -> tuple[PagedCache, Array, Array]:
-            part, logits = finish_prompt(merge(leaves), whole.rows(row), prompt, policy)
-            token = sampler(logits, part.num_tokens)
-            return whole.with_rows(part, row), token, logprobs_of(logits, token)
-
-        def score(
-            leaves: list[Array], whole: PagedCache, prompt: PromptState, row: Array, policy: Policy
-        ) -> PagedCache:
-            return whole.with_rows(score_prompt(merge(leaves), whole.rows(row), prompt, policy), row)
-
-        def compress(cache: PagedCache, row: Array, tokens: Array, policy: Policy) -> PagedCache:
-            part = cache.rows(row)
-            part = compress_rows(part, policy, tokens=jnp.maximum(tokens, part.num_tokens))
-            return cache.with_rows(part, row)
-
-        def decode(
-            leaves: list[Array],
-            cache: PagedCache,
-            tokens: Array,
-            limits: Array,
-            sampler: Sampler,
-            steps: int,
-            policy: Policy | None,
-        ) -> Decoded:
-            return decode_rows(
-                merge(leaves),
-                cache,
-                tokens,
-                limits,
-                steps=steps,
-                sampler=sampler,
-                policy=policy,
-                stop_tokens=stop_tokens,
-            )
-
-        self._start = jax.jit(start, static_argnums=(4, 5))
-        self._chunk = jax.jit(chunk, donate_argnums=(1, 2), static_argnums=6)
-        self._reread = jax.jit(reread, donate_argnums=1, static_argnums=6)
-        self._finish = jax.jit(finish, donate_argnums=1, static_argnums=5)
-        self._score = jax.jit(score, donate_argnums=1, static_argnums=4)
-        self._compress = jax.jit(compress, donate_argnums=0, static_argnums=3)
-        self._decode = jax.jit(decode, donate_argnums=1, static_argnums=(5, 6))
-        self._release = jax.jit(release, donate_argnums=0)
-        self._detach = jax.jit(prefix.detach, donate_argnums=0)
-        self._attach = jax.jit(prefix.attach, donate_argnums=0)
-        self._own = jax.jit(prefix.own, donate_argnums=0)
-        self._cut = jax.jit(prefix.cut, donate_argnums=0)
-
-    def _call(self, step: Any, *args: Any, static: tuple[Any, ...] = ()) -> Any:
-        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(args))
-        key = (step, shapes, jax.tree.structure(args), static)
-        program = self._programs.pop(key, None)
-        if program is None:
-            began = time.perf_counter()
-            program = step.lower(*args, *static).compile()
-            self.compile_seconds += time.perf_counter() - began
-        self._programs[key] = program  # the latest used is the last
+    def _run(self, step: Callable[..., Any], donated: dict[str, Any], given: dict[str, Any], fixed: dict[str, Any]):
+        leaves, structure = jax.tree.flatten((donated, given))
+        key = step, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves), tuple(fixed.values())
+        compiled = self._programs.pop(key, None) or self._compile(step, donated, given, fixed)
+        self._programs[key] = compiled  # the latest used is the last
         while len(self._programs) > MOST_PROGRAMS:
             self._programs.pop(next(iter(self._programs)))
-        return program(*args)
+        return compiled(self._leaves, donated, given)
 
+    def _compile(
+        self, step: Callable[..., Any], donated: dict[str, Any], given: dict[str, Any], fixed: dict[str, Any]
+    ) -> Callable[..., Any]:
+        def traced(leaves: list[Array], donated: dict[str, Any], given: dict[str, Any]) -> Any:
+            inside = copy(self)
+            inside.model = nnx.merge(self._graph, jax.tree.unflatten(self._structure, leaves))
+            return step(inside, **donated, **given, **fixed)
+
+        traced.__name__ = step.__name__  # what profilers show
+        began = time.perf_counter()
+        compiled = jax.jit(traced, donate_argnums=1).lower(self._leaves, donated, given).compile()
+        self.compile_seconds += time.perf_counter() - began
+        return compiled
+
+
+def program(
+    *, donate: tuple[str, ...] = (), static: tuple[str, ...] = ()
+) -> Callable[[Callable[Concatenate[Owner, Arguments], Result]], Callable[Concatenate[Owner, Arguments], Result]]:
+    """Marks a method of ``ModelPrograms`` that runs compiled.
+
+    Whole numbers that aren't static are told as ``i32[]``.
+
+    Args:
+      donate: names of arguments that are given away.
+      static: names of arguments, hashable, for each value of which there is a program of its own.
+    """
+
+    def declare(
+        step: Callable[Concatenate[Owner, Arguments], Result],
+    ) -> Callable[Concatenate[Owner, Arguments], Result]:
+        names = signature(step)
+
+        @wraps(step)
+        def run(self: Owner, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+            bound = names.bind(self, *args, **kwargs)
+            bound.apply_defaults()
+            _, *rest = bound.arguments.items()
+            given = {name: jnp.int32(x) if type(x) is int and name not in static else x for name, x in rest}
+            donated = {name: given.pop(name) for name in donate}
+            fixed = {name: given.pop(name) for name in static}
+            return self._run(step, donated, given, fixed)
+
+        return run
+
+    return declare
+
+
+class Programs(ModelPrograms):
+    """Prompt chunks, compression and decoding, for one row, ``i32[]``, of the batch or for all of it."""
+
+    def __init__(self, model: Decoder, stop_tokens: tuple[int, ...] = ()):
+        super().__init__(model)
+        self.stop_tokens = stop_tokens
+
+    @program(static=("policy", "fresh"))
     def start(
-        self, cache: PagedCache, row: int, length: int, policy: Policy | None, *, fresh: bool = False
+        self, cache: PagedCache, row: ArrayLike, length: ArrayLike, policy: Policy | None, *, fresh: bool = False
     ) -> PromptState:
         """Begins a prompt, or a part of one, of ``length`` tokens; ``fresh``: in a row that holds nothing quantised."""
-        return self._call(self._start, self.leaves, cache, _one(row), _one(length), static=(policy, fresh))
+        return start_prompt(self.model, cache.rows(_one(row)), _one(length), policy, fresh=fresh)
 
+    @program(donate=("cache", "prompt"), static=("policy",))
     def chunk(
-        self, cache: PagedCache, prompt: PromptState, row: int, tokens: Array, count: int, policy: Policy | None
+        self,
+        cache: PagedCache,
+        prompt: PromptState,
+        row: ArrayLike,
+        tokens: ArrayLike,
+        count: ArrayLike,
+        policy: Policy | None,
     ) -> tuple[PagedCache, PromptState]:
         """Reads a chunk, ``i32[1, chunk]``."""
-        args = self.leaves, cache, prompt, _one(row), tokens, _one(count)
-        return self._call(self._chunk, *args, static=(policy,))
+        part = cache.rows(_one(row))
+        part, prompt = prefill_chunk(self.model, part, prompt, jnp.asarray(tokens), _one(count), policy)
+        return cache.with_rows(part, _one(row)), prompt
 
+    @program(donate=("prompt",), static=("policy",))
     def reread(
-        self, cache: PagedCache, prompt: PromptState, row: int, tokens: Array, count: int, policy: Policy
+        self,
+        cache: PagedCache,
+        prompt: PromptState,
+        row: ArrayLike,
+        tokens: ArrayLike,
+        count: ArrayLike,
+        policy: Policy,
     ) -> PromptState:
         """Reads a chunk once more, after the prompt or its part, for a policy that wants it; nothing is cached."""
-        args = self.leaves, prompt, cache, _one(row), tokens, _one(count)
-        return self._call(self._reread, *args, static=(policy,))
+        part = cache.rows(_one(row))
+        return reread_chunk(self.model, part, prompt, jnp.asarray(tokens), _one(count), policy)
 
+    @program(donate=("cache",), static=("policy",))
     def finish(
-        self, cache: PagedCache, prompt: PromptState, row: int, sampler: Sampler, policy: Policy | None
+        self, cache: PagedCache, prompt: PromptState, row: ArrayLike, sampler: Sampler, policy: Policy | None
     ) -> tuple[PagedCache, Array, Array]:
         """Ends a prompt: the cache, the first token and its log probability, ``[1]`` each."""
-        return self._call(self._finish, self.leaves, cache, prompt, _one(row), sampler, static=(policy,))
+        part, logits = finish_prompt(self.model, cache.rows(_one(row)), prompt, policy)
+        token = sampler(logits, part.num_tokens)
+        return cache.with_rows(part, _one(row)), token, logprobs_of(logits, token)
 
-    def score(self, cache: PagedCache, prompt: PromptState, row: int, policy: Policy) -> PagedCache:
+    @program(donate=("cache",), static=("policy",))
+    def score(self, cache: PagedCache, prompt: PromptState, row: ArrayLike, policy: Policy) -> PagedCache:
         """Ends a part of a prompt, with nothing said."""
-        return self._call(self._score, self.leaves, cache, prompt, _one(row), static=(policy,))
+        return cache.with_rows(score_prompt(self.model, cache.rows(_one(row)), prompt, policy), _one(row))
 
-    def compress(self, cache: PagedCache, row: int, tokens: int, policy: Policy) -> PagedCache:
-        """Compresses one row of the batch to the budget of what it has seen, or of so many tokens if those are more."""
-        return self._call(self._compress, cache, _one(row), _one(tokens), static=(policy,))
+    @program(donate=("cache",), static=("policy",))
+    def compress(self, cache: PagedCache, row: ArrayLike, tokens: ArrayLike, policy: Policy) -> PagedCache:
+        """Compresses one row to the budget of what it has seen, or of so many tokens if those are more."""
+        part = cache.rows(_one(row))
+        part = compress_rows(part, policy, tokens=jnp.maximum(_one(tokens), part.num_tokens))
+        return cache.with_rows(part, _one(row))
 
+    @program(donate=("cache",), static=("steps", "policy"))
     def decode(
-        self, cache: PagedCache, tokens: Array, limits: Array, sampler: Sampler, steps: int, policy: Policy | None
+        self,
+        cache: PagedCache,
+        tokens: ArrayLike,
+        limits: ArrayLike,
+        sampler: Sampler,
+        steps: int,
+        policy: Policy | None,
     ) -> Decoded:
         """Up to ``steps`` tokens for every row."""
-        return self._call(self._decode, self.leaves, cache, tokens, limits, sampler, static=(steps, policy))
+        return decode_rows(
+            self.model,
+            cache,
+            jnp.asarray(tokens),
+            jnp.asarray(limits),
+            steps=steps,
+            sampler=sampler,
+            policy=policy,
+            stop_tokens=self.stop_tokens,
+        )
 
-    def release(self, cache: PagedCache, finished: Array) -> PagedCache:
-        """Empties rows of the batch."""
-        return self._call(self._release, cache, finished)
+    @program(donate=("cache",))
+    def release(self, cache: PagedCache, finished: ArrayLike) -> PagedCache:
+        """Empties rows, ``bool[batch]``."""
+        return release_rows(cache, jnp.asarray(finished))
 
-    def detach(self, cache: PagedCache, row: int) -> tuple[PagedCache, Prefix]:
-        """Makes a prefix, on the host, of what a row holds."""
-        cache, made = self._call(self._detach, cache, jnp.int32(row))
-        return cache, jax.device_get(made)
+    @program(donate=("cache",))
+    def detach(self, cache: PagedCache, row: ArrayLike) -> tuple[PagedCache, Prefix]:
+        """Makes a prefix of what a row holds."""
+        return prefix.detach(cache, jnp.asarray(row))
 
-    def attach(self, cache: PagedCache, row: int, prefix: Prefix, blocks: int) -> PagedCache:
+    @program(donate=("cache",))
+    def attach(self, cache: PagedCache, row: ArrayLike, shared: Prefix, blocks: ArrayLike) -> PagedCache:
         """Begins a row with blocks of a prefix."""
-        return self._call(self._attach, cache, jnp.int32(row), prefix, jnp.int32(blocks))
+        return prefix.attach(cache, jnp.asarray(row), shared, jnp.asarray(blocks))
 
-    def own(self, cache: PagedCache, row: int) -> PagedCache:
+    @program(donate=("cache",))
+    def own(self, cache: PagedCache, row: ArrayLike) -> PagedCache:
         """Copies what a row borrows."""
-        return self._call(self._own, cache, jnp.int32(row))
+        return prefix.own(cache, jnp.asarray(row))
 
-    def cut(self, cache: PagedCache, prefix: Prefix, blocks: int) -> tuple[PagedCache, Prefix]:
+    @program(donate=("cache",))
+    def cut(self, cache: PagedCache, shared: Prefix, blocks: ArrayLike) -> tuple[PagedCache, Prefix]:
         """Gives back what of a prefix lies past so many blocks of each head."""
-        cache, left = self._call(self._cut, cache, prefix, jnp.int32(blocks))
-        return cache, jax.device_get(left)
+        return prefix.cut(cache, shared, jnp.asarray(blocks))
 
 
-def _one(value: int) -> Array:
-    return jnp.array([value], jnp.int32)
+def _one(value: ArrayLike) -> Array:
+    """``i32[1]``."""
+    return jnp.reshape(jnp.asarray(value, jnp.int32), 1)

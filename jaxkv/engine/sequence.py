@@ -1,27 +1,36 @@
-"""An answer in the making: tokens become text, stop texts cut it, and it ends."""
+"""A request and its answer in the making: tokens become text, stop texts cut it, and it ends."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from jaxkv.cache.stats import CacheStats
+from jaxkv.engine.prompt_plan import PromptPlan, Unservable
 from jaxkv.requests import Completion, Event, Finished, Request, TextMade, Timings
 from models import Tokenizer
 
 
-class Answer:
+class Sequence:
     """What became of a request so far, on this side of the model.
 
     Args:
       request: what was asked.
+      plan: how its prompt is read.
       tokenizer: None where only token ids are wanted.
       ends: tokens that end an answer, themselves left out.
       load_seconds: goes into the timings.
     """
 
-    def __init__(self, request: Request, tokenizer: Tokenizer | None, ends: Sequence[int], load_seconds: float = 0.0):
-        self.request = request
+    def __init__(
+        self,
+        request: Request,
+        plan: PromptPlan | Unservable,
+        tokenizer: Tokenizer | None = None,
+        ends: Iterable[int] = (),
+        load_seconds: float = 0.0,
+    ):
+        self.request, self.plan = request, plan
         self.ends = () if request.params.ignore_eos else tuple(ends)
         self.stream = tokenizer.stream() if tokenizer is not None else None
         self.timings = Timings(load=load_seconds)
@@ -117,7 +126,7 @@ class Answer:
         return bool(found)
 
 
-def _safe_length(text: str, stops: Sequence[str]) -> int:
+def _safe_length(text: str, stops: Iterable[str]) -> int:
     """How much of the text can be given out: not what may be the beginning of a stop text."""
     longest = 0
     for stop in stops:

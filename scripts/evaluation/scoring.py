@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
 
 from evaluation.tasks import Item
 from jaxkv import CacheConfig, PagedCache, Policy, Ratio, init_cache, stats
-from jaxkv.generation.compress import compress
+from jaxkv.engine.programs import ModelPrograms, program
+from jaxkv.generation.decode import compress
 from jaxkv.generation.prefill import (
     CHUNK,
     PromptState,
@@ -67,12 +66,11 @@ class Read:
     seconds: float
 
 
-class Runner:
+class Runner(ModelPrograms):
     """A model and a cache of one row, whose K and V are bfloat16: the bytes reported are those that it holds."""
 
     def __init__(self, model: Llama, max_context: int, block_size: int = 16):
-        graph, self.weights = nnx.split(model)
-        self.compile_seconds = 0.0
+        super().__init__(model)
         self._sizes = model.config
         self._config = partial(
             CacheConfig.for_model,
@@ -83,65 +81,44 @@ class Runner:
             dtype=jnp.bfloat16,  # pyright: ignore[reportArgumentType]
         )
 
-        @partial(jax.jit, static_argnames="policy")
-        def start(weights: nnx.State, cache: PagedCache, policy: Policy | None) -> PromptState:
-            return start_prompt(nnx.merge(graph, weights), cache, jnp.array([NEVER]), policy, fresh=True)
+    @program(static=("policy",))
+    def _start(self, cache: PagedCache, policy: Policy | None) -> PromptState:
+        return start_prompt(self.model, cache, jnp.array([NEVER]), policy, fresh=True)
 
-        @partial(jax.jit, static_argnames="policy", donate_argnums=1)
-        def chunk(weights: nnx.State, state: PromptState, tokens: Array, count: Array, policy: Policy | None):
-            return prefill_chunk(nnx.merge(graph, weights), state, tokens, count, policy)
+    @program(donate=("state",), static=("policy",))
+    def _chunk(self, state: PromptState, tokens: Array, count: Array, policy: Policy | None) -> PromptState:
+        return prefill_chunk(self.model, state, tokens, count, policy)
 
-        @partial(jax.jit, static_argnames="policy", donate_argnums=1)
-        def reread(weights: nnx.State, state: PromptState, tokens: Array, count: Array, policy: Policy):
-            return reread_chunk(nnx.merge(graph, weights), state, tokens, count, policy)
+    @program(donate=("state",), static=("policy",))
+    def _reread(self, state: PromptState, tokens: Array, count: Array, policy: Policy) -> PromptState:
+        return reread_chunk(self.model, state, tokens, count, policy)
 
-        @partial(jax.jit, static_argnames="policy")
-        def finish(weights: nnx.State, state: PromptState, policy: Policy | None) -> PagedCache:
-            return finish_prompt(nnx.merge(graph, weights), state, policy)[0]
+    @program(static=("policy",))
+    def _finish(self, state: PromptState, policy: Policy | None) -> PagedCache:
+        return finish_prompt(self.model, state, policy)[0]
 
-        @partial(jax.jit, static_argnames="policy")
-        def shrink(cache: PagedCache, policy: Policy, room: Array) -> PagedCache:
-            """``room``, ``i32[1]``, is in blocks; where the policy has tiers, in tokens of all heads at 16 bits."""
-            if isinstance(policy, TierPolicy):
-                return compress(cache, replace(policy, budget=Ratio(ratio=1)), tokens=room)
-            return compress(cache, policy, evict_blocks=cache.blocks_held().sum((0, 2)) - room)
+    @program(static=("policy",))
+    def _shrink(self, cache: PagedCache, policy: Policy, room: Array) -> PagedCache:
+        """``room``, ``i32[1]``, is in blocks; where the policy has tiers, in tokens of all heads at 16 bits."""
+        if isinstance(policy, TierPolicy):
+            return compress(cache, replace(policy, budget=Ratio(ratio=1)), tokens=room)
+        return compress(cache, policy, evict_blocks=cache.blocks_held().sum((0, 2)) - room)
 
-        @jax.jit
-        def ask(weights: nnx.State, cache: PagedCache, tokens: Array, places: Array) -> tuple[Array, Array]:
-            """Likeliest token at, and log probability of, each place, ``i32[rows, answer]``; -1: none."""
-            model = nnx.merge(graph, weights)
-            hidden = look_ahead(model, cache, tokens)
-            before = jnp.take_along_axis(hidden, jnp.maximum(places - 1, 0)[..., None], axis=1)
-            logits = model.logits(before)
-            told = jnp.take_along_axis(tokens, jnp.maximum(places, 0), axis=1)
-            logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), told[..., None], axis=-1)[..., 0]
-            return logits.argmax(-1), logprob
-
-        self._start, self._chunk, self._reread = self._timed(start), self._timed(chunk), self._timed(reread)
-        self._finish, self._shrink, self._ask = self._timed(finish), self._timed(shrink), self._timed(ask)
-
-    def _timed(self, function: Any) -> Callable[..., Any]:
-        """Compiles before it runs, for each shape and policy once, and adds up the seconds of that."""
-        programs: dict[object, Callable[..., Any]] = {}
-
-        def call(*args: Any) -> Any:
-            arrays = [a for a in args if not isinstance(a, Policy | None)]
-            leaves, structure = jax.tree.flatten(arrays)
-            shapes = structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-            key = shapes, tuple(a for a in args if isinstance(a, Policy | None))
-            if key not in programs:
-                began = time.perf_counter()
-                programs[key] = function.lower(*args).compile()
-                self.compile_seconds += time.perf_counter() - began
-            return programs[key](*arrays)
-
-        return call
+    @program()
+    def _ask(self, cache: PagedCache, tokens: Array, places: Array) -> tuple[Array, Array]:
+        """Likeliest token at, and log probability of, each place, ``i32[rows, answer]``; -1: none."""
+        hidden = look_ahead(self.model, cache, tokens)
+        before = jnp.take_along_axis(hidden, jnp.maximum(places - 1, 0)[..., None], axis=1)
+        logits = self.model.logits(before)
+        told = jnp.take_along_axis(tokens, jnp.maximum(places, 0), axis=1)
+        logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), told[..., None], axis=-1)[..., 0]
+        return logits.argmax(-1), logprob
 
     def read(self, tokens: Sequence[int], policy: Policy | None, *, keep_back: int = 0) -> Read:
         """Reads a context, but for its last ``keep_back`` tokens, which may be observed with what follows."""
         began, compiled = time.perf_counter(), self.compile_seconds
         seen = max(len(tokens) - keep_back, 0)
-        state = self._start(self.weights, init_cache(self.config(policy)), policy)
+        state = self._start(init_cache(self.config(policy)), policy)
         state = self._read(state, tokens[:seen], policy)
         jax.block_until_ready(state)
         seconds = time.perf_counter() - began - (self.compile_seconds - compiled)
@@ -156,13 +133,13 @@ class Runner:
         state = self._read(state, tokens[read.seen :], policy)
         if policy is not None and policy.rereads:
             for part, count in chunks(tokens):
-                state = self._reread(self.weights, state, part, count, policy)
-        cache = jax.block_until_ready(self._finish(self.weights, state, policy))
+                state = self._reread(state, part, count, policy)
+        cache = jax.block_until_ready(self._finish(state, policy))
         return cache, read.seconds + time.perf_counter() - began - (self.compile_seconds - compiled)
 
     def _read(self, state: PromptState, tokens: Sequence[int], policy: Policy | None) -> PromptState:
         for part, count in chunks(tokens):
-            state = self._chunk(self.weights, state, part, count, policy)
+            state = self._chunk(state, part, count, policy)
         return state
 
     def compress(self, cache: PagedCache, policy: Policy, ratio: float) -> tuple[PagedCache, float]:
@@ -212,7 +189,7 @@ class Runner:
                 both = item.question + item.answer
                 tokens[row, : len(both)] = both
                 places[row, : len(item.answer)] = np.arange(len(item.question), len(both))
-            best, logprob = jax.device_get(self._ask(self.weights, cache, jnp.asarray(tokens), jnp.asarray(places)))
+            best, logprob = jax.device_get(self._ask(cache, jnp.asarray(tokens), jnp.asarray(places)))
             for row, item in enumerate(some):
                 right = best[row, : len(item.answer)] == np.array(item.answer)
                 outcomes.append(

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import takewhile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
 
 from evaluation.metrics import score
 from evaluation.scoring import NEVER, Outcome, Runner
 from evaluation.tasks import Item, TaskSet, Written
 from jaxkv import PagedCache, stats
+from jaxkv.engine.programs import program
 from jaxkv.generation.decode import decode
 from jaxkv.generation.prefill import PromptState, start_prompt
 from jaxkv.policies import TierPolicy, Unlimited
@@ -30,40 +29,36 @@ class Writer(Runner):
 
     def __init__(self, model: Llama, tasks: TaskSet, tokenizer: Tokenizer):
         super().__init__(model, tasks.longest)
-        graph, _ = nnx.split(model)
         self.tokenizer = tokenizer
         self.stops = {*model.config.eos_token_ids, *tokenizer.eos_ids}
-        steps = max(item.most_tokens for task in tasks.tasks for item in task.items if isinstance(item, Written))
+        self.most = max(item.most_tokens for task in tasks.tasks for item in task.items if isinstance(item, Written))
 
-        @jax.jit
-        def begin(weights: nnx.State, cache: PagedCache) -> PromptState:
-            return start_prompt(nnx.merge(graph, weights), cache, jnp.array([NEVER]), None)
+    @program()
+    def _begin(self, cache: PagedCache) -> PromptState:
+        return start_prompt(self.model, cache, jnp.array([NEVER]), None)
 
-        @partial(jax.jit, donate_argnums=1)
-        def write(
-            weights: nnx.State, cache: PagedCache, hidden: Array, first_not: Array, limit: Array
-        ) -> tuple[PagedCache, Array, Array, Array]:
-            """The cache, which is donated, tokens ``i32[steps]``, how many, and whether the cache ran out of room.
+    @program(donate=("cache",))
+    def _write(
+        self, cache: PagedCache, hidden: Array, first_not: Array, limit: Array
+    ) -> tuple[PagedCache, Array, Array, Array]:
+        """The cache, tokens ``i32[most]``, how many, and whether the cache ran out of room.
 
-            ``hidden``, ``[1, hidden]``, is of the last token read. What ``first_not``, ``bool[vocab]``, says can't come
-            first.
-            """
-            model = nnx.merge(graph, weights)
-            first = jnp.where(first_not, -jnp.inf, model.logits(hidden)).argmax(-1).astype(jnp.int32)
-            stops = tuple(sorted(self.stops))
-            rest = decode(
-                model,
-                cache,
-                first,
-                jnp.where(jnp.isin(first, jnp.array(stops, jnp.int32)), 0, limit - 1),
-                steps=max(steps - 1, 1),
-                policy=None if cache.tiers is None else KEEPS,
-                stop_tokens=stops,
-            )
-            tokens = jnp.concatenate([first, rest.tokens[0]])
-            return rest.cache, tokens, 1 + rest.counts[0], rest.active[0]
-
-        self._begin, self._write = self._timed(begin), self._timed(write)
+        ``hidden``, ``[1, hidden]``, is of the last token read. What ``first_not``, ``bool[vocab]``, says can't come
+        first.
+        """
+        first = jnp.where(first_not, -jnp.inf, self.model.logits(hidden)).argmax(-1).astype(jnp.int32)
+        stops = tuple(sorted(self.stops))
+        rest = decode(
+            self.model,
+            cache,
+            first,
+            jnp.where(jnp.isin(first, jnp.array(stops, jnp.int32)), 0, limit - 1),
+            steps=max(self.most - 1, 1),
+            policy=None if cache.tiers is None else KEEPS,
+            stop_tokens=stops,
+        )
+        tokens = jnp.concatenate([first, rest.tokens[0]])
+        return rest.cache, tokens, 1 + rest.counts[0], rest.active[0]
 
     def ask(self, cache: PagedCache, items: Sequence[Item], *, read: float, compress: float) -> list[Outcome]:
         """Each question from the same cache, and what the model answers."""
@@ -89,14 +84,14 @@ class Writer(Runner):
 
     def write(self, cache: PagedCache, item: Written) -> list[int]:
         """The answer's tokens, without the one that ends it."""
-        state = self._read(self._begin(self.weights, cache), item.question, None)
+        state = self._read(self._begin(cache), item.question, None)
         stops = set(self.stops)
         if item.ends_line:
             stops.add(self.tokenizer.encode("\n", add_special=False)[-1])
         first_not = np.zeros(self._sizes.vocab_size, bool)
         first_not[list(stops)] = item.ends_line
         limits = jnp.asarray(first_not), jnp.array([item.most_tokens])
-        _, *made = self._write(self.weights, state.cache, state.hidden, *limits)
+        _, *made = self._write(state.cache, state.hidden, *limits)
         tokens, count, full = jax.device_get(made)
         if full or not state.granted:
             raise ValueError(f"the cache has no room for item {item.id} and {item.most_tokens} tokens of an answer")

@@ -15,7 +15,7 @@ from jaxkv import KVCompress, MaxBytes, MaxTokens, Ratio, SamplingParams
 from jaxkv.batch.job import BatchJob
 from jaxkv.batch.lines import Broken, Job, digest, read_line
 from jaxkv.batch.progress import Progress
-from jaxkv.cli.main import main as cli
+from jaxkv.cli import main as cli
 from jaxkv.policies import SnapKV
 from jaxkv.requests import PromptRead
 

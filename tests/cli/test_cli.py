@@ -7,8 +7,9 @@ import pytest
 import tiny
 
 from jaxkv import LLM, SamplingParams
-from jaxkv.cli.main import byte_count, main
-from jaxkv.cli.main import main as cli
+from jaxkv.cli import main as cli
+from jaxkv.cli.main import main
+from jaxkv.cli.options import byte_count
 
 pytestmark = pytest.mark.once
 
@@ -147,6 +148,6 @@ def test_a_fault_of_ours_is_no_failed_line(monkeypatch, capsys):
     def broken(options):
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr("jaxkv.cli.run_generate", broken)
+    monkeypatch.setattr(cli, "run_generate", broken)
     assert main(["generate", "--model", "x", "--prompt", "y"]) == 70
     assert "RuntimeError: out of luck" in capsys.readouterr().err

@@ -8,7 +8,8 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import jaxkv.engine.engine
+import jaxkv.engine.reading
+import jaxkv.engine.scheduler
 from jaxkv import LLM, KVCompress, MaxTokens, Ratio, SamplingParams
 from jaxkv.cache import CacheConfig
 from jaxkv.engine.prefixes import AHEAD
@@ -30,7 +31,7 @@ MEMORY = CacheConfig.for_model(tiny.CONFIG, batch=4, max_context=256).bytes_with
 def rash():
     """Requests join with no thought of the next dispatch, so that the pool does run dry."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jaxkv.engine, "HORIZON", 1)
+        patch.setattr(jaxkv.engine.scheduler, "HORIZON", 1)
         yield
 
 
@@ -43,9 +44,9 @@ def early():
     compress = jaxkv.engine.Engine._compress
 
     def noted(self, row, tokens=0):
-        answer = self._answer(row)
-        if answer.replayed:
-            EARLY.add(answer.index)
+        sequence = self.scheduler.sequence(row)
+        if sequence.replayed:
+            EARLY.add(sequence.index)
         compress(self, row, tokens)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -177,7 +178,7 @@ def test_freed_memory_is_another_requests():
 
 def test_running_requests_go_on_while_a_prompt_is_read(monkeypatch):
     llm = LLM(tiny.MODEL, max_batch=2)
-    monkeypatch.setattr(jaxkv.engine, "CHUNK", 64)
+    monkeypatch.setattr(jaxkv.engine.reading, "CHUNK", 64)
     long = tiny.prompt(tiny.CONFIG.max_context - 60, 7).tolist()
     jobs = [(tiny.prompt(5).tolist(), SamplingParams(max_tokens=300, ignore_eos=True)), (long, SamplingParams())]
     seen = [(type(e).__name__, e.request) for e in llm.run(iter(jobs))]

@@ -25,20 +25,20 @@ def serve(policy, count: int, memory: int):
     for event in llm.run(iter(jobs), max_context=256):
         engine = llm.engine
         if compressions == 0:
-            counted, original = [], engine.steps.compress
+            counted, original = [], engine.programs.compress
 
             def count_and_compress(*args, counted=counted, original=original):
                 counted.append(args[1])
                 return original(*args)
 
-            engine.steps.compress, compressions = count_and_compress, 1
+            engine.programs.compress, compressions = count_and_compress, 1
         if isinstance(event, Finished):
             done[event.request] = event.completion
         elif isinstance(event, TextMade):
-            running = engine._running()
+            running = engine.scheduler.running
             together = max(together, len(running))
             if running:
-                held = max(held, max(int(engine.room.held(row)[0]) for row in running))
+                held = max(held, max(engine.counts.held(row).raw for row in running))
     return done, together, held, len(counted)
 
 

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxkv import LLM, KVCompress, MaxTokens, Policy, Ratio, SamplingParams
-from jaxkv.cache import CacheConfig
-from jaxkv.engine.scheduler import blocks_between_parts, plan_reading
-from jaxkv.generation.compress import compress
+from jaxkv.cache.state import CacheConfig
+from jaxkv.engine.policy_needs import blocks_between_parts
+from jaxkv.engine.prompt_plan import Unservable, plan_prompt
+from jaxkv.generation.decode import compress
 from jaxkv.generation.prefill import prefill
 from jaxkv.requests import Finished, Refused, Request
 
@@ -41,7 +42,7 @@ def answers(llm, jobs):
     made, most = {}, 0
     for event in llm.run(iter(jobs), max_context=512):
         tiny.assert_no_block_is_lost_or_shared(llm.engine.cache, llm.engine.prefixes)
-        most = max(most, llm.engine.config.num_blocks - 1 - int(llm.engine.cache.raw.tables.free.count))
+        most = max(most, llm.engine.config.num_blocks - 1 - int(llm.engine.cache.num_free))
         assert not isinstance(event, Refused), event
         if isinstance(event, Finished):
             made[event.request] = event.completion
@@ -52,12 +53,12 @@ def test_a_prompt_three_times_the_pool_is_answered_within_the_bound(llm):
     prompt = tiny.prompt(500)
     made, most = answers(llm, [(prompt.tolist(), FREE)])
     config = llm.engine.config
-    reading = plan_reading(request(500), config)
+    plan = plan_prompt(request(500), config)
     assert config.full_blocks(500) > 3 * 40
-    assert reading.part < 500
+    assert plan.part < 500
     kept = config.full_blocks(500) // 8
-    one_part = config.full_blocks(reading.part)
-    assert most <= kept + config.heads + one_part == reading.peak <= BLOCKS
+    one_part = config.full_blocks(plan.part)
+    assert most <= kept + config.heads + one_part == plan.peak_blocks <= BLOCKS
     assert made[0].cache.blocks_held == kept
     assert len(made[0].token_ids) == 12
 
@@ -90,12 +91,12 @@ def test_a_part_attends_to_what_earlier_ones_left_and_to_itself(policy):
     for start in range(0, total, part):
         end = min(start + part, total)
         for layer, head in np.ndindex(2, 2):
-            kept = list(tiny.by_position(cache, cache.raw.positions, layer, 0, head))
+            kept = list(tiny.by_position(cache, cache.positions, layer, 0, head))
             visible[layer, head, start:end, kept] = True
             visible[layer, head, start:end, start:end] = np.tri(end - start, dtype=bool)
         tokens = jnp.zeros((1, part), jnp.int32).at[0, : end - start].set(ids[start:end])
         whole, cache, logits = read(cache, tokens, jnp.array([end - start]), jnp.array([total]), policy)
-        assert int(tiny.blocks_held(cache).sum()) <= 4 * 15 // 8 + 3
+        assert int(cache.blocks_held().sum()) <= 4 * 15 // 8 + 3
         dense, probabilities = tiny.dense_run(ids[:end], visible[..., :end, :end])
         np.testing.assert_allclose(logits[0], dense[end - 1], rtol=2e-3, atol=2e-3)
     for layer, head in np.ndindex(2, 2):
@@ -133,19 +134,19 @@ def test_a_policy_that_protects_more_than_its_budget_is_refused_on_the_way():
     [refused] = [e for e in events if isinstance(e, Refused)]
     assert "of its 500 tokens are read and compressed" in refused.error
     assert [e.request for e in events if isinstance(e, Finished)] == [1]
-    assert int(llm.engine.cache.raw.tables.free.count) == BLOCKS
+    assert int(llm.engine.cache.num_free) == BLOCKS
 
 
 @given(tokens=st.integers(1, 3000), blocks=st.integers(8, 400), ratio=st.floats(1, 64), window=st.integers(1, 100))
 def test_parts_cover_the_prompt_within_the_pool(tokens, blocks, ratio, window):
     config = CacheConfig.for_model(tiny.CONFIG, batch=1, max_context=3072, num_blocks=blocks + 1)
     policy = KVCompress(budget=Ratio(ratio=ratio), window=8, protected_window=window)
-    reading = plan_reading(request(tokens, policy), config)
+    plan = plan_prompt(request(tokens, policy), config)
     kept = blocks_between_parts(config, policy, tokens)
-    if reading is None:
+    if isinstance(plan, Unservable):
         assert config.full_blocks(tokens) > blocks
         assert kept + config.full_blocks(max(64, 2 * window)) > blocks
     else:
-        assert reading.peak <= blocks
-        parts = -(-tokens // reading.part)
-        assert 0 <= reading.part * parts - tokens < parts  # as equal as can be
+        assert plan.peak_blocks <= blocks
+        parts = -(-tokens // plan.part)
+        assert 0 <= plan.part * parts - tokens < parts  # as equal as can be

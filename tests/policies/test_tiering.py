@@ -390,7 +390,7 @@ def test_the_engine_answers_as_if_each_were_alone(policy):
 
     together = answers(llm, prompts, params)
     assert together == {i: answers(llm, [p], params)[0] for i, p in enumerate(prompts)}
-    assert (llm.engine.room.free == llm.engine.room.total).all()
+    assert llm.engine.counts.free == llm.engine.counts.total
     conserved(llm.engine.cache)
 
 

@@ -1,0 +1,143 @@
+"""The command line's options, and what they stand for."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from jaxkv.policies import POLICIES
+from jaxkv.policies.names import BUDGETS, SETTINGS
+from jaxkv.requests import SamplingParams
+
+DTYPES = ("float32", "bfloat16")
+SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "logprobs")
+ANSWER = ("model", "dtype", "cache_dtype", "block_size", "max_context", "compression", *BUDGETS, *SETTINGS, *SAMPLING)
+"""Options that a batch job's answers depend on."""
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="jaxkv", description="Paged KV-cache compression per attention head, in JAX.")
+    commands = top.add_subparsers(required=True, dest="command", metavar="COMMAND")
+    add_generate(commands.add_parser("generate", help="answer one prompt"))
+    add_batch(commands.add_parser("batch", help="answer a file of prompts; killed and started again, it goes on"))
+    return top
+
+
+def add_generate(command: argparse.ArgumentParser) -> None:
+    add_model(command)
+    prompt = command.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT")
+    prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="UTF-8 text; - for standard input")
+    command.add_argument("--chat", action="store_true", help="put the prompt in the model's chat format")
+    command.add_argument("--system", metavar="TEXT", help="system message, with --chat")
+    add_compression(command)
+    add_sampling(command)
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
+    command.add_argument("--plot", type=Path, metavar="PNG", help="draw the layer x head map of blocks kept")
+
+
+def add_batch(command: argparse.ArgumentParser) -> None:
+    add_model(command)
+    command.add_argument(
+        "--input", type=Path, required=True, metavar="JSONL", help='one {"prompt": …} or {"messages": […]} a line'
+    )
+    command.add_argument("--output", type=Path, required=True, metavar="JSONL", help="one answer or error a line")
+    command.add_argument("--retry-failed", action="store_true", help="try lines again that have an error in the output")
+    add_compression(command)
+    add_sampling(command)
+    command.add_argument("--max-batch", type=int, default=16, metavar="N", help="answered together (default: 16)")
+    command.add_argument(
+        "--no-share-prefixes",
+        dest="share_prefixes",
+        action="store_false",
+        help="read each prompt whole, also where several start alike",
+    )
+    command.add_argument(
+        "--max-context", type=int, metavar="N", help="longest prompt and answer (default: the model's)"
+    )
+
+
+def add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", required=True, help="smollm2-135m, a directory, or a .gguf file")
+    command.add_argument("--cache-memory", type=byte_count, metavar="BYTES", help="for the whole cache: 500M, 2G, …")
+    command.add_argument("--block-size", type=int, help="token slots a block (default: 16; 64 on a TPU)")
+    command.add_argument("--dtype", choices=DTYPES, help="of weights (default: float32 on a CPU, else bfloat16)")
+    command.add_argument("--cache-dtype", choices=DTYPES, help="of the unquantised cache (default: as --dtype)")
+
+
+def add_compression(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("compression")
+    group.add_argument(
+        "--compression", choices=[*POLICIES, "none"], help="default: kv-compress where a budget is given"
+    )
+    budget = group.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--ratio", type=float, help="hold this many times less than the full cache would, in its own dtype"
+    )
+    budget.add_argument("--max-cache-tokens", type=int, metavar="N", help="KVs a head, on average")
+    budget.add_argument("--max-cache-bytes", type=byte_count, metavar="BYTES", help="for the sequence")
+    group.add_argument("--protected-window", type=int, metavar="N", help="newest tokens never evicted (default: 32)")
+    group.add_argument("--sinks", type=int, metavar="N", help="first tokens never evicted (default: 0)")
+    group.add_argument("--window", type=int, metavar="N", help="prompt queries observed; 0: all (default: 32)")
+    group.add_argument(
+        "--high-threshold",
+        type=float,
+        metavar="A",
+        help="leankv: high tier from A / tokens on (default: the model's own, else 1)",
+    )
+    group.add_argument(
+        "--low-threshold",
+        type=float,
+        metavar="A",
+        help="leankv: low tier from A / tokens on (default: the model's own, else 0.02)",
+    )
+    group.add_argument("--high", metavar="FORMAT", help="leankv, mixed, auto: format of the high tier (default: K8V4)")
+    group.add_argument("--low", metavar="FORMAT", help="leankv, mixed, auto: format of the low tier (default: K4V2)")
+    group.add_argument(
+        "--high-share", type=float, metavar="PART", help="mixed, auto: part of the blocks that is high (0.5)"
+    )
+    group.add_argument(
+        "--unquantised-window",
+        action="store_const",
+        const=True,
+        help="mixed, auto: sinks and the protected window stay unquantised",
+    )
+    group.add_argument("--compress-every", type=int, metavar="N", help="compress again every N tokens")
+
+
+def add_sampling(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("sampling")
+    group.add_argument("--max-tokens", type=int, default=256, metavar="N")
+    group.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
+    group.add_argument("--top-k", type=int, default=0)
+    group.add_argument("--top-p", type=float, default=1.0)
+    group.add_argument("--min-p", type=float, default=0.0)
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be given several times")
+    group.add_argument("--logprobs", action="store_true", help="log probability of each token (generate: with --json)")
+
+
+def byte_count(text: str) -> int:
+    """``1500000``, ``500M``, ``2G``, ``1.5GiB``: K, M and G are powers of 1000, KiB, MiB and GiB of 1024."""
+    units = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
+    number = text.strip().upper().removesuffix("B")
+    unit = number.lstrip("0123456789.")
+    try:
+        return int(float(number[: len(number) - len(unit)]) * units[unit.strip()])
+    except (ValueError, KeyError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes; write 500M, 2G or 1.5GiB") from None
+
+
+def sampling_from(options: argparse.Namespace) -> SamplingParams:
+    given = {name: getattr(options, name) for name in SAMPLING if name != "stop"}
+    return SamplingParams(**given, stop=tuple(options.stop))
+
+
+def answer_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What a batch job's answers depend on, by name, where it isn't as usual."""
+    usual = parser().parse_args(["batch", "--model", "", "--input", "", "--output", ""])
+    settings = {name: given for name in ANSWER if (given := getattr(options, name)) != getattr(usual, name)}
+    if Path(options.model).exists():
+        settings["model"] = str(Path(options.model).resolve())
+    return settings

@@ -1,0 +1,103 @@
+"""Whether a prompt can be read in a pool, and how: whole where its full cache fits, else in parts.
+
+Each part but the last is compressed to what the whole prompt's budget leaves, before the next is read. Parts are as
+large as the pool allows beside that. They follow from the sizes of pool and prompt alone, not from what else runs, so
+an answer is the same in any company.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from jaxkv.cache.config import CacheConfig
+from jaxkv.compression.budget import Footprint
+from jaxkv.policies import Policy
+from jaxkv.requests import Request
+from pallas_kernels.quantised_block import BlockLayout
+
+LEAST_PART = 64
+"""Tokens: smaller parts would compress more often than they read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptPlan:
+    """How a prompt is read."""
+
+    part: int
+    """Tokens of a part; all of the prompt where it is read whole."""
+    peak_blocks: int
+    """Unquantised blocks that it holds at most while it is read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unservable:
+    """Why a request can never be served."""
+
+    reason: str
+
+
+def plan_prompt(request: Request, config: CacheConfig) -> PromptPlan | Unservable:
+    """How to read a request's prompt with an otherwise empty pool, or why that can't be.
+
+    What is left once it is compressed is not known before; the engine checks it then.
+    """
+    tokens, policy, blocks = len(request.prompt), request.policy, config.num_blocks - 1
+    here, needed = config.tiers and config.tiers.layout, policy and policy.placement.layout(config.head_dim)
+    if here != needed:
+        return Unservable(
+            reason=f"this cache holds {_blocks_of(here)}, and the request's policy needs {_blocks_of(needed)}; "
+            "give it a policy of the same kind, or run it by itself"
+        )
+    full = config.full_blocks(tokens)
+    if policy is None:
+        need = config.full_blocks(tokens + request.limit)
+        if need > blocks:
+            return _too_large(config, tokens, need, "with its answer")
+        return PromptPlan(part=tokens, peak_blocks=full)
+    try:
+        policy.check(config)
+    except ValueError as error:
+        return Unservable(reason=str(error))
+    if full <= blocks:
+        return PromptPlan(part=tokens, peak_blocks=full)
+    kept, least = blocks_between_parts(config, policy, tokens), least_part(config, policy)
+    most = (blocks - kept) // config.heads * config.block_size
+    if most < least:
+        need = min(kept + config.full_blocks(least), full)
+        return _too_large(config, tokens, need, "while it is read and compressed")
+    part = -(-tokens // -(-tokens // most))  # so many parts as there must be, as equal as can be
+    return PromptPlan(part=part, peak_blocks=kept + config.full_blocks(part))
+
+
+@lru_cache(maxsize=64)
+def blocks_between_parts(config: CacheConfig, policy: Policy, tokens: int) -> int:
+    """Blocks that a prompt of so many tokens may hold after each part: its budget, and a half-filled block a head."""
+    kept = policy.budget.unquantised_blocks(Footprint.of_prompt(config, tokens, policy.protected_window))
+    return min(int(kept), config.full_blocks(tokens)) + config.heads
+
+
+def least_part(config: CacheConfig, policy: Policy) -> int:
+    """Tokens of the smallest part worth reading: what is protected of it must not be all of it."""
+    least = max(LEAST_PART, 2 * policy.protected_window)
+    return -(-least // config.block_size) * config.block_size
+
+
+def more_memory(config: CacheConfig, blocks: int, *, quantised: bool = False) -> str:
+    """What to do about a pool that is too small for so many blocks."""
+    if quantised and config.tiers is not None:
+        config, blocks = replace(config, tiers=replace(config.tiers, num_blocks=blocks + 1)), config.num_blocks - 1
+    return f"give cache_memory of at least {config.bytes_with(blocks + 1)} bytes"
+
+
+def _too_large(config: CacheConfig, tokens: int, need: int, when: str) -> Unservable:
+    return Unservable(
+        reason=f"the prompt has {tokens} tokens and needs {need} blocks {when}, but the pool has "
+        f"{config.num_blocks - 1}; {more_memory(config, need)}, or shorten it"
+    )
+
+
+def _blocks_of(layout: BlockLayout | None) -> str:
+    return (
+        "unquantised blocks" if layout is None else f"blocks of {layout.tokens} tokens {layout.high} and {layout.low}"
+    )

@@ -1,0 +1,358 @@
+"""The scheduler's decisions, from counts alone: nothing is promised twice, the oldest goes on, every trace ends."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxkv import CacheConfig, KVCompress, LeanKV, Ratio, SamplingParams
+from jaxkv.cache.prefix import Prefix
+from jaxkv.cache.quantised import TierConfig
+from jaxkv.engine.block_counts import BlockCounts, Blocks
+from jaxkv.engine.policy_needs import layout_of
+from jaxkv.engine.prompt_plan import plan_prompt
+from jaxkv.engine.scheduler import HORIZON, STEPS, STEPS_WHILE_READING, Join, Scheduler, Wait
+from jaxkv.engine.sequence import Sequence
+from jaxkv.requests import Refused, Request
+
+HEADS, SIZE = 4, 16
+ONCE = KVCompress(budget=Ratio(ratio=3), window=8, protected_window=8)
+AGAIN = KVCompress(budget=Ratio(ratio=3), window=8, protected_window=8, compress_every=12)
+DOCUMENT = np.arange(1000, 1160, dtype=np.int32)
+
+
+def config(blocks, rows=3, **settings):
+    sizes = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 16, "max_context": 512, "block_size": SIZE}
+    return CacheConfig(**sizes, batch=rows, num_blocks=blocks + 1, **settings)
+
+
+def sequence(config, length, tokens=10, policy=None, index=0, begins=()):
+    prompt = np.concatenate([begins, 10_000 * (index + 1) + np.arange(length)]).astype(np.int32)
+    params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+    request = Request(index=index, prompt=prompt, params=params, limit=tokens, policy=policy)
+    return Sequence(request, plan_prompt(request, config))
+
+
+class Pool:
+    """What an engine does to the counts, without a cache: blocks are only numbers here."""
+
+    def __init__(self, config, *, share_prefixes=True):
+        self.config = config
+        self.scheduler = Scheduler(config, share_prefixes=share_prefixes)
+        self.counts, self.refused, self.ended = self.scheduler.counts, [], []
+
+    def look(self):
+        """Counts what is free; what was promised has always been there."""
+        held = sum(self.counts.held(row).raw for row in range(self.config.batch))
+        lent = sum(HEADS * (shared.blocks - sum(shared.borrowed.values())) for shared in self.scheduler.prefixes)
+        self.counts.free = self.counts.total - Blocks(raw=held + lent)
+        assert self.counts.free.raw >= 0
+
+    def grow(self, row, tokens):
+        self.counts.raw_lengths[:, row] += tokens
+        self.look()
+
+    def leave(self, row):
+        self.scheduler.leave(row)
+        self.counts.raw_lengths[:, row] = 0
+        self.look()
+
+    def cut(self, prefixes):
+        for shared in prefixes:
+            self.scheduler.prefixes.cut(shared, Prefix(table=np.zeros(0), blocks=shared.in_use))
+        self.look()
+
+    def compress(self, row, tokens):
+        kept = max(tokens // 3 // SIZE, 1) * SIZE
+        self.counts.raw_lengths[:, row] = np.minimum(self.counts.raw_lengths[:, row], kept)
+        self.look()
+
+    def admit(self):
+        match self.scheduler.next():
+            case Refused() as refused:
+                self.refused.append(self.scheduler.queue.popleft().index)
+                assert refused.request == self.refused[-1]
+            case Wait(cut=cut):
+                self.cut(cut)
+            case Join() as join:
+                self.cut(join.cut)
+                assert join.takes <= self.counts.free
+                prompt = self.scheduler.join(join)
+                self.grow(prompt.row, prompt.read)
+
+    def read(self):
+        prompt, scheduler = self.scheduler.reading, self.scheduler
+        policy, row = prompt.sequence.request.policy, prompt.row
+        tokens, count = prompt.next_chunk()
+        np.testing.assert_array_equal(tokens[0, :count], prompt.ids[prompt.read : prompt.read + count])
+        self.grow(row, count)
+        prompt.read += count
+        if prompt.read == prompt.lend_tokens:
+            scheduler.prefixes.lend(
+                row, prompt.ids[: prompt.read], Prefix(table=np.zeros(0), blocks=prompt.read // SIZE)
+            )
+            self.look()
+        if not prompt.part_is_read:
+            return
+        if policy is not None:
+            scheduler.prefixes.give_up(row)
+            self.look()
+            self.compress(row, prompt.total)
+        if prompt.read < prompt.total:
+            assert scheduler.parts_too_large(prompt) is None
+            return
+        scheduler.reading = None
+        if scheduler.too_large(row) is not None:
+            self.refused.append(prompt.sequence.index)
+            self.leave(row)
+            return
+        self.take(row, 1)
+
+    def take(self, row, tokens):
+        sequence = self.scheduler.sequence(row)
+        list(sequence.take([7] * tokens, [0.0] * tokens))
+        if sequence.finish_reason is not None:
+            self.ended.append(sequence.index)
+            self.leave(row)
+
+    def decode(self):
+        steps = self.scheduler.steps()
+        if steps == 0:
+            self.make_room()
+            return
+        for row in self.scheduler.running:
+            tokens = min(steps, self.scheduler.sequence(row).tokens_left)
+            self.grow(row, tokens)
+            self.take(row, tokens)
+
+    def make_room(self):
+        scheduler, before = self.scheduler, self.counts.free
+        self.cut(scheduler.prefixes.unused())
+        if not self.counts.free <= before:
+            return
+        for row in scheduler.whom_to_compress_again():
+            sequence = scheduler.sequence(row)
+            self.compress(row, len(sequence.request.prompt) + sequence.replayed)
+        if not self.counts.free <= before:
+            return
+        taken = [s.order for s in scheduler.rows if s is not None]
+        row = scheduler.whom_to_put_back()
+        assert scheduler.sequence(row).order == max(taken) > min(taken), "the oldest goes on"
+        scheduler.put_back(row)
+        self.counts.raw_lengths[:, row] = 0
+        self.look()
+        assert scheduler.locked
+
+    def run(self, sequences):
+        waiting = list(sequences)
+        for _ in range(5000):
+            while waiting and self.scheduler.wants_requests:
+                self.scheduler.queue.append(waiting.pop(0))
+            self.admit()
+            if self.scheduler.reading is not None:
+                self.read()
+            if self.scheduler.running:
+                self.decode()
+            elif self.scheduler.reading is None and not self.scheduler.queue and not waiting:
+                return
+        raise AssertionError("it never ends")
+
+
+JOB = st.tuples(
+    st.integers(1, 200), st.integers(1, 60), st.sampled_from([None, ONCE, AGAIN]), st.sampled_from([0, 128, 150, 160])
+)
+
+
+@settings(max_examples=150)
+@given(jobs=st.lists(JOB, min_size=1, max_size=8), blocks=st.integers(30, 160), share=st.booleans())
+def test_every_trace_ends_and_nothing_is_promised_twice(jobs, blocks, share):
+    sizes = config(blocks)
+    pool = Pool(sizes, share_prefixes=share)
+    pool.run(
+        sequence(sizes, length, tokens, policy, index, DOCUMENT[:begins])
+        for index, (length, tokens, policy, begins) in enumerate(jobs)
+    )
+    assert sorted(pool.ended + pool.refused) == list(range(len(jobs)))
+    pool.cut(pool.scheduler.prefixes.unused())
+    assert pool.counts.free == pool.counts.total
+
+
+def test_the_pool_does_run_dry_and_the_youngest_is_put_back(monkeypatch):
+    monkeypatch.setattr("jaxkv.engine.scheduler.HORIZON", 1)
+    sizes = config(44)
+    pool = Pool(sizes)
+    pool.run(sequence(sizes, 60, 50, index=i) for i in range(3))
+    assert pool.scheduler.preemptions > 0
+    assert pool.ended[0] == 0
+    assert sorted(pool.ended) == [0, 1, 2]
+
+
+def joined(pool, *sequences):
+    """Reads these prompts one after the other."""
+    for one in sequences:
+        pool.scheduler.queue.append(one)
+        pool.admit()
+        while pool.scheduler.reading is not None:
+            pool.read()
+
+
+def test_a_request_waits_until_it_fits_beside_what_the_others_soon_need():
+    grows = HEADS * HORIZON // SIZE
+    for spare, decision in ((-1, Wait), (0, Join)):
+        sizes = config(2 * (HEADS * 2 + grows) + spare)
+        pool = Pool(sizes)
+        joined(pool, sequence(sizes, 2 * SIZE, 100))
+        pool.scheduler.queue.append(sequence(sizes, 2 * SIZE, 100, index=1))
+        assert isinstance(pool.scheduler.next(), decision)
+
+
+def test_a_decision_changes_nothing():
+    sizes = config(200)
+    scheduler = Scheduler(sizes)
+    scheduler.queue.extend(sequence(sizes, 20, index=i, begins=DOCUMENT) for i in range(2))
+    first, again = scheduler.next(), scheduler.next()
+    assert first == again
+    assert (first.row, first.share.lend_tokens) == (0, 160)
+    assert scheduler.rows == [None] * 3
+    assert len(scheduler.queue) == 2
+
+
+def test_one_prompt_is_read_at_a_time_and_nobody_joins_full_rows():
+    sizes = config(200, rows=1)
+    pool = Pool(sizes)
+    pool.scheduler.queue.extend(sequence(sizes, 20, index=i) for i in range(2))
+    pool.admit()
+    assert pool.scheduler.next() == Wait()
+    pool.read()
+    assert pool.scheduler.reading is None
+    assert pool.scheduler.next() == Wait()
+
+
+def test_what_can_never_be_served_is_refused_in_its_turn():
+    sizes = config(20)
+    scheduler = Scheduler(sizes)
+    scheduler.queue.append(sequence(sizes, 200, index=3))
+    refused = scheduler.next()
+    assert refused.request == 3
+    assert "the prompt has 200 tokens and needs 56 blocks with its answer, but the pool has 20" in refused.error
+
+
+def test_after_a_preemption_nobody_joins_until_somebody_leaves():
+    sizes = config(200)
+    pool = Pool(sizes)
+    joined(pool, sequence(sizes, 20), sequence(sizes, 20, index=1))
+    pool.scheduler.put_back(pool.scheduler.whom_to_put_back())
+    assert pool.scheduler.queue[0].index == 1
+    assert pool.scheduler.next() == Wait()
+    pool.leave(0)
+    assert isinstance(pool.scheduler.next(), Join)
+
+
+def test_unused_prefixes_go_where_one_would_have_to_wait():
+    sizes = config(120)
+    pool = Pool(sizes)
+    scheduler = pool.scheduler
+    scheduler.queue.extend(sequence(sizes, 5, 1, index=i, begins=DOCUMENT) for i in range(2))
+    pool.admit()
+    while scheduler.reading is not None:
+        pool.read()
+    assert [shared.blocks for shared in scheduler.prefixes] == [10]
+    borrowing = scheduler.next()
+    assert (borrowing.share.borrow_tokens, borrowing.takes, borrowing.cut) == (160, Blocks(raw=HEADS), ())
+    scheduler.queue.clear()
+    scheduler.queue.append(sequence(sizes, 400, index=2))
+    [shared] = scheduler.prefixes
+    assert scheduler.next().cut == (shared,)
+
+
+def test_fewer_steps_where_the_pool_serves_no_more():
+    sizes = config(HEADS * 8)
+    pool = Pool(sizes)
+    joined(pool, sequence(sizes, 20, 100))  # 12 more fit into its last blocks
+    assert pool.scheduler.steps() == STEPS
+    pool.counts.free = Blocks(raw=HEADS - 1)
+    assert pool.scheduler.steps() == STEPS // 2
+    pool.grow(0, 12)
+    pool.counts.free = Blocks(raw=HEADS - 1)
+    assert pool.scheduler.steps() == 0
+
+
+def test_few_steps_while_a_prompt_is_read():
+    sizes = config(200)
+    pool = Pool(sizes)
+    joined(pool, sequence(sizes, 20, 100))
+    pool.scheduler.queue.append(sequence(sizes, 20, index=1))
+    pool.admit()
+    assert pool.scheduler.steps() == STEPS_WHILE_READING
+
+
+def test_rows_whose_policies_do_nothing_in_decoding_go_together():
+    sizes = config(400, rows=4)
+    pool = Pool(sizes)
+    policies = [None, ONCE, AGAIN, None]
+    joined(pool, *(sequence(sizes, 60, 30, policy, index) for index, policy in enumerate(policies)))
+    assert list(pool.scheduler.dispatches()) == [(None, [0, 1, 3]), (AGAIN, [2])]
+    assert pool.scheduler.whom_to_compress_again() == [2]
+
+
+def read_and_compressed(sizes, policy):
+    scheduler = Scheduler(sizes)
+    scheduler.queue.append(sequence(sizes, 20, 200, policy))
+    scheduler.join(scheduler.next())
+    scheduler.reading = None
+    return scheduler, scheduler.counts
+
+
+def test_an_answer_that_outgrows_its_pool_is_refused():
+    scheduler, counts = read_and_compressed(config(100), None)
+    assert scheduler.too_large(0) is None
+    counts.raw_lengths[:, 0] = 400
+    assert "the prompt holds 100 blocks once it is read, but 200 more tokens may need 52" in scheduler.too_large(0)
+
+
+def test_an_answer_that_outgrows_its_quantised_pool_is_refused():
+    layout = layout_of(LeanKV(), 16)
+    tiers = TierConfig(layout=layout, num_blocks=31)
+    scheduler, counts = read_and_compressed(config(100, tiers=tiers), LeanKV())
+    assert scheduler.too_large(0) is None
+    counts.quantised_lengths[:, 0] = 64
+    assert "the prompt holds 8 blocks once it is read, but 200 more" in scheduler.too_large(0)
+    counts.raw_lengths[:, 0] = 1
+    assert "the prompt doesn't fit its 30 quantised blocks" in scheduler.too_large(0)
+
+
+BLOCKS = st.builds(Blocks, raw=st.integers(0, 50), quantised=st.integers(0, 50))
+
+
+@given(a=BLOCKS, b=BLOCKS)
+def test_blocks_fit_where_both_kinds_do(a, b):
+    assert (a + b) - b == a
+    assert a <= a + b
+    assert (a <= b) == (a.raw <= b.raw and a.quantised <= b.quantised)
+
+
+@given(length=st.integers(0, 200), tokens=st.integers(0, 100))
+def test_growth_is_what_so_many_more_tokens_allocate(length, tokens):
+    counts = BlockCounts(config(400))
+    counts.raw_lengths[:, 1] = length
+    before, more = counts.held(1), counts.growth(1, ONCE, tokens)
+    counts.raw_lengths[:, 1] += tokens
+    assert before + more == counts.held(1) == Blocks(raw=HEADS * -(-(length + tokens) // SIZE))
+
+
+@pytest.mark.parametrize(("total", "part"), [(500, 64), (130, 128), (64, 64), (1, 64)])
+def test_chunks_cover_a_prompt_part_by_part(total, part):
+    pool = Pool(config(400))
+    pool.scheduler.queue.append(sequence(pool.config, total))
+    prompt = pool.scheduler.join(pool.scheduler.next())
+    prompt.part, ends, seen = part, [], []
+    while prompt.read < total:
+        tokens, count = prompt.next_chunk()
+        seen.extend(tokens[0, :count])
+        prompt.read += count
+        if prompt.part_is_read:
+            ends.append(prompt.read)
+            again = [t for tokens, count in prompt.part_again() for t in tokens[0, :count]]
+            assert again == seen[(len(ends) - 1) * part :]
+    assert seen == prompt.ids.tolist()
+    assert ends == [*range(part, total, part), total]
