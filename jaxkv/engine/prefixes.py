@@ -74,6 +74,11 @@ class Prefixes:
             return Share(lend_tokens=lend)
         return Share(prefix=self._all[borrow.index(most)], borrow_tokens=most) if most else Share()
 
+    def borrow(self, row: int, share: Share) -> None:
+        """A row begins with what its prompt borrows."""
+        if share.prefix is not None:
+            share.prefix.borrowed[row] = share.borrow_tokens // self.block_size
+
     def lend(self, row: int, tokens: np.ndarray, prefix: Prefix) -> None:
         """What a row holds, of these tokens, becomes a prefix, which the row only borrows from now on."""
         shared = SharedPrefix(tokens=tokens, prefix=prefix)

@@ -112,8 +112,7 @@ class Scheduler:
         self.rows[join.row] = sequence
         self.joined += 1
         sequence.begin(order=self.joined)
-        if share.prefix is not None:
-            share.prefix.borrowed[join.row] = share.borrow_tokens // self.config.block_size
+        self.prefixes.borrow(join.row, share)
         self.reading = PromptInProgress(
             row=join.row,
             sequence=sequence,
