@@ -112,8 +112,9 @@ def decode_step(
         pool = write_kvs(pool, key, value, each_position, blocks, offsets, layout)
         assert policy.significance is not None  # of a policy that has a step
         tiers = TieredKVs(pool=pool, block_table=quantised.block_table[layer], lengths=seen[layer], layout=layout)
-        options = {"observe": policy.significance, "next_position": positions + 1}
-        out, found = paged_attention(query[:, 0], None, tiers=tiers, **options)
+        out, found = paged_attention(
+            query[:, 0], None, tiers=tiers, observe=policy.significance, next_position=positions + 1
+        )
 
         def put(old: Array, found: Array) -> Array:
             return old.at[layer].set(jnp.where(acts[:, None, None], found, old[layer]))
