@@ -126,10 +126,10 @@ def _run(
     def of_row(*dims: int) -> pl.BlockSpec:
         return pl.BlockSpec((1, *dims), lambda core, step, *_: (core * steps + step, 0, 0))
 
-    shapes = Results(
-        output=jax.ShapeDtypeStruct(query.shape, query.dtype),
-        masses=jax.ShapeDtypeStruct((CORES * steps, tiles.tiles, tiles.kvs), jnp.float32) if observe else None,
-        sums=jax.ShapeDtypeStruct((CORES * steps, group, LANES), jnp.float32) if sums else None,
+    shapes = (  # of ``Results``
+        jax.ShapeDtypeStruct(query.shape, query.dtype),
+        jax.ShapeDtypeStruct((CORES * steps, tiles.tiles, tiles.kvs), jnp.float32) if observe else None,
+        jax.ShapeDtypeStruct((CORES * steps, group, LANES), jnp.float32) if sums else None,
     )
     logits = pltpu.VMEM((tiles.tiles, group, tiles.kvs), jnp.float32) if observe else None
     kernel = partial(_kernel, scale=scale, observe=observe, tiles=tiles, steps=steps)
@@ -139,10 +139,10 @@ def _run(
             num_scalar_prefetch=2,
             grid=(CORES, steps),
             in_specs=[of_row(group, width), pl.BlockSpec(memory_space=pltpu.HBM)],
-            out_specs=jax.tree.map(lambda x: of_row(*x.shape[1:]), tuple(shapes)),
+            out_specs=jax.tree.map(lambda x: of_row(*x.shape[1:]), shapes),
             scratch_shapes=(TileStream.scratch_shapes(tiles, pool), logits),
         ),
-        out_shape=tuple(shapes),
+        out_shape=shapes,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
             vmem_limit_bytes=_vmem_limit(tiles, pool, observed=bool(observe)),
