@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxkv import LLM, KVCompress, MaxTokens, Policy, Ratio, SamplingParams
-from jaxkv.cache.state import CacheConfig
-from jaxkv.engine.policy_needs import blocks_between_parts
-from jaxkv.engine.prompt_plan import Unservable, plan_prompt
-from jaxkv.generation.decode import compress
+from jaxkv.cache import CacheConfig
+from jaxkv.engine.prompt_plan import Unservable, blocks_between_parts, plan_prompt
+from jaxkv.generation.compress import compress
 from jaxkv.generation.prefill import prefill
 from jaxkv.requests import Finished, Refused, Request
 

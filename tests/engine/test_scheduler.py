@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 
 from jaxkv import CacheConfig, KVCompress, LeanKV, Ratio, SamplingParams
 from jaxkv.cache.prefix import Prefix
-from jaxkv.cache.quantised import TierConfig
+from jaxkv.cache import TierConfig
 from jaxkv.engine.block_counts import BlockCounts, Blocks
-from jaxkv.engine.policy_needs import layout_of
 from jaxkv.engine.prompt_plan import plan_prompt
 from jaxkv.engine.scheduler import HORIZON, STEPS, STEPS_WHILE_READING, Join, Scheduler, Wait
 from jaxkv.engine.sequence import Sequence
