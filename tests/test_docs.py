@@ -23,19 +23,8 @@ def test_examples_run(name):
         exec(compile(code, name, "exec"), names)
 
 
-def test_the_policy_of_the_docs_frees_blocks():
-    import jax
-    import numpy as np
-    import tiny
-
-    from jaxkv import compress, prefill, stats
-
-    names: dict = {"__name__": "example"}
-    exec(examples("docs/policies.md")[0], names)
-    policy = names["policy"]
-    tokens, lengths = tiny.padded([tiny.prompt(200)])
-    cache, _ = jax.jit(lambda c: prefill(tiny.MODEL, c, tokens, lengths, policy))(tiny.empty_cache())
-    after = jax.jit(lambda c: compress(c, policy))(cache)
-    assert stats(after).blocks_held == stats(cache).blocks_held // 4
-    for layer, head in np.ndindex(2, 2):
-        assert set(range(4)) <= set(tiny.by_position(after, after.scores, layer, 0, head))
+@pytest.mark.parametrize(("place", "name"), [(0, "last_queries"), (-1, "all_k8v4")])
+def test_the_examples_of_the_docs_are_those_that_tests_import(place, name):
+    code = (ROOT / "tests" / "examples" / f"{name}.py").read_text(encoding="utf-8")
+    assert examples("docs/policies.md")[place] == code
+    assert len(code.splitlines()) <= 40

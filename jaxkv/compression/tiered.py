@@ -11,6 +11,7 @@ from jaxkv.cache.config import CacheConfig
 from jaxkv.cache.state import PagedCache
 from jaxkv.compression.budget import Budget
 from jaxkv.compression.placement import Placement
+from jaxkv.compression.scorer import Scorer
 from pallas_kernels.dispatch import block_tile
 from pallas_kernels.quantised_block import BlockLayout, Format
 
@@ -53,6 +54,13 @@ class Tiered(Placement):
 
     def raw_tokens(self, protected_window: int, sinks: int) -> int:
         return 0
+
+    def ranks_decoded(self, scorer: Scorer) -> bool:
+        return scorer.ranks_decoded and not scorer.observes_decoding
+
+    def observes_decoding(self, scorer: Scorer) -> bool:
+        """No: a decode step that adds to scores would attend to unquantised KVs alone."""
+        return False
 
     def room_in_tables(self, cache: PagedCache, room: Array) -> Array:
         """``i32[]``: quantised blocks that the one sequence of a cache may hold: at least one a head."""

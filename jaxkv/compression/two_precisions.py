@@ -14,7 +14,6 @@ from jaxkv.cache.state import PagedCache
 from jaxkv.compression.budget import in_blocks
 from jaxkv.compression.placement import Worth
 from jaxkv.compression.ranking import KEPT, sort_keys, take_cheapest
-from jaxkv.compression.scorer import Scorer
 from jaxkv.compression.tiered import Tiered
 
 
@@ -42,13 +41,6 @@ class TwoPrecisions(Tiered):
 
     def raw_tokens(self, protected_window: int, sinks: int) -> int:
         return self.protected_tokens(protected_window, sinks) if self.unquantised_window else 0
-
-    def ranks_decoded(self, scorer: Scorer) -> bool:
-        """Scores stay as they are while tokens are decoded."""
-        return scorer.ranks_decoded and not scorer.observes_decoding
-
-    def observes_decoding(self, scorer: Scorer) -> bool:
-        return False
 
     def goal(self, cache: PagedCache, now: Contents, worth: Worth, room: Array) -> Goal:
         exists, protected = now.held, now.held & worth.protected
