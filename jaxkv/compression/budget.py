@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jax import Array
 from jaxkv.cache.config import CacheConfig
 from jaxkv.cache.state import PagedCache
 
+T = TypeVar("T", Array, int)
 MOST = 2**31 - 1
 """Blocks, or tokens: what an ``i32`` counts."""
 
@@ -66,14 +68,19 @@ class Footprint:
             protected_window=protected_window,
         )
 
-    def full_blocks(self, tokens: Array | int) -> Array | int:
+    def full_blocks(self, tokens: T) -> T:
         """Unquantised blocks that so many tokens fill in all heads."""
         return -(-tokens // self.block_size) * self.heads
 
     @property
+    def window_tokens(self) -> int:
+        """The protected window in whole unquantised blocks."""
+        return max(1, -(-self.protected_window // self.block_size)) * self.block_size
+
+    @property
     def window_blocks(self) -> int:
         """Unquantised blocks that the protected window takes in all heads, at least one each."""
-        return max(1, -(-self.protected_window // self.block_size)) * self.heads
+        return self.full_blocks(self.window_tokens)
 
 
 class Budget(ABC):
@@ -100,6 +107,8 @@ def in_blocks(count: Array | int, from_bytes: int, to_bytes: int) -> Array | int
     if from_bytes == to_bytes:
         return count
     whole, rest = divmod(from_bytes, to_bytes)
+    if isinstance(count, int):
+        return min(count * from_bytes // to_bytes, MOST)
     thousands, units = count // 1024, count % 1024
     per_thousand, over = divmod(1024 * rest, to_bytes)
     return count * whole + thousands * per_thousand + (thousands * over + units * rest) // to_bytes
@@ -110,9 +119,6 @@ class Unlimited(Budget):
     """Nothing goes for want of room: a policy with thresholds decides alone."""
 
     def unquantised_blocks(self, of: Footprint) -> int:
-        return MOST
-
-    def blocks(self, of: Footprint, block_bytes: int) -> int:
         return MOST
 
 
@@ -127,7 +133,7 @@ class MaxTokens(Budget):
             raise ValueError(f"max_cache_tokens must be at least 1, got {self.tokens}")
 
     def unquantised_blocks(self, of: Footprint) -> int:
-        return min(int(of.full_blocks(self.tokens)), MOST)
+        return min(of.full_blocks(self.tokens), MOST)
 
     def __str__(self) -> str:
         return f"max_cache_tokens={self.tokens}"
@@ -160,7 +166,7 @@ class Ratio(Budget):
         object.__setattr__(self, "ratio", float(self.ratio))
 
     def unquantised_blocks(self, of: Footprint) -> Array:
-        full = of.full_blocks(of.tokens)
+        full = of.full_blocks(jnp.asarray(of.tokens))
         keep = jnp.floor(full / self.ratio).astype(jnp.int32)
         keep = jnp.where(keep * self.ratio > full, keep - 1, keep)  # a float32 quotient may round up to a whole block
         return jnp.maximum(keep, of.window_blocks)
@@ -177,12 +183,17 @@ class KeepFraction(Budget):
             raise ValueError(f"fraction kept must be in (0, 1], got {self.fraction}")
 
     def unquantised_blocks(self, of: Footprint) -> Array:
-        protected = -(-of.protected_window // of.block_size) * of.block_size
-        old = jnp.maximum(of.tokens - protected, 0)
-        target = jnp.ceil(old * of.heads * jnp.float32(self.fraction)).astype(jnp.int32) + protected * of.heads
-        excess = jnp.maximum(of.kvs - target, 0)
-        # As many blocks go as the excess fills; a text within the window loses nothing.
-        return jnp.where(old > 0, of.blocks - -(-excess // of.block_size), MOST)
+        """As many go as are filled by what is held beyond the KVs that stay; of a text within the window none."""
+        excess = jnp.maximum(of.kvs - self._kvs(of), 0)
+        return jnp.where(of.tokens > of.window_tokens, of.blocks - -(-excess // of.block_size), of.blocks)
+
+    def blocks(self, of: Footprint, block_bytes: int) -> Array | int:
+        return in_blocks(-(-self._kvs(of) // of.block_size), of.block_bytes, block_bytes)
+
+    def _kvs(self, of: Footprint) -> Array:
+        """KVs that stay, of all heads."""
+        old = jnp.maximum(of.tokens - of.window_tokens, 0)
+        return jnp.ceil(old * of.heads * jnp.float32(self.fraction)).astype(jnp.int32) + of.window_tokens * of.heads
 
 
 @dataclass(frozen=True, kw_only=True)

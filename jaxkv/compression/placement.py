@@ -12,7 +12,7 @@ from jaxkv.cache.config import CacheConfig
 from jaxkv.cache.contents import Contents
 from jaxkv.cache.moves import Goal
 from jaxkv.cache.state import PagedCache
-from jaxkv.compression.budget import Budget
+from jaxkv.compression.budget import Budget, Footprint
 from jaxkv.compression.scorer import Scorer
 from pallas_kernels.paged_attention import Significance
 from pallas_kernels.quantised_block import BlockLayout
@@ -70,8 +70,12 @@ class Placement(ABC):
         budget.check(config, protected_window)
 
     def block_bytes(self, cache: PagedCache) -> int:
-        """Of the blocks that a budget is of."""
+        """Of the blocks that ``room`` counts."""
         return cache.raw.block_bytes
+
+    def room(self, budget: Budget, of: Footprint, cache: PagedCache) -> Array | int:
+        """``i32[]``: blocks, of ``block_bytes`` each, that a sequence may hold."""
+        return budget.unquantised_blocks(of)
 
     def due(self, cache: PagedCache, room: Array) -> Array:
         """``bool[]``: whether there is anything to do for the one sequence of a cache that may hold so many blocks."""

@@ -83,7 +83,7 @@ class Policy:
         """``i32[]``: blocks, of ``placement.block_bytes`` each, that the one sequence of a cache may hold by the budget
         of so many tokens."""
         of = Footprint.of_sequence(cache, tokens, self.protected_window)
-        return self.budget.blocks(of, self.placement.block_bytes(cache))
+        return self.placement.room(self.budget, of, cache)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from jax import Array
 
 from jaxkv.cache.config import CacheConfig
 from jaxkv.cache.state import PagedCache
-from jaxkv.compression.budget import Budget
+from jaxkv.compression.budget import Budget, Footprint
 from jaxkv.compression.placement import Placement
 from jaxkv.compression.scorer import Scorer
 from pallas_kernels.dispatch import block_tile
@@ -33,6 +33,9 @@ class Tiered(Placement):
 
     def block_bytes(self, cache: PagedCache) -> int:
         return self.layout(cache.raw.head_dim).block_bytes
+
+    def room(self, budget: Budget, of: Footprint, cache: PagedCache) -> Array | int:
+        return budget.blocks(of, self.block_bytes(cache))
 
     def check(self, config: CacheConfig, budget: Budget, protected_window: int, sinks: int) -> None:
         given = budget.fixed_bytes(config)
