@@ -138,7 +138,8 @@ def test_a_step_after_the_placement_attends_to_all_that_is_quantised():
     full, small, first, _ = verbs("placement")
     step = jax.jit(lambda cache: decode_step(tiny.MODEL, cache, first, jnp.ones(2, bool), all_k8v4.everything)[1])
     exact, near = np.asarray(step(full)), np.asarray(step(small))
-    assert 0 < np.abs(exact - near).max() < 0.1 * exact.std()
+    assert np.abs(exact - near).max() > 0
+    assert np.corrcoef(exact.ravel(), near.ravel())[0, 1] > 0.97  # near 0 where the quantised KVs are left out
 
 
 @pytest.mark.parametrize("scoring", [all_k8v4.everything, H2O(budget=Ratio(ratio=1))])
