@@ -24,7 +24,7 @@ from jaxkv import CacheConfig, Greedy, KVCompress, Policy, Ratio, init_cache
 from jaxkv.cli.main import keep_compiled_programs
 from jaxkv.engine.programs import Programs
 from jaxkv.generation.prefill import CHUNK
-from models import Llama, load_model, load_tokenizer, resolve
+from models import Decoder, load_model, load_tokenizer, resolve
 
 TEXT = Path(__file__).parent / "data" / "emma-chapters-1-10.txt"
 STEPS = 16  # decode steps in one run
@@ -46,21 +46,21 @@ class Row:
 class Ours:
     """A cache of ``batch`` rows, each with its own part of the text; prompts one after the other, as in ``LLM``."""
 
-    def __init__(self, programs: Programs, policy: Policy, model: Llama, tokens: np.ndarray, room: int):
+    def __init__(self, programs: Programs, policy: Policy, model: Decoder, tokens: np.ndarray, room: int):
         batch, length = tokens.shape
         self.programs, self.policy, self.tokens, self.batch = programs, policy, tokens, batch
         size = -(-(length + room) // 256) * 256
-        self.cache = init_cache(CacheConfig.for_model(model.config, batch=batch, max_context=size))
+        self.cache = init_cache(CacheConfig.for_model(model.sizes, batch=batch, max_context=size))
 
     def prefill(self, row: int) -> None:
         ids, chunk = self.tokens[row], min(CHUNK, self.tokens.shape[1])
-        self.cache, state = self.programs.start(self.cache, row, len(ids), self.policy)
+        prompt = self.programs.start(self.cache, row, len(ids), self.policy)
         for at in range(0, len(ids), chunk):
             part = np.zeros((1, chunk), np.int32)
             count = min(chunk, len(ids) - at)
             part[0, :count] = ids[at : at + count]
-            self.cache, state = self.programs.chunk(self.cache, state, row, part, count, self.policy)
-        self.cache, token, _ = self.programs.finish(self.cache, state, row, Greedy(), self.policy)
+            self.cache, prompt = self.programs.chunk(self.cache, prompt, row, part, count, self.policy)
+        self.cache, token, _ = self.programs.finish(self.cache, prompt, row, Greedy(), self.policy)
         token.block_until_ready()
 
     def prefill_all(self) -> None:
@@ -118,7 +118,9 @@ def in_turn(repeats: int, *runs: Callable[[], object]) -> list[float]:
     return list(map(statistics.median, zip(*([seconds(run) for run in runs] for _ in range(repeats)), strict=True)))
 
 
-def measure(model: Llama, theirs: Theirs | None, ids: np.ndarray, batch: int, options: argparse.Namespace) -> list[Row]:
+def measure(
+    model: Decoder, theirs: Theirs | None, ids: np.ndarray, batch: int, options: argparse.Namespace
+) -> list[Row]:
     context, repeats, short = options.context, options.repeats, options.context // options.ratio
     programs, policy = Programs(model), KVCompress(budget=Ratio(ratio=options.ratio))
     texts = np.stack([ids[start : start + context] for start in np.arange(batch) * 997 % (len(ids) - context)])

@@ -127,7 +127,7 @@ def main() -> None:
         policy = KVCompress(budget=Ratio(ratio=ratio)) if ratio > 1 else None
         if model is None:
             model = LLM(options.model, max_batch=options.max_batch)
-        sizes = CacheConfig.for_model(model.model.config, batch=options.max_batch, max_context=context)
+        sizes = CacheConfig.for_model(model.model.sizes, batch=options.max_batch, max_context=context)
         memory = sizes.bytes_with(1 + options.full * sizes.heads * sizes.max_blocks)
         llm = LLM(
             model.model,

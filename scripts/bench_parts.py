@@ -10,17 +10,31 @@ those and ``carry`` times the scores so far, or all queries of every part but th
 
 import argparse
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from jax import Array
 
-from jaxkv import LLM, CacheConfig, KVCompress, Policy, Ratio, compress, decode, init_cache, prefill
-from jaxkv.cache import PagedCache
-from jaxkv.generation.sampling import Forced, Greedy
+from jaxkv import (
+    LLM,
+    CacheConfig,
+    Decoded,
+    Greedy,
+    KVCompress,
+    PagedCache,
+    Policy,
+    Ratio,
+    Sampler,
+    compress,
+    decode,
+    init_cache,
+    prefill,
+)
+from jaxkv.engine.programs import ModelPrograms, program
+from jaxkv.generation.sampling import Forced
+from models import Decoder
 
 TEXT = Path(__file__).parent / "data" / "emma-chapters-1-10.txt"
 TOLD = 64
@@ -36,41 +50,42 @@ class Variant:
     whole: bool = False
 
 
-class Reader:
+class Reader(ModelPrograms):
     """A model that reads prompts by a variant and says how likely it finds what follows."""
 
-    def __init__(self, llm: LLM, policy: KVCompress, *, tokens: int, part: int):
-        graph, self.weights = nnx.split(llm.model)
-        self.llm, self.policy, self.tokens, self.part = llm, policy, tokens, part
+    def __init__(self, model: Decoder, policy: KVCompress, *, tokens: int, part: int):
+        super().__init__(model)
+        self.policy, self.tokens, self.part = policy, tokens, part
 
-        @partial(jax.jit, donate_argnums=1, static_argnums=(5, 6))
-        def read(weights, cache: PagedCache, ids, count, total, policy: Policy, carry: float):
-            start, old = cache.num_tokens[0], cache.raw.scores
-            cache, logits = prefill(nnx.merge(graph, weights), cache, ids, count, policy)
-            cache = replace(cache, scores=cache.raw.scores + carry * jnp.where(cache.raw.positions < start, old, 0.0))
-            return compress(cache, policy, tokens=total), jax.nn.log_softmax(logits[0])
+    @program(donate=("cache",), static=("policy", "carry"))
+    def read(
+        self, cache: PagedCache, ids: Array, count: Array, total: Array, policy: Policy, carry: float
+    ) -> tuple[PagedCache, Array]:
+        start, old = cache.num_tokens[0], cache.raw.scores
+        cache, logits = prefill(self.model, cache, ids, count, policy)
+        scores = cache.raw.scores + carry * jnp.where(cache.raw.positions < start, old, 0.0)
+        cache = replace(cache, raw=replace(cache.raw, scores=scores))
+        return compress(cache, policy, tokens=total), jax.nn.log_softmax(logits[0])
 
-        @partial(jax.jit, donate_argnums=1)
-        def follow(weights, cache: PagedCache, first, limit, sampler):
-            return decode(nnx.merge(graph, weights), cache, first, limit, steps=TOLD, sampler=sampler)
-
-        self.read, self.follow = read, follow
+    @program(donate=("cache",))
+    def follow(self, cache: PagedCache, first: Array, limit: Array, sampler: Sampler) -> Decoded:
+        return decode(self.model, cache, first, limit, steps=TOLD, sampler=sampler)
 
     def nats(self, prompt: np.ndarray, told: np.ndarray, variant: Variant) -> float:
         """Mean negative log probability of the tokens that follow, at most 65."""
         total = len(prompt)
         part = total if variant.whole else self.part
-        cache = init_cache(CacheConfig.for_model(self.llm.model.config, batch=1, max_context=self.tokens + 2 * TOLD))
+        cache = init_cache(CacheConfig.for_model(self.model.sizes, batch=1, max_context=self.tokens + 2 * TOLD))
         logprobs = jnp.zeros(0)
         for start in range(0, total, part):
             end = min(start + part, total)
             ids = jnp.zeros((1, self.tokens), jnp.int32).at[0, : end - start].set(prompt[start:end])
             policy = self.policy if end == total else variant.parts
             sizes = jnp.array([end - start]), jnp.array([total])
-            cache, logprobs = self.read(self.weights, cache, ids, *sizes, policy, variant.carry)
+            cache, logprobs = self.read(cache, ids, *sizes, policy, variant.carry)
         tokens = jnp.full((1, TOLD), -1, jnp.int32).at[0, : len(told) - 1].set(told[1:])
         sampler = Forced(sampler=Greedy(), tokens=tokens, first=jnp.array([total + 1]))
-        rest = self.follow(self.weights, cache, jnp.asarray(told[:1]), jnp.array([len(told) - 1]), sampler)
+        rest = self.follow(cache, jnp.asarray(told[:1]), jnp.array([len(told) - 1]), sampler)
         return -float(logprobs[told[0]] + rest.logprobs.sum()) / len(told)
 
 
@@ -94,7 +109,7 @@ def main() -> None:
         Variant(name="the same, the scores so far added", parts=policy, carry=1.0),
         Variant(name="all queries of each part, of the last 32", parts=replace(policy, window=None, buffer=10)),
     ]
-    reader = Reader(llm, policy, tokens=options.tokens, part=options.part)
+    reader = Reader(llm.model, policy, tokens=options.tokens, part=options.part)
     text, rng = np.array(encode(TEXT.read_text(encoding="utf-8"))), np.random.default_rng(options.seed)
     nats = np.zeros((len(variants), 2, options.texts))
     for i in range(options.texts):

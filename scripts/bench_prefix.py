@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--max-batch", type=int, default=8)
     options = parser.parse_args()
     model, context = LLM(options.model), options.tokens + 64 + options.answer
-    sizes = CacheConfig.for_model(model.model.config, batch=options.max_batch, max_context=context)
+    sizes = CacheConfig.for_model(model.model.sizes, batch=options.max_batch, max_context=context)
     memory = sizes.bytes_with(1 + options.full * sizes.heads * sizes.max_blocks)
     print(f"{options.model}, jax {jax.__version__}, {jax.devices()[0].device_kind}: a document of {options.tokens}")
     print(f"tokens, {options.answer} an answer, a pool of {options.full} full sequences ({memory / 1e6:,.1f} MB)\n")

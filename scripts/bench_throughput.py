@@ -21,10 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxkv import CacheConfig, KVCompress, PagedCache, Ratio, compress, decode, init_cache, prefill, stats
-from jaxkv.cache.state import put_sequences, take_sequences
+from jaxkv import CacheConfig, Decoded, KVCompress, PagedCache, Ratio, compress, decode, init_cache, prefill, stats
 from jaxkv.engine.programs import ModelPrograms, program
-from jaxkv.generation.decode import Decoded
 from models import Llama, LlamaConfig, stack_layers
 from models.shapes import SHAPES
 
@@ -113,10 +111,10 @@ class Serving(ModelPrograms):
         self, cache: PagedCache, row: jax.Array, tokens: jax.Array, policy: KVCompress | None
     ) -> tuple[PagedCache, jax.Array]:
         """One prompt, ``i32[1, tokens]``, into one row, ``i32[1]``; its first token."""
-        part, lengths = take_sequences(cache, row), jnp.full(1, tokens.shape[1])
+        part, lengths = cache.rows(row), jnp.full(1, tokens.shape[1])
         part, logits = prefill(self.model, part, tokens, lengths, policy)
         part = part if policy is None else compress(part, policy)
-        return put_sequences(cache, part, row), jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return cache.with_rows(part, row), jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     @program(donate=("cache",), static=("steps",))
     def write(self, cache: PagedCache, first: jax.Array, steps: int) -> Decoded:

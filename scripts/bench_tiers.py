@@ -12,49 +12,33 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from jaxkv import LLM, CacheConfig, LeanKV, PagedCache, Ratio, decode_step, init_cache, stats
-from jaxkv.cache.quantised import TierConfig, init_tiers
-from jaxkv.engine.programs import ModelPrograms, program
-from jaxkv.generation.decode import compress
-from jaxkv.generation.passes import compact
-from jaxkv.generation.prefill import PromptState, finish_prompt, look_ahead, prefill_chunk, start_prompt
-from models import Llama
-from pallas_kernels.tiers import Format
+from jaxkv import LLM, CacheConfig, LeanKV, PagedCache, Ratio, decode_step, init_cache, look_ahead, stats
+from jaxkv.cache import TierConfig
+from jaxkv.engine.programs import Programs, program
+from jaxkv.generation.passes import make_room
+from jaxkv.generation.prefill import CHUNK
+from models import Decoder
+from pallas_kernels.quantised_block import Format
 
 TEXT = Path(__file__).parent / "data" / "emma-chapters-1-10.txt"
 CONTEXT, AFTER = 1536, 512
-CHUNK = 512
 
 
 OBSERVING = LeanKV()
 
 
-class Reader(ModelPrograms):
+class Reader(Programs):
     """Reads contexts into an unquantised cache, from which caches of any format are made."""
 
-    def __init__(self, model: Llama, context: int, batch: int = 1):
+    def __init__(self, model: Decoder, context: int, batch: int = 1):
         super().__init__(model)
-        self.config = CacheConfig.for_model(model.config, batch=batch, max_context=context + 128)
-
-    @program(donate=("cache",))
-    def start(self, cache: PagedCache, lengths: jax.Array) -> PromptState:
-        return start_prompt(self.model, cache, lengths, OBSERVING, fresh=True)
-
-    @program(donate=("state",))
-    def chunk(self, state: PromptState, tokens: jax.Array, counts: jax.Array) -> PromptState:
-        return prefill_chunk(self.model, state, tokens, counts, OBSERVING)
-
-    @program()
-    def finish(self, state: PromptState) -> tuple[PagedCache, jax.Array]:
-        return finish_prompt(self.model, state, OBSERVING)
+        self.config = CacheConfig.for_model(model.sizes, batch=batch, max_context=context + 128)
 
     @program(donate=("cache",), static=("policy",))
     def step(
@@ -62,42 +46,40 @@ class Reader(ModelPrograms):
     ) -> tuple[PagedCache, jax.Array]:
         return decode_step(self.model, cache, tokens, active, policy)
 
+    @program(donate=("cache",), static=("policy",))
+    def compact(self, cache: PagedCache, active: jax.Array, policy: LeanKV) -> PagedCache:
+        """What a step does before its first layer: tables, then the KVs that are requantised."""
+        claim = policy.placement.claim(cache, active)
+        return replace(claim.cache, quantised=replace(claim.cache.tiers, pool=make_room(claim, active)))
+
+    @program()
+    def nats(self, cache: PagedCache, tokens: jax.Array) -> jax.Array:
+        """Nats a token of ``i32[1, tokens]`` after the first, which follow what is cached."""
+        logits = jax.nn.log_softmax(self.model.logits(look_ahead(self.model, cache, tokens[:, :-1])))
+        return -jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1).mean()
+
     def read(self, tokens: np.ndarray) -> PagedCache:
         """``i32[batch, tokens]``."""
-        batch, length = tokens.shape
-        state = self.start(init_cache(self.config), jnp.full(batch, length))
-        for at in range(0, length, CHUNK):
-            part = np.zeros((batch, CHUNK), np.int32)
-            part[:, : length - at] = tokens[:, at : at + CHUNK]
-            state = self.chunk(state, jnp.asarray(part), jnp.full(batch, min(CHUNK, length - at)))
-        return self.finish(state)[0]
+        cache, length = init_cache(self.config), tokens.shape[1]
+        for row, ids in enumerate(tokens):
+            prompt = self.start(cache, row, length, OBSERVING, fresh=True)
+            for at in range(0, length, CHUNK):
+                part, count = np.zeros((1, CHUNK), np.int32), min(CHUNK, length - at)
+                part[0, :count] = ids[at : at + count]
+                cache, prompt = self.chunk(cache, prompt, row, part, count, OBSERVING)
+            cache = self.score(cache, prompt, row, OBSERVING)
+        return cache
 
     def compressed(self, cache: PagedCache, policy: LeanKV) -> PagedCache:
         """The cache, given away, compressed by the policy."""
-        layout = policy.layout(self.config.head_dim)
-        blocks = 1 + self.config.batch * self.config.heads * (-(-self.config.max_context // layout.tokens) + 1)
-        tiers = init_tiers(
-            TierConfig(layout=layout, num_blocks=blocks),
-            layers=self.config.num_layers,
-            batch=self.config.batch,
-            kv_heads=self.config.num_kv_heads,
-            max_context=self.config.max_context,
-        )
-        return shrink(replace(cache, tiers=tiers), policy)
-
-
-shrink = jax.jit(compress, static_argnums=1, donate_argnums=0)
-
-
-@nnx.jit
-def _nats(model: Llama, cache: PagedCache, tokens: jax.Array) -> jax.Array:
-    logits = jax.nn.log_softmax(model.logits(look_ahead(model, cache, tokens[:, :-1])))
-    return -jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1).mean()
-
-
-def continuation_nats(model: Llama, cache: PagedCache, tokens: jax.Array) -> float:
-    """Nats a token of ``i32[1, tokens]`` after the first, which follow what is cached."""
-    return float(_nats(model, cache, tokens))
+        config, layout = self.config, policy.placement.layout(self.config.head_dim)
+        assert layout is not None
+        blocks = 1 + config.batch * config.heads * (-(-config.max_context // layout.tokens) + 1)
+        tiers = TierConfig(layout=layout, num_blocks=blocks)
+        cache = replace(cache, quantised=init_cache(replace(config, num_blocks=2, tiers=tiers)).quantised)
+        for row in range(config.batch):
+            cache = self.compress(cache, row, 0, policy)
+        return cache
 
 
 def uniform(name: str) -> LeanKV:
@@ -105,7 +87,7 @@ def uniform(name: str) -> LeanKV:
     return LeanKV(high_threshold=0.0, low_threshold=0.0, high=Format.named(name), low=Format.named(name))
 
 
-def report_bytes(model: Llama, ids: np.ndarray, tokens: int) -> None:
+def report_bytes(model: Decoder, ids: np.ndarray, tokens: int) -> None:
     reader = Reader(model, tokens)
     cache = reader.read(ids[None, :tokens])
     print(f"\n{tokens} tokens     nominal  physical  high    low     of the KVs")
@@ -120,7 +102,7 @@ def report_bytes(model: Llama, ids: np.ndarray, tokens: int) -> None:
         print(f"{name:<15} {held.nominal_share:7.4f}  {share:8.4f}  {tiers[0]:.4f}  {tiers[1]:.4f}")
 
 
-def perplexity(model: Llama, ids: np.ndarray, texts: int) -> None:
+def perplexity(model: Decoder, ids: np.ndarray, texts: int) -> None:
     reader = Reader(model, CONTEXT)
     names = ("K8V8", "K8V4", "K4V8", "K4V4", "K4V2", "K2V4")
 
@@ -129,10 +111,10 @@ def perplexity(model: Llama, ids: np.ndarray, texts: int) -> None:
         at = text * (len(ids) - CONTEXT - AFTER - 1) // max(texts - 1, 1)
         part = ids[None, at : at + CONTEXT + AFTER + 1]
         cache, after = reader.read(part[:, :CONTEXT]), jnp.asarray(part[:, CONTEXT:])
-        sums["unquantised"] += continuation_nats(model, cache, after)
+        sums["unquantised"] += float(reader.nats(cache, after))
         for name in names:
             small = reader.compressed(jax.tree.map(jnp.copy, cache), uniform(name))
-            sums[name] += continuation_nats(model, small, after)
+            sums[name] += float(reader.nats(small, after))
     base = sums["unquantised"] / texts
     print(f"\n{texts * AFTER} tokens after contexts of {CONTEXT}    perplexity  of the unquantised")
     for name, total in sums.items():
@@ -140,27 +122,26 @@ def perplexity(model: Llama, ids: np.ndarray, texts: int) -> None:
         print(f"{name:<38} {value:10.4f}  {value / np.exp(base):.4f}")
 
 
-def compaction(model: Llama, ids: np.ndarray, batch: int, tokens: int, steps: int) -> None:
+def compaction(model: Decoder, ids: np.ndarray, batch: int, tokens: int, steps: int) -> None:
     reader = Reader(model, tokens, batch)
     rows = np.stack([ids[row * 64 : row * 64 + tokens] for row in range(batch)])
     policy = LeanKV()
     cache = reader.compressed(reader.read(rows), policy)
     active, last = jnp.ones(batch, bool), jnp.asarray(rows[:, -1])
 
-    @partial(jax.jit, donate_argnums=0)
-    def alone(tiers, num_tokens):
-        return compact(tiers, policy.step(tiers, num_tokens), active).tiers
-
     whole, part = [], []
-    spare = alone(jax.tree.map(jnp.copy, cache.quantised), cache.num_tokens)
+    spare = reader.compact(jax.tree.map(jnp.copy, cache), active, policy)
     cache, logits = reader.step(cache, last, active, policy)
     for _ in range(steps):
         began = time.perf_counter()
         cache, logits = jax.block_until_ready(reader.step(cache, last, active, policy))
+        stepped = time.perf_counter()
+        spare = replace(spare, num_tokens=jnp.copy(cache.num_tokens))
         middle = time.perf_counter()
-        spare = jax.block_until_ready(alone(spare, cache.num_tokens))
-        whole.append(middle - began)
-        part.append(time.perf_counter() - middle)
+        spare = jax.block_until_ready(reader.compact(spare, active, policy))
+        ended = time.perf_counter()
+        whole.append(stepped - began)
+        part.append(ended - middle)
         last = jnp.argmax(logits, -1).astype(jnp.int32)
     step_ms, compact_ms = 1000 * np.median(whole), 1000 * np.median(part)
     print(

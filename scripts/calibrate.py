@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_tiers import TEXT, Reader, continuation_nats
+from bench_tiers import TEXT, Reader
 
 from jaxkv import LLM, LeanKV, stats
 
@@ -25,18 +25,18 @@ LOW = (0.0, 0.025, 0.05, 0.075, 0.1)
 
 
 def measure(
-    reader: Reader, model, texts: list[np.ndarray], context: int, policies: list[LeanKV]
+    reader: Reader, texts: list[np.ndarray], context: int, policies: list[LeanKV]
 ) -> tuple[float, list[tuple[float, float]]]:
     """Perplexity with the full cache; and with each policy, as a part of that, beside the share of bytes held."""
     nats, share, base = np.zeros(len(policies)), np.zeros(len(policies)), 0.0
     for text in texts:
         cache, after = reader.read(text[None, :context]), jnp.asarray(text[None, context:])
-        base += continuation_nats(model, cache, after)
+        base += float(reader.nats(cache, after))
         for i, policy in enumerate(policies):
             small = reader.compressed(jax.tree.map(jnp.copy, cache), policy)
             held = stats(small)
             share[i] += held.bytes_held / held.bytes_full_16bit
-            nats[i] += continuation_nats(model, small, after)
+            nats[i] += float(reader.nats(small, after))
     worse = np.exp((nats - base) / len(texts))
     return float(np.exp(base / len(texts))), list(zip(worse.tolist(), (share / len(texts)).tolist(), strict=True))
 
@@ -75,16 +75,14 @@ def main() -> None:
     reader = Reader(llm.model, asked.context)
 
     policies = [LeanKV(high_threshold=high, low_threshold=0.0) for high in HIGH]
-    full, measured = measure(reader, llm.model, texts, asked.context, policies)
+    full, measured = measure(reader, texts, asked.context, policies)
     print(f"full cache: perplexity {full:.3f} of {len(texts)} x {asked.after} tokens")
     high = choose(policies, measured, asked.tolerance)
     if high is None:
         print("the low tier costs too much at any threshold: prune only")
     base = high.thresholds.high if high is not None else 0.0
     policies = [LeanKV(high_threshold=max(base, low), low_threshold=low) for low in LOW]
-    best = (
-        choose(policies, measure(reader, llm.model, texts, asked.context, policies)[1], asked.tolerance) or policies[0]
-    )
+    best = choose(policies, measure(reader, texts, asked.context, policies)[1], asked.tolerance) or policies[0]
     print("\nLeanKV(high_threshold={:g}, low_threshold={:g})".format(*best.thresholds))
 
 

@@ -24,9 +24,10 @@ from targets import DEVICES, GIB, TPUS, abstract_cache, compile_for_tpu, copies_
 from jaxkv.cache import PagedCache
 from jaxkv.generation.compress import compress
 from jaxkv.generation.decode import decode_step
-from jaxkv.policies import KVCompress, LeanKV, Policy, Ratio, TierPolicy
+from jaxkv.policies import KVCompress, LeanKV, Policy, Ratio
 from models import Llama, LlamaConfig, stack_layers
 from models.shapes import SHAPES
+from pallas_kernels import use_implementation
 from pallas_kernels.block_moves import Moves, move_kvs
 from pallas_kernels.block_writes import write_blocks
 from pallas_kernels.paged_attention import RawKVs, Significance, TieredKVs, paged_attention
@@ -40,10 +41,9 @@ WHOLE = "llama-3.1-8b"
 """The model whose whole steps are compiled too."""
 TIERED = (WHOLE, "smollm2-135m")
 """Models whose tiers' kernels are compiled too: one of each head dimension."""
-BLOCK_TOKENS = {64: 256, 128: 128}
-"""Of the high tier, by head dimension: both tiers then fill tiles of 8 rows."""
+TIER_POLICIES = {64: LeanKV(block_tokens=256), 128: LeanKV(block_tokens=128)}
+"""By head dimension: both tiers' blocks then fill tiles of 8 rows."""
 POLICY = KVCompress(budget=Ratio(ratio=8))
-TIER_POLICY = LeanKV()
 
 
 class Program(NamedTuple):
@@ -109,7 +109,8 @@ def kernels(model: LlamaConfig) -> Iterator[Program]:
 def tiered_kernels(model: LlamaConfig) -> Iterator[Program]:
     """Each kernel over a pool of 2 GiB of quantised blocks, decoding at batch 32."""
     i32, heads, kv_heads, head_dim = jnp.int32, model.num_heads, model.num_kv_heads, model.head_dim
-    layout = tier_layout(TIER_POLICY, head_dim)
+    layout = layout_of(TIER_POLICIES[head_dim], head_dim)
+    assert layout is not None
     pool = shape((KERNEL_POOL // layout.block_bytes, layout.rows, 128), jnp.uint32)
     table = shape((BATCH, kv_heads, min(CONTEXT, model.max_context) // layout.tokens + 2), i32)
     lengths, query = shape((BATCH, kv_heads, 2), i32), shape((BATCH, heads, head_dim), jnp.bfloat16)
@@ -131,9 +132,10 @@ def tiered_kernels(model: LlamaConfig) -> Iterator[Program]:
     yield Program("quantised_writes, lowered", lower, (pool, index, index, index, index), pool, (0,))
 
 
-def tier_layout(policy: TierPolicy, head_dim: int) -> BlockLayout:
-    """As a TPU takes it: ``BLOCK_TOKENS`` in a high block, whole tiles of 8 rows."""
-    return BlockLayout(head_dim=head_dim, high=policy.high, low=policy.low, tokens=BLOCK_TOKENS[head_dim], tile=8)
+def layout_of(policy: Policy, head_dim: int) -> BlockLayout | None:
+    """As a TPU takes it."""
+    with use_implementation("mosaic_tpu"):
+        return policy.placement.layout(head_dim)
 
 
 def half_of(model: LlamaConfig) -> LlamaConfig:
@@ -163,7 +165,7 @@ def whole_steps(model: LlamaConfig, chip: str) -> Iterator[Program]:
     def step(cache: PagedCache, weights: Any, tokens: jax.Array, active: jax.Array, *, policy: Policy) -> Any:
         return decode_step(nnx.merge(graph, weights), cache, tokens, active, policy)
 
-    for name, policy in (("", POLICY), (", LeanKV", TIER_POLICY)):
+    for name, policy in (("", POLICY), (", LeanKV", TIER_POLICIES[model.head_dim])):
         cache = abstract_cache(
             model,
             batch=BATCH,
@@ -171,10 +173,10 @@ def whole_steps(model: LlamaConfig, chip: str) -> Iterator[Program]:
             block_size=BLOCK_SIZE,
             memory=pool_bytes,
             dtype=jnp.bfloat16,
-            layout=tier_layout(policy, model.head_dim) if isinstance(policy, TierPolicy) else None,
+            layout=layout_of(policy, model.head_dim),
             prompts=1,
         )
-        pool = cache.raw.pool if cache.tiers is None else cache.tiers.pool
+        pool = cache.tiers.pool if cache.layout else cache.raw.pool
         yield Program(f"decode step{name}", partial(step, policy=policy), (cache, weights, *row), pool, (0,))
         yield Program(f"compression{name}", partial(compress, policy=policy), (cache,), pool, (0,))
 

@@ -32,7 +32,8 @@ from tqdm import tqdm
 
 from jaxkv import Policy, Ratio
 from jaxkv.cli.main import keep_compiled_programs
-from jaxkv.compression.shares import Global, PerHead, PerLayer
+from jaxkv.compression import Global, LastQueries, PerHead, PerLayer
+from jaxkv.generation.prompt import observation_of
 from jaxkv.policies import make_policy
 from jaxkv.policies.kv_compress import l1, l2
 from models import load_model, load_tokenizer, resolve
@@ -98,15 +99,15 @@ def run(options: argparse.Namespace) -> int:
     path = resolve(options.model)
     tokenizer = load_tokenizer(path)
     model = load_model(path)
-    policies = {name: policy and policy.for_model(model.config) for name, policy in named.items()}
+    policies = {name: policy and policy.for_model(model.sizes) for name, policy in named.items()}
     if options.benchmark:
-        tasks = read_benchmark(options.benchmark, tokenizer, model.config.max_context, protocol)
+        tasks = read_benchmark(options.benchmark, tokenizer, model.sizes.max_context, protocol)
     elif options.suite:
         tasks = generate(options.suite, tokenizer, options.first_seed)
     else:
-        tasks = read_tasks(options.tasks, tokenizer, model.config.vocab_size)
-    if tasks.longest > model.config.max_context:
-        raise ValueError(f"a context of {tasks.longest} tokens is longer than the model's {model.config.max_context}")
+        tasks = read_tasks(options.tasks, tokenizer, model.sizes.vocab_size)
+    if tasks.longest > model.sizes.max_context:
+        raise ValueError(f"a context of {tasks.longest} tokens is longer than the model's {model.sizes.max_context}")
     runner = Writer(model, tasks, tokenizer) if options.benchmark else Runner(model, tasks.longest)
     settings = {"model": options.model, "tasks": digest(tasks)}
     tasks = tasks.only(options.only, options.contexts)
@@ -227,7 +228,8 @@ def _ask_all(
     }
     if not left:
         return
-    window = 0 if policy is None else policy.observed_queries or 0
+    observes = observation_of(policy)
+    window = observes.count if isinstance(observes, LastQueries) else 0
     read = runner.read(context, policy, keep_back=max(64, window))
     for told in dict.fromkeys(item.told for _, item in asked):
         full, seconds = runner.scored(read, told, policy)
@@ -236,7 +238,7 @@ def _ask_all(
             if not some:
                 continue
             some.sort(key=lambda pair: len(pair[1].question) + len(pair[1].answer))  # those read together are alike
-            small, spent = (full, 0.0) if policy is None else runner.compress(full, policy, ratio)
+            small, spent = (full, 0.0) if policy is None else runner.shrunk(full, policy, ratio)
             outcomes = runner.ask(small, [item for _, item in some], read=seconds, compress=spent)
             for (task, _), outcome in zip(some, outcomes, strict=True):
                 journal.add((name, ratio, task), [outcome])

@@ -172,7 +172,7 @@ class Engine:
         policy = sequence.request.policy
         assert policy is not None
         with self._timed("compress", [sequence]):
-            self.cache = jax.block_until_ready(self.programs.compress(self.cache, row, tokens, policy))
+            self.cache = jax.block_until_ready(self.programs.compress_row(self.cache, row, tokens, policy))
         self._look()
 
     def _decode(self) -> Iterator[Event]:

@@ -166,7 +166,7 @@ class Programs(ModelPrograms):
         return cache.with_rows(score_prompt(self.model, cache.rows(_one(row)), prompt, policy), _one(row))
 
     @program(donate=("cache",), static=("policy",))
-    def compress(self, cache: PagedCache, row: ArrayLike, tokens: ArrayLike, policy: Policy) -> PagedCache:
+    def compress_row(self, cache: PagedCache, row: ArrayLike, tokens: ArrayLike, policy: Policy) -> PagedCache:
         """Compresses one row to the budget of what it has seen, or of so many tokens if those are more."""
         part = cache.rows(_one(row))
         part = compress_rows(part, policy, tokens=jnp.maximum(_one(tokens), part.num_tokens))

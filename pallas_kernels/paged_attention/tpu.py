@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,17 @@ from pallas_kernels.tpu_tiles import (
     tiling,
 )
 
+
+class Results(NamedTuple):
+    """Of attention, by row (a KV head of a sequence) but for the output."""
+
+    output: Array
+    masses: Array | None
+    """``f32[rows, tiles, tile kvs]``, where they are observed."""
+    sums: Array | None
+    """``f32[rows, group, 128]``, where they are asked for: maximum of the logits and sum in the first two lanes."""
+
+
 Running = tuple[Array, Array, Array]
 """Of the softmax so far: maximum and sum ``[group, 1]``, output ``[group, width]``."""
 
@@ -53,10 +64,10 @@ def paged_attention(
     batch, kv_heads, max_blocks = raw.block_table.shape
     tiles = tiles or tiling(raw.pool, max_blocks)
     run = partial(_run, raw.pool, observe=observe, tiles=tiles, interpret=interpret)
-    out, *masses = _in_calls(run, query, raw, smem_entries)
-    if not masses:
+    out, masses, _ = _in_calls(run, query, raw, smem_entries)
+    if masses is None:
         return out, None
-    return out, masses[0].reshape(batch, kv_heads, -1)[..., : max_blocks * tiles.block_size]
+    return out, masses.reshape(batch, kv_heads, -1)[..., : max_blocks * tiles.block_size]
 
 
 def check(query: Array, raw: RawKVs) -> None:
@@ -73,12 +84,13 @@ def partial_attention(query: Array, raw: RawKVs, *, interpret: Any = False) -> t
     """
     tiles = tiling(raw.pool, raw.block_table.shape[-1])
     run = partial(_run, raw.pool, tiles=tiles, sums=True, interpret=interpret)
-    out, sums = _in_calls(run, query.astype(jnp.float32), raw, SMEM_ENTRIES)
+    out, _, sums = _in_calls(run, query.astype(jnp.float32), raw, SMEM_ENTRIES)
+    assert sums is not None  # they are asked for
     return out, sums
 
 
-def _in_calls(run: Callable[..., list[Array]], query: Array, raw: RawKVs, smem_entries: int) -> list[Array]:
-    """As many rows a call as SMEM takes: output ``[batch, heads, head_dim]``, and the rest by row."""
+def _in_calls(run: Callable[..., Results], query: Array, raw: RawKVs, smem_entries: int) -> Results:
+    """As many rows a call as SMEM takes; the output is ``[batch, heads, head_dim]``."""
     batch, heads, head_dim = query.shape
     kv_heads, max_blocks = raw.block_table.shape[1:]
     at_once = rows_at_once(max_blocks, smem_entries)
@@ -89,8 +101,8 @@ def _in_calls(run: Callable[..., list[Array]], query: Array, raw: RawKVs, smem_e
     padded = jnp.pad(query, ((0, 0), (0, 0), (0, lanes.width - head_dim)))
     arguments = (padded, raw.block_table.reshape(rows, max_blocks), raw.lengths.reshape(rows))
     parts = [run(*(x[at : at + at_once] for x in arguments), scale=head_dim**-0.5) for at in range(0, rows, at_once)]
-    out, *rest = [jnp.concatenate(xs) for xs in zip(*parts, strict=True)]
-    return [out[..., lanes.value_at : lanes.value_at + head_dim].reshape(batch, heads, head_dim), *rest]
+    out, masses, sums = jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
+    return Results(out[..., lanes.value_at : lanes.value_at + head_dim].reshape(batch, heads, head_dim), masses, sums)
 
 
 def _run(
@@ -104,12 +116,8 @@ def _run(
     tiles: Tiling,
     sums: bool = False,
     interpret: Any,
-) -> list[Array]:
-    """One call: query ``[rows, group, width]`` -> output like it.
-
-    With ``observe`` also masses ``f32[rows, tiles, kvs]``; with ``sums`` also ``f32[rows, group, 128]``, maximum and
-    sum in the first lanes.
-    """
+) -> Results:
+    """One call: query ``[rows, group, width]`` -> output like it."""
     rows, group, width = query.shape
     steps = -(-rows // CORES)
     pad = CORES * steps - rows
@@ -118,23 +126,23 @@ def _run(
     def of_row(*dims: int) -> pl.BlockSpec:
         return pl.BlockSpec((1, *dims), lambda core, step, *_: (core * steps + step, 0, 0))
 
-    mass, both_sums = (tiles.tiles, tiles.kvs), (group, LANES)
-    beside = [mass] * bool(observe) + [both_sums] * sums
-    logits = [pltpu.VMEM((tiles.tiles, group, tiles.kvs), jnp.float32)] * bool(observe)
-    kernel = partial(_kernel, scale=scale, observe=observe, tiles=tiles, steps=steps, sums=sums)
+    shapes = (  # of ``Results``
+        jax.ShapeDtypeStruct(query.shape, query.dtype),
+        jax.ShapeDtypeStruct((CORES * steps, tiles.tiles, tiles.kvs), jnp.float32) if observe else None,
+        jax.ShapeDtypeStruct((CORES * steps, group, LANES), jnp.float32) if sums else None,
+    )
+    logits = pltpu.VMEM((tiles.tiles, group, tiles.kvs), jnp.float32) if observe else None
+    kernel = partial(_kernel, scale=scale, observe=observe, tiles=tiles, steps=steps)
     results = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(CORES, steps),
             in_specs=[of_row(group, width), pl.BlockSpec(memory_space=pltpu.HBM)],
-            out_specs=[of_row(group, width), *(of_row(*dims) for dims in beside)],
-            scratch_shapes=[*TileStream.scratch_shapes(tiles, pool), *logits],
+            out_specs=jax.tree.map(lambda x: of_row(*x.shape[1:]), shapes),
+            scratch_shapes=(TileStream.scratch_shapes(tiles, pool), logits),
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct(query.shape, query.dtype),
-            *(jax.ShapeDtypeStruct((CORES * steps, *dims), jnp.float32) for dims in beside),
-        ],
+        out_shape=shapes,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
             vmem_limit_bytes=_vmem_limit(tiles, pool, observed=bool(observe)),
@@ -143,7 +151,7 @@ def _run(
         name="paged_attention",
         interpret=interpret,
     )(jnp.pad(lengths, (0, pad)), jnp.pad(table, ((0, pad), (0, 0))).reshape(-1), query, pool)
-    return [x[:rows] for x in results]
+    return Results(*jax.tree.map(lambda x: x[:rows], results))
 
 
 def _vmem_limit(tiles: Tiling, pool: Array, *, observed: bool) -> int:
@@ -158,21 +166,23 @@ def _kernel(
     query_ref: Any,
     pool: Any,
     out_ref: Any,
-    *rest: Any,
+    mass_ref: Any | None,
+    sum_ref: Any | None,
+    stream_scratch: tuple[Any, Any, Any],
+    logits_ref: Any | None,
+    *,
     scale: float,
     observe: Observe | None,
     tiles: Tiling,
     steps: int,
-    sums: bool,
 ) -> None:
-    beside, (buffer, arrived, state, *logits_ref) = rest[: bool(observe) + sums], rest[bool(observe) + sums :]
     core, step = pl.program_id(0), pl.program_id(1)
     row = core * steps + step
     length = lengths[row]
 
-    stream = TileStream(
-        tiles, pool, table, held_blocks(lengths, tiles), (buffer, arrived, state), (core * steps, (core + 1) * steps)
-    )
+    items = core * steps, (core + 1) * steps
+    stream = TileStream(tiles, pool, table, held_blocks(lengths, tiles), stream_scratch, items)
+    buffer = stream.buffer
     pl.when(step == 0)(stream.start)
 
     query = query_ref[0].astype(buffer.dtype)
@@ -191,8 +201,8 @@ def _kernel(
             key, value = buffer[slot, :kvs, :width], buffer[slot, :kvs, value_at:]
             s = product(query, key, (1, 1))
             s = jnp.where(lax.broadcasted_iota(jnp.int32, s.shape, 1) < left, s * scale, MASKED)
-            if logits_ref:
-                logits_ref[0][tile, :, :kvs] = s
+            if logits_ref is not None:
+                logits_ref[tile, :, :kvs] = s
             new_maximum = jnp.maximum(maximum, s.max(-1, keepdims=True))
             p = jnp.exp(s - new_maximum)
             decay = jnp.exp(maximum - new_maximum)
@@ -208,16 +218,14 @@ def _kernel(
     maximum, total, output = lax.fori_loop(0, end, attend, start)
     share = 1.0 / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
     out_ref[0] = (output * share).astype(out_ref.dtype)
-    if sums:
-        sum_ref = beside[-1]
+    if sum_ref is not None:
         lane = lax.broadcasted_iota(jnp.int32, sum_ref.shape[1:], 1)
         sum_ref[0] = jnp.where(lane == 0, maximum, total)
 
-    if observe:
-        mass_ref = beside[0]
+    if observe and mass_ref is not None and logits_ref is not None:
 
         def normalise(tile: Array, _: None) -> None:
-            s = logits_ref[0][tile]
+            s = logits_ref[tile]
             held = lax.broadcasted_iota(jnp.int32, s.shape, 1) < length - tile * tiles.kvs
             p = jnp.where(held, jnp.exp(s - maximum) * share, 0.0)
             mass_ref[0, pl.ds(tile, 1)] = observe(p[None])

@@ -13,20 +13,11 @@ import numpy as np
 from jax import Array
 
 from evaluation.tasks import Item
-from jaxkv import CacheConfig, PagedCache, Policy, Ratio, init_cache, stats
-from jaxkv.engine.programs import ModelPrograms, program
-from jaxkv.generation.decode import compress
-from jaxkv.generation.prefill import (
-    CHUNK,
-    PromptState,
-    finish_prompt,
-    look_ahead,
-    prefill_chunk,
-    reread_chunk,
-    start_prompt,
-)
-from jaxkv.policies import TierPolicy
-from models import Llama
+from jaxkv import CacheConfig, PagedCache, Policy, compress, init_cache, look_ahead, stats
+from jaxkv.engine.programs import Programs, program
+from jaxkv.generation.prefill import CHUNK
+from jaxkv.generation.prompt import PromptState
+from models import Decoder
 
 ROWS = 8  # questions that are read together
 NEVER = 1 << 30
@@ -58,7 +49,8 @@ class Outcome:
 class Read:
     """A context in the cache, up to what the items are told."""
 
-    state: PromptState
+    cache: PagedCache
+    prompt: PromptState
     tokens: tuple[int, ...]
     """The whole context."""
     seen: int
@@ -66,15 +58,15 @@ class Read:
     seconds: float
 
 
-class Runner(ModelPrograms):
+class Runner(Programs):
     """A model and a cache of one row, whose K and V are bfloat16: the bytes reported are those that it holds."""
 
-    def __init__(self, model: Llama, max_context: int, block_size: int = 16):
+    def __init__(self, model: Decoder, max_context: int, block_size: int = 16):
         super().__init__(model)
-        self._sizes = model.config
+        self._sizes = model.sizes
         self._config = partial(
             CacheConfig.for_model,
-            model.config,
+            model.sizes,
             batch=1,
             max_context=-(-max_context // CHUNK) * CHUNK,
             block_size=block_size,
@@ -82,27 +74,9 @@ class Runner(ModelPrograms):
         )
 
     @program(static=("policy",))
-    def _start(self, cache: PagedCache, policy: Policy | None) -> PromptState:
-        return start_prompt(self.model, cache, jnp.array([NEVER]), policy, fresh=True)
-
-    @program(donate=("state",), static=("policy",))
-    def _chunk(self, state: PromptState, tokens: Array, count: Array, policy: Policy | None) -> PromptState:
-        return prefill_chunk(self.model, state, tokens, count, policy)
-
-    @program(donate=("state",), static=("policy",))
-    def _reread(self, state: PromptState, tokens: Array, count: Array, policy: Policy) -> PromptState:
-        return reread_chunk(self.model, state, tokens, count, policy)
-
-    @program(static=("policy",))
-    def _finish(self, state: PromptState, policy: Policy | None) -> PagedCache:
-        return finish_prompt(self.model, state, policy)[0]
-
-    @program(static=("policy",))
     def _shrink(self, cache: PagedCache, policy: Policy, room: Array) -> PagedCache:
-        """``room``, ``i32[1]``, is in blocks; where the policy has tiers, in tokens of all heads at 16 bits."""
-        if isinstance(policy, TierPolicy):
-            return compress(cache, replace(policy, budget=Ratio(ratio=1)), tokens=room)
-        return compress(cache, policy, evict_blocks=cache.blocks_held().sum((0, 2)) - room)
+        """A copy within so many blocks, ``i32[1]``."""
+        return compress(cache, policy, room=room)
 
     @program()
     def _ask(self, cache: PagedCache, tokens: Array, places: Array) -> tuple[Array, Array]:
@@ -118,43 +92,43 @@ class Runner(ModelPrograms):
         """Reads a context, but for its last ``keep_back`` tokens, which may be observed with what follows."""
         began, compiled = time.perf_counter(), self.compile_seconds
         seen = max(len(tokens) - keep_back, 0)
-        state = self._start(init_cache(self.config(policy)), policy)
-        state = self._read(state, tokens[:seen], policy)
-        jax.block_until_ready(state)
+        cache = init_cache(self.config(policy))
+        prompt = self.start(cache, 0, NEVER, policy, fresh=True)
+        cache, prompt = jax.block_until_ready(self._read(cache, prompt, tokens[:seen], policy))
         seconds = time.perf_counter() - began - (self.compile_seconds - compiled)
-        return Read(state=state, tokens=tuple(tokens), seen=seen, seconds=seconds)
+        return Read(cache=cache, prompt=prompt, tokens=tuple(tokens), seen=seen, seconds=seconds)
 
     def scored(self, read: Read, told: Sequence[int], policy: Policy | None) -> tuple[PagedCache, float]:
         """The cache of the context and what else is told before compression, scored; and seconds, reading's too."""
         began, compiled = time.perf_counter(), self.compile_seconds
         tokens = [*read.tokens, *told]
-        state = jax.tree.map(jnp.copy, read.state)  # the steps donate theirs
-        state = replace(state, end=jnp.array([len(tokens)]))
-        state = self._read(state, tokens[read.seen :], policy)
-        if policy is not None and policy.rereads:
-            for part, count in chunks(tokens):
-                state = self._reread(state, part, count, policy)
-        cache = jax.block_until_ready(self._finish(state, policy))
+        cache, prompt = jax.tree.map(jnp.copy, (read.cache, read.prompt))  # the steps donate theirs
+        prompt = replace(prompt, end=jnp.array([len(tokens)]), lengths=jnp.array([len(tokens)]))
+        cache, prompt = self._read(cache, prompt, tokens[read.seen :], policy)
+        if policy is not None:
+            for part, count in chunks(tokens) if policy.scorer.observes.rereads else ():
+                prompt = self.reread(cache, prompt, 0, part, count, policy)
+            cache = self.score(cache, prompt, 0, policy)
+        jax.block_until_ready(cache)
         return cache, read.seconds + time.perf_counter() - began - (self.compile_seconds - compiled)
 
-    def _read(self, state: PromptState, tokens: Sequence[int], policy: Policy | None) -> PromptState:
+    def _read(
+        self, cache: PagedCache, prompt: PromptState, tokens: Sequence[int], policy: Policy | None
+    ) -> tuple[PagedCache, PromptState]:
         for part, count in chunks(tokens):
-            state = self._chunk(state, part, count, policy)
-        return state
+            cache, prompt = self.chunk(cache, prompt, 0, part, count, policy)
+        return cache, prompt
 
-    def compress(self, cache: PagedCache, policy: Policy, ratio: float) -> tuple[PagedCache, float]:
+    def shrunk(self, cache: PagedCache, policy: Policy, ratio: float) -> tuple[PagedCache, float]:
         """A copy that holds, tables and all, at most a ``ratio``-th of the full cache's bytes; and the seconds.
 
         Raises:
           ValueError: what must stay takes more.
         """
         room = self.bytes_full(cache) / ratio
-        units = room // self.token_bytes  # of a policy that counts tables itself
-        if cache.tiers is None:
-            config = self.config(policy)
-            units = (room - config.table_bytes) // config.block_bytes
+        blocks = max(int(room - self.config(policy).table_bytes), 0) // policy.placement.block_bytes(cache)
         began, compiled = time.perf_counter(), self.compile_seconds
-        small = jax.block_until_ready(self._shrink(cache, policy, jnp.array([max(int(units), 0)])))
+        small = jax.block_until_ready(self._shrink(cache, policy, jnp.array([blocks])))
         seconds = time.perf_counter() - began - (self.compile_seconds - compiled)
         if (held := stats(small).bytes_held) > room:
             raise ValueError(
@@ -174,7 +148,7 @@ class Runner(ModelPrograms):
 
     def config(self, policy: Policy | None) -> CacheConfig:
         """Sizes of the cache that a policy needs."""
-        return self._config(layout=policy.layout(self._sizes.head_dim) if isinstance(policy, TierPolicy) else None)
+        return self._config(layout=policy and policy.placement.layout(self._sizes.head_dim))
 
     def ask(self, cache: PagedCache, items: Sequence[Item], *, read: float, compress: float) -> list[Outcome]:
         """Each question from the same cache, and its answer's tokens as the model would have them."""
@@ -207,12 +181,12 @@ class Runner(ModelPrograms):
         return outcomes
 
 
-def chunks(tokens: Sequence[int]) -> list[tuple[Array, Array]]:
+def chunks(tokens: Sequence[int]) -> list[tuple[np.ndarray, int]]:
     """Tokens as ``i32[1, length]`` and how many are real; few different lengths, each of which is compiled."""
     parts = []
     for at in range(0, len(tokens), CHUNK):
         part = tokens[at : at + CHUNK]
         padded = np.zeros((1, CHUNK if len(part) > 128 else 128), np.int32)
         padded[0, : len(part)] = part
-        parts.append((jnp.asarray(padded), jnp.array([len(part)])))
+        parts.append((padded, len(part)))
     return parts

@@ -13,29 +13,19 @@ from jax import Array
 from evaluation.metrics import score
 from evaluation.scoring import NEVER, Outcome, Runner
 from evaluation.tasks import Item, TaskSet, Written
-from jaxkv import PagedCache, stats
+from jaxkv import PagedCache, decode, stats
 from jaxkv.engine.programs import program
-from jaxkv.generation.decode import decode
-from jaxkv.generation.prefill import PromptState, start_prompt
-from jaxkv.policies import TierPolicy, Unlimited
-from models import Llama, Tokenizer
-
-KEEPS = TierPolicy(budget=Unlimited())
-"""Beside quantised tiers, what is read and written after compression stays unquantised."""
+from models import Decoder, Tokenizer
 
 
 class Writer(Runner):
     """Asks by having the answer written, greedily; nothing that comes after the context is compressed."""
 
-    def __init__(self, model: Llama, tasks: TaskSet, tokenizer: Tokenizer):
+    def __init__(self, model: Decoder, tasks: TaskSet, tokenizer: Tokenizer):
         super().__init__(model, tasks.longest)
         self.tokenizer = tokenizer
-        self.stops = {*model.config.eos_token_ids, *tokenizer.eos_ids}
+        self.stops = {*model.sizes.eos_token_ids, *tokenizer.eos_ids}
         self.most = max(item.most_tokens for task in tasks.tasks for item in task.items if isinstance(item, Written))
-
-    @program()
-    def _begin(self, cache: PagedCache) -> PromptState:
-        return start_prompt(self.model, cache, jnp.array([NEVER]), None)
 
     @program(donate=("cache",))
     def _write(
@@ -54,7 +44,6 @@ class Writer(Runner):
             first,
             jnp.where(jnp.isin(first, jnp.array(stops, jnp.int32)), 0, limit - 1),
             steps=max(self.most - 1, 1),
-            policy=None if cache.tiers is None else KEEPS,
             stop_tokens=stops,
         )
         tokens = jnp.concatenate([first, rest.tokens[0]])
@@ -84,15 +73,16 @@ class Writer(Runner):
 
     def write(self, cache: PagedCache, item: Written) -> list[int]:
         """The answer's tokens, without the one that ends it."""
-        state = self._read(self._begin(cache), item.question, None)
+        cache = jax.tree.map(jnp.copy, cache)  # the steps donate theirs
+        cache, prompt = self._read(cache, self.start(cache, 0, NEVER, None), item.question, None)
         stops = set(self.stops)
         if item.ends_line:
             stops.add(self.tokenizer.encode("\n", add_special=False)[-1])
         first_not = np.zeros(self._sizes.vocab_size, bool)
         first_not[list(stops)] = item.ends_line
         limits = jnp.asarray(first_not), jnp.array([item.most_tokens])
-        _, *made = self._write(state.cache, state.hidden, *limits)
+        _, *made = self._write(cache, prompt.hidden, *limits)
         tokens, count, full = jax.device_get(made)
-        if full or not state.granted:
+        if full or not prompt.granted:
             raise ValueError(f"the cache has no room for item {item.id} and {item.most_tokens} tokens of an answer")
         return list(takewhile(lambda token: token not in stops, tokens[:count].tolist()))

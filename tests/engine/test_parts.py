@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxkv import LLM, KVCompress, MaxTokens, Policy, Ratio, SamplingParams
-from jaxkv.cache.state import CacheConfig
-from jaxkv.engine.policy_needs import blocks_between_parts
-from jaxkv.engine.prompt_plan import Unservable, plan_prompt
-from jaxkv.generation.decode import compress
+from jaxkv.cache import CacheConfig
+from jaxkv.engine.prompt_plan import Unservable, blocks_between_parts, plan_prompt
+from jaxkv.generation.compress import compress
 from jaxkv.generation.prefill import prefill
 from jaxkv.requests import Finished, Refused, Request
 
@@ -42,7 +41,7 @@ def answers(llm, jobs):
     made, most = {}, 0
     for event in llm.run(iter(jobs), max_context=512):
         tiny.assert_no_block_is_lost_or_shared(llm.engine.cache, llm.engine.prefixes)
-        most = max(most, llm.engine.config.num_blocks - 1 - int(llm.engine.cache.num_free))
+        most = max(most, llm.engine.config.num_blocks - 1 - int(llm.engine.cache.raw.tables.free.count))
         assert not isinstance(event, Refused), event
         if isinstance(event, Finished):
             made[event.request] = event.completion
@@ -91,16 +90,16 @@ def test_a_part_attends_to_what_earlier_ones_left_and_to_itself(policy):
     for start in range(0, total, part):
         end = min(start + part, total)
         for layer, head in np.ndindex(2, 2):
-            kept = list(tiny.by_position(cache, cache.positions, layer, 0, head))
+            kept = list(tiny.by_position(cache, cache.raw.positions, layer, 0, head))
             visible[layer, head, start:end, kept] = True
             visible[layer, head, start:end, start:end] = np.tri(end - start, dtype=bool)
         tokens = jnp.zeros((1, part), jnp.int32).at[0, : end - start].set(ids[start:end])
         whole, cache, logits = read(cache, tokens, jnp.array([end - start]), jnp.array([total]), policy)
-        assert int(cache.blocks_held().sum()) <= 4 * 15 // 8 + 3
+        assert int(tiny.blocks_held(cache).sum()) <= 4 * 15 // 8 + 3
         dense, probabilities = tiny.dense_run(ids[:end], visible[..., :end, :end])
         np.testing.assert_allclose(logits[0], dense[end - 1], rtol=2e-3, atol=2e-3)
     for layer, head in np.ndindex(2, 2):
-        scores = tiny.by_position(whole, whole.scores, layer, 0, head)
+        scores = tiny.by_position(whole, whole.raw.scores, layer, 0, head)
         queries = slice(-policy.window if policy.window else None, None)
         mass = (probabilities[layer, 3 * head : 3 * head + 3, queries] ** 2).sum(1)[:, list(scores)]
         reach = policy.pool // 2  # pooled in table order, which is that of the dictionary
@@ -134,7 +133,7 @@ def test_a_policy_that_protects_more_than_its_budget_is_refused_on_the_way():
     [refused] = [e for e in events if isinstance(e, Refused)]
     assert "of its 500 tokens are read and compressed" in refused.error
     assert [e.request for e in events if isinstance(e, Finished)] == [1]
-    assert int(llm.engine.cache.num_free) == BLOCKS
+    assert int(llm.engine.cache.raw.tables.free.count) == BLOCKS
 
 
 @given(tokens=st.integers(1, 3000), blocks=st.integers(8, 400), ratio=st.floats(1, 64), window=st.integers(1, 100))

@@ -6,10 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxkv import CacheConfig, KVCompress, LeanKV, Ratio, SamplingParams
+from jaxkv.cache import TierConfig
 from jaxkv.cache.prefix import Prefix
-from jaxkv.cache.quantised import TierConfig
 from jaxkv.engine.block_counts import BlockCounts, Blocks
-from jaxkv.engine.policy_needs import layout_of
 from jaxkv.engine.prompt_plan import plan_prompt
 from jaxkv.engine.scheduler import HORIZON, STEPS, STEPS_WHILE_READING, Join, Scheduler, Wait
 from jaxkv.engine.sequence import Sequence
@@ -311,7 +310,7 @@ def test_an_answer_that_outgrows_its_pool_is_refused():
 
 
 def test_an_answer_that_outgrows_its_quantised_pool_is_refused():
-    layout = layout_of(LeanKV(), 16)
+    layout = LeanKV().placement.layout(16)
     tiers = TierConfig(layout=layout, num_blocks=31)
     scheduler, counts = read_and_compressed(config(100, tiers=tiers), LeanKV())
     assert scheduler.too_large(0) is None

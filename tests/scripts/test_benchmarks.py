@@ -285,7 +285,7 @@ def test_what_is_written_after_compression_is_what_the_cache_says(name):
     item = written(1, question)
     writer = Writer(tiny.MODEL, set_of(item), TOKENIZER)
     full, _ = writer.scored(writer.read(CONTEXT, policy), (), policy)
-    small, _ = writer.compress(full, policy, 3.0)
+    small, _ = writer.shrunk(full, policy, 3.0)
     writer.stops = set()
     said = writer.write(small, item)
     again = Item(id="1", context_id="c", question=tuple(question), answer=tuple(said))
