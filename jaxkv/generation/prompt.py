@@ -46,7 +46,7 @@ def start_prompt(
     return PromptState(
         mass=jnp.zeros((layers, batch, sizes.num_heads, width)),
         end=cache.num_tokens + lengths,
-        lengths=lengths,
+        lengths=jnp.copy(lengths),  # the caller's own outlives the state's donation
         hidden=jnp.zeros((batch, sizes.hidden_size)),
         granted=jnp.bool_(True),
         queries=QueryMoments.none(sizes, batch) if isinstance(observes, ExpectedQueries) else None,

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from jaxkv import Policy
+from jaxkv import Policy, Scorer, Unlimited
 from jaxkv.cache import Goal, Home
-from jaxkv.compression import Scorer, Tiered
-from jaxkv.policies import Unlimited
+from jaxkv.compression import Tiered
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from jaxkv import Policy, Ratio
-from jaxkv.compression import LastQueries, Scorer
+from jaxkv import Policy, Ratio, Scorer
+from jaxkv.compression import LastQueries
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from evaluation.scoring import Runner
+from evaluation.tasks import Item
 from flax import nnx
 
 from jaxkv import (
@@ -138,7 +140,8 @@ def test_a_step_after_the_placement_attends_to_all_that_is_quantised():
     full, small, first, _ = verbs("placement")
     step = jax.jit(lambda cache: decode_step(tiny.MODEL, cache, first, jnp.ones(2, bool), all_k8v4.everything)[1])
     exact, near = np.asarray(step(full)), np.asarray(step(small))
-    assert 0 < np.abs(exact - near).max() < 0.1 * exact.std()
+    assert np.abs(exact - near).max() > 0
+    assert np.corrcoef(exact.ravel(), near.ravel())[0, 1] > 0.97  # near 0 where the quantised KVs are left out
 
 
 @pytest.mark.parametrize("scoring", [all_k8v4.everything, H2O(budget=Ratio(ratio=1))])
@@ -155,14 +158,11 @@ def test_the_placement_quantises_again_what_was_decoded(scoring):
 
 @pytest.mark.parametrize("name", CASES)
 def test_evaluation_takes_it(name):
-    from evaluation.scoring import Runner
-    from evaluation.tasks import Item
-
     case = CASES[name]
     runner = Runner(case.model, 256)
     context = tiny.prompt(240).tolist()
     full, seconds = runner.scored(runner.read(context, case.policy), (), case.policy)
-    small, took = runner.compress(full, case.policy, case.ratio)
+    small, took = runner.shrunk(full, case.policy, case.ratio)
     item = Item(id="0", context_id="a", question=(1, 2, 3), answer=(4, 5))
     [outcome] = runner.ask(small, [item], read=seconds, compress=took)
     assert outcome.bytes_held == stats(small).bytes_held <= outcome.bytes_full / case.ratio
