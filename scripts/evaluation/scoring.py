@@ -106,8 +106,9 @@ class Runner(Programs):
         prompt = replace(prompt, end=jnp.array([len(tokens)]), lengths=jnp.array([len(tokens)]))
         cache, prompt = self._read(cache, prompt, tokens[read.seen :], policy)
         if policy is not None:
-            for part, count in chunks(tokens) if policy.scorer.observes.rereads else ():
-                prompt = self.reread(cache, prompt, 0, part, count, policy)
+            if policy.scorer.observes.rereads:
+                for part, count in chunks(tokens):
+                    prompt = self.reread(cache, prompt, 0, part, count, policy)
             cache = self.score(cache, prompt, 0, policy)
         jax.block_until_ready(cache)
         return cache, read.seconds + time.perf_counter() - began - (self.compile_seconds - compiled)
