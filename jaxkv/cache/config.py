@@ -13,7 +13,7 @@ from jaxkv.cache.nbytes import nbytes
 from jaxkv.cache.quantised import NoStore, QuantisedStore
 from jaxkv.cache.raw import LANES, RawStore
 from jaxkv.cache.state import PagedCache
-from models import ModelSizes
+from models.interface import ModelSizes
 from pallas_kernels import padded_head_dim
 from pallas_kernels.quantised_block import BlockLayout
 

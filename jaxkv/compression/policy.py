@@ -15,7 +15,7 @@ from jaxkv.compression.budget import MOST, Budget, Footprint
 from jaxkv.compression.evict import Evict
 from jaxkv.compression.placement import Placement, Worth
 from jaxkv.compression.scorer import Scorer
-from models import ModelSizes
+from models.interface import ModelSizes
 
 
 @dataclass(frozen=True, kw_only=True)

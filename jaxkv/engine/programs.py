@@ -27,7 +27,7 @@ from jaxkv.generation.prompt import PromptState, start_prompt
 from jaxkv.generation.sampling import Sampler, logprobs_of
 from jaxkv.generation.scoring import score_prompt
 from jaxkv.policies import Policy
-from models import Decoder
+from models.interface import Decoder
 
 MOST_PROGRAMS = 128
 """Compiled programs that are kept: a job whose lines each bring a policy of their own must not fill the memory."""

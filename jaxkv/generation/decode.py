@@ -15,7 +15,7 @@ from jaxkv.generation.compress import check_blocks, compress
 from jaxkv.generation.passes import begin_step
 from jaxkv.generation.prefill import prefill
 from jaxkv.generation.sampling import Greedy, Sampler, logprobs_of
-from models import Decoder
+from models.interface import Decoder
 
 
 def decode_step(

@@ -21,7 +21,7 @@ from jaxkv.compression.placement import Claim
 from jaxkv.compression.policy import Policy
 from jaxkv.generation.prompt import PromptState, observation_of, rotary
 from jaxkv.generation.query_moments import QueryMoments
-from models import Decoder
+from models.interface import Decoder
 from pallas_kernels.block_writes import write_blocks
 from pallas_kernels.kvs import RawKVs
 from pallas_kernels.paged_attention import Weakest, paged_attention

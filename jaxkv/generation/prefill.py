@@ -16,7 +16,7 @@ from jaxkv.compression.policy import Policy
 from jaxkv.generation.passes import LookAhead, ReadChunk
 from jaxkv.generation.prompt import PromptState, start_prompt
 from jaxkv.generation.scoring import score_prompt
-from models import Decoder
+from models.interface import Decoder
 
 CHUNK = 512
 """Tokens of a prompt that go through the model at once."""

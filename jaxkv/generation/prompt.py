@@ -12,7 +12,7 @@ from jaxkv.cache.state import PagedCache
 from jaxkv.compression.observation import ExpectedQueries, Nothing, Observation
 from jaxkv.compression.policy import Policy
 from jaxkv.generation.query_moments import QueryMoments
-from models import Decoder, Rotary
+from models.interface import Decoder, Rotary
 
 
 @jax.tree_util.register_dataclass

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from models import ModelSizes
+from models.interface import ModelSizes
 from models.layers import rotate
 
 

@@ -11,7 +11,7 @@ from jaxkv.cache.state import PagedCache
 from jaxkv.compression.observation import ExpectedQueries, LastQueries
 from jaxkv.compression.policy import Policy
 from jaxkv.generation.prompt import PromptState, rotary
-from models import Decoder
+from models.interface import Decoder
 from pallas_kernels.pool_values import read_rows
 
 

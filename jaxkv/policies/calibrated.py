@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from models import ModelSizes
+from models.interface import ModelSizes
 
 
 class Thresholds(NamedTuple):

@@ -15,7 +15,7 @@ from jaxkv.compression.scorer import Scorer
 from jaxkv.compression.significance import QUERIES, Significance
 from jaxkv.compression.tiered import K4V2, K8V4
 from jaxkv.policies.calibrated import GENERAL, Thresholds, thresholds_for
-from models import ModelSizes
+from models.interface import ModelSizes
 from pallas_kernels.quantised_block import Format
 
 UNLIMITED = Unlimited()
