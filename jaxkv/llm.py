@@ -42,7 +42,7 @@ class LLM:
 
     Raises:
       CheckpointError: the model can't be found or read.
-      ValueError: a setting out of range.
+      ValueError: a setting out of range, or a loaded model that lacks what one must offer.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class LLM:
             if _compiles_stacked_layers_well():
                 self.model = stack_layers(self.model)
         else:
-            self.model, self.tokenizer = model, tokenizer
+            self.model, self.tokenizer = _checked(model), tokenizer
         self.load_seconds = time.perf_counter() - began
         self.cache_memory = cache_memory
         self.compression = compression and compression.for_model(self.model.sizes)
@@ -274,6 +274,16 @@ class LLM:
         """Tokens that end an answer."""
         known = {*self.model.sizes.eos_token_ids, *(self.tokenizer.eos_ids if self.tokenizer is not None else ())}
         return tuple(sorted(i for i in known if 0 <= i < self.model.sizes.vocab_size))  # some files say -1 for none
+
+
+def _checked(model: Decoder) -> Decoder:
+    """The model, if it is one."""
+    if lacking := [name for name in ("sizes", "logits", "__call__") if not hasattr(model, name)]:
+        raise ValueError(
+            "expected a models.Decoder: sizes, logits and a call that takes tokens, positions, attend and state, got a "
+            f"{type(model).__name__} without {', '.join(lacking)}"
+        )
+    return model
 
 
 def _of_prompt(error: object, index: int, prompts: int) -> ValueError:

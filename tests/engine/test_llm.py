@@ -235,7 +235,7 @@ def test_nothing_in_nothing_out(llm):
 class Ported(nnx.Module):
     """A model that shares nothing with ours but what is asked of it."""
 
-    config = tiny.CONFIG
+    sizes = tiny.CONFIG
 
     def __init__(self):
         self.inner = tiny.MODEL
@@ -252,12 +252,17 @@ def test_any_model_that_hands_its_kvs_over_is_taken(llm):
     assert LLM(Ported()).generate([ids], params)[0].token_ids == llm.generate([ids], params)[0].token_ids
 
 
+def test_what_is_no_model_is_refused():
+    with pytest.raises(ValueError, match=r"expected a models\.Decoder: .*, got a Linear without sizes, logits"):
+        LLM(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+
+
 def test_the_caches_dtype_may_differ_from_the_weights():
     half = LLM(tiny.MODEL, cache_dtype=jnp.bfloat16)
     [answer] = half.generate([tiny.prompt(40).tolist()], SamplingParams(max_tokens=6))
     assert len(answer.token_ids) == 6
     block = 16 * (2 * 16 * 2 + 8)
-    assert half.engine.cache.block_bytes == block
+    assert half.engine.cache.raw.block_bytes == block
     assert answer.cache.bytes_held < answer.cache.blocks_held * (block + 100)
 
 

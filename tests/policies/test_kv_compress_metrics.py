@@ -1,5 +1,6 @@
 """KV-Compress's metric, observed through the model, against a dense oracle (section 3 of the paper)."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -143,10 +144,9 @@ def test_prefill_and_decode_add_up_to_one_dense_run(norm, buffer):
 
 
 def test_a_new_kv_starts_at_zero_whatever_its_slot_held():
-    from dataclasses import replace
-
     cache = tiny.empty_cache()
-    cache = replace(cache, scores=cache.raw.scores + 77.0, positions=cache.raw.positions - 5)
+    used = replace(cache.raw, scores=cache.raw.scores + 77.0, positions=cache.raw.positions - 5)
+    cache = replace(cache, raw=used)
     policy = KVCompress(budget=BUDGET, buffer=30, window=8)  # the newest 30 get nothing from the prompt
     cache, _ = read(cache, *tiny.padded([tiny.prompt(64)]), policy)
     for layer, head in np.ndindex(2, 2):
