@@ -28,8 +28,8 @@ HEADS, HEAD_DIM = CONFIG.num_heads, CONFIG.head_dim
 
 @jax.jit
 def added(moments, query, positions, real):
-    turned = rotate(query, rotation(positions, head_dim=HEAD_DIM, theta=CONFIG.rope_theta, scaling=None))
-    return moments.with_layer(0, turned, positions, real).plus(real)
+    rotated_by = rotation(positions, head_dim=HEAD_DIM, theta=CONFIG.rope_theta, scaling=None)
+    return moments.with_layer(0, rotate(query, rotated_by), rotated_by, real).plus(real)
 
 
 @given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), min_size=1, max_size=4), st.integers(0, 2**32 - 1))

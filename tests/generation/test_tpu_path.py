@@ -25,7 +25,7 @@ POLICIES = {
 def run(policy, model):
     tokens, lengths = tiny.padded([tiny.prompt(90, seed=1), tiny.prompt(37, seed=2)])
     config = CacheConfig.for_model(tiny.CONFIG, batch=2, max_context=160)
-    assert config.row_width == init_cache(config).pool.shape[-1]
+    assert config.row_width == init_cache(config).raw.pool.shape[-1]
     graph, weights = nnx.split(model)
 
     @jax.jit

@@ -184,7 +184,7 @@ def test_no_trace_of_prompts_steps_and_ends_loses_a_block(trace):
             stepped, _ = step(cache, jnp.array([3, 4]), POLICY)
             cache = free_row(stepped, ~jnp.array(busy))
         conserved(cache)
-        assert not np.asarray(cache.lengths).any()  # nothing stays unquantised
+        assert not np.asarray(cache.raw.lengths).any()  # nothing stays unquantised
     cache = free_row(cache, jnp.ones(2, bool))
     assert int(cache.tiers.tables.free.count) == total
 
