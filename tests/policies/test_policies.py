@@ -163,8 +163,9 @@ def test_scores_are_those_of_the_paper_and_memory_is_freed(name):
         assert held.blocks_held == before.blocks_held // 3
         assert held.blocks_held + held.blocks_free == before.blocks_held + before.blocks_free
     else:
-        size = after.layout.block_bytes
-        assert held.blocks_held == before.blocks_full // 3 * after.raw.block_bytes // size
+        most = before.blocks_full // 3 * after.raw.block_bytes // after.layout.block_bytes
+        assert held.blocks_held <= most
+        assert held.blocks_held == most or held.kvs_held == held.kvs_full
         assert held.blocks_free == before.blocks_full + before.blocks_free
     for layer, head in np.ndindex(2, KV_HEADS):
         if after.layout is None:
