@@ -159,10 +159,9 @@ class Ratio(Budget):
     def __post_init__(self) -> None:
         if not 1 <= self.ratio <= 1e9:
             said = f"got {self.ratio}" if self.ratio <= 1e9 else "got more than 1e9"
-            meant = f"; a share of {self.ratio:g} removed is a ratio of {1 / (1 - self.ratio):g}" * (0 < self.ratio < 1)
-            raise ValueError(
-                f"ratio must be at least 1 (1 keeps everything, 8 keeps an eighth) and finite, {said}{meant}"
-            )
+            if 0 < self.ratio < 1:  # what kvpress calls a compression ratio
+                said += f"; a share of {self.ratio:g} removed is a ratio of {1 / (1 - self.ratio):g}"
+            raise ValueError(f"ratio must be at least 1 (1 keeps everything, 8 keeps an eighth) and finite, {said}")
         object.__setattr__(self, "ratio", float(self.ratio))
 
     def unquantised_blocks(self, of: Footprint) -> Array:
