@@ -29,6 +29,10 @@ class TierConfig:
         """Columns of a table row: enough for every KV in the high tier, and a part-filled block of each."""
         return -(-max_context // self.layout.tokens) + 2
 
+    def full_blocks(self, max_context: int) -> int:
+        """Blocks that a head takes at most: every KV in the high tier, or a part-filled low block beside."""
+        return -(-max_context // self.layout.tokens) + 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
@@ -110,8 +114,11 @@ class CacheConfig:
         """With as many blocks as so many bytes hold."""
         blocks = _most(memory, (memory - self.table_bytes) // (self.block_bytes + 4), self.bytes_with)
         if blocks < 2:
-            least = self.bytes_with(2)
-            raise ValueError(f"cache memory of {memory} bytes holds no block; it must be at least {least} bytes")
+            one = self.bytes_with(1 + self.full_blocks(self.max_context))
+            raise ValueError(
+                f"cache memory of {memory} bytes holds no block; give at least {one} bytes, which hold a sequence of "
+                f"{self.max_context} tokens whole"
+            )
         return replace(self, num_blocks=blocks)
 
     def _with_tiers(self, layout: BlockLayout, memory: int | None) -> CacheConfig:
@@ -120,14 +127,16 @@ class CacheConfig:
         def sized(blocks: int) -> CacheConfig:
             return replace(self, tiers=TierConfig(layout=layout, num_blocks=blocks))
 
-        most = 1 + self.batch * self.heads * -(-self.max_context // layout.tokens)
+        one = self.heads * TierConfig(layout=layout, num_blocks=2).full_blocks(self.max_context)
+        most = 1 + self.batch * one
         if memory is not None:
             fixed = sized(2).nbytes - 2 * (layout.block_bytes + 4)
             most = min(most, (memory - fixed) // (layout.block_bytes + 4))
             if most < 2:
                 raise ValueError(
                     f"cache memory of {memory} bytes leaves none for quantised blocks beside a prompt of "
-                    f"{self.max_context} tokens that is being read; it must be at least {sized(2).nbytes} bytes"
+                    f"{self.max_context} tokens that is being read; give at least {sized(1 + one).nbytes} bytes, "
+                    "which hold it whole"
                 )
         return sized(most)
 

@@ -65,8 +65,7 @@ class BlockCounts:
     def growth(self, row: int, policy: Policy | None, tokens: int) -> Blocks:
         """What a row allocates at most for so many more tokens."""
         if policy is not None and policy.placement.quantises_decoding:
-            lengths, size = self.quantised_lengths[:, row], self.quantised_kvs
-            return Blocks(quantised=_filled(lengths + tokens, size) - _filled(lengths, size))
+            return Blocks(quantised=_most_new(self.quantised_lengths[:, row], self.quantised_kvs, tokens))
         lengths, size = self.raw_lengths[:, row], self.config.block_size
         return Blocks(raw=_filled(lengths + tokens, size) - _filled(lengths, size))
 
@@ -83,6 +82,24 @@ class BlockCounts:
             return False
         tokens = policy.placement.raw_tokens(policy.protected_window, policy.sinks)
         return tokens is not None and self.held(row).raw > self.config.full_blocks(tokens)
+
+
+def _most_new(lengths: np.ndarray, sizes: np.ndarray, tokens: int) -> int:
+    """Blocks that so many more KVs a head open at most, whichever of the two tiers each goes to.
+
+    Once a block of either tier is begun, another costs as many KVs as fill one of the tier of smaller blocks: so the
+    worst is that tier alone, or one block of the other first.
+    """
+
+    def opened(tier: int, kvs: np.ndarray | int) -> np.ndarray:
+        held, size = lengths[..., tier], sizes[tier]
+        return -(-(held + kvs) // size) - -(-held // size)
+
+    def one_first(tier: int) -> np.ndarray:
+        left = tokens - (-lengths[..., tier] % sizes[tier]) - 1  # what the tier's last block still takes, and one more
+        return np.where(left >= 0, 1 + opened(1 - tier, np.maximum(left, 0)), 0)
+
+    return int(np.max([opened(0, tokens), opened(1, tokens), one_first(0), one_first(1)], axis=0).sum())
 
 
 def _filled(lengths: np.ndarray, size: int | np.ndarray) -> int:

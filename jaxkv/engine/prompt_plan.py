@@ -65,7 +65,8 @@ def plan_prompt(request: Request, config: CacheConfig) -> PromptPlan | Unservabl
     most = (blocks - kept) // config.heads * config.block_size
     if most < least:
         need = min(kept + config.full_blocks(least), full)
-        return _too_large(config, tokens, need, "while it is read and compressed")
+        answered = kept + config.heads + config.full_blocks(request.limit)
+        return _too_large(config, tokens, need, "while it is read and compressed", advise=max(need, answered))
     part = -(-tokens // -(-tokens // most))  # so many parts as there must be, as equal as can be
     return PromptPlan(part=part, peak_blocks=kept + config.full_blocks(part))
 
@@ -90,10 +91,10 @@ def more_memory(config: CacheConfig, blocks: int, *, quantised: bool = False) ->
     return f"give cache_memory of at least {config.bytes_with(blocks + 1)} bytes"
 
 
-def _too_large(config: CacheConfig, tokens: int, need: int, when: str) -> Unservable:
+def _too_large(config: CacheConfig, tokens: int, need: int, when: str, *, advise: int | None = None) -> Unservable:
     return Unservable(
         reason=f"the prompt has {tokens} tokens and needs {need} blocks {when}, but the pool has "
-        f"{config.num_blocks - 1}; {more_memory(config, need)}, or shorten it"
+        f"{config.num_blocks - 1}; {more_memory(config, advise or need)}, or shorten it"
     )
 
 

@@ -126,10 +126,11 @@ class Scheduler:
     def too_large(self, row: int) -> str | None:
         """Why an answer can't be given to a prompt that is read and compressed; None where it can."""
         counts, total, request = self.counts, self.counts.total, self.sequence(row).request
-        if counts.left_unquantised(row, request.policy):
+        if self.config.tiers is not None and counts.left_unquantised(row, request.policy):
+            whole = self.config.heads * self.config.tiers.full_blocks(len(request.prompt) + request.limit)
             return (
-                f"the prompt doesn't fit its {total.quantised} quantised blocks; give more cache_memory, "
-                "a smaller budget, or shorten it"
+                f"the prompt doesn't fit its {total.quantised} quantised blocks; "
+                f"{more_memory(self.config, whole, quantised=True)}, a smaller budget, or shorten it"
             )
         held, more = counts.held(row), self._growth([row], request.limit)
         if held + more <= total:

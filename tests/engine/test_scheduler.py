@@ -311,13 +311,13 @@ def test_an_answer_that_outgrows_its_pool_is_refused():
 
 def test_an_answer_that_outgrows_its_quantised_pool_is_refused():
     layout = LeanKV().placement.layout(16)
-    tiers = TierConfig(layout=layout, num_blocks=31)
+    tiers = TierConfig(layout=layout, num_blocks=21)
     scheduler, counts = read_and_compressed(config(100, tiers=tiers), LeanKV())
     assert scheduler.too_large(0) is None
     counts.quantised_lengths[:, 0] = 64
     assert "the prompt holds 8 blocks once it is read, but 200 more" in scheduler.too_large(0)
     counts.raw_lengths[:, 0] = 1
-    assert "the prompt doesn't fit its 30 quantised blocks" in scheduler.too_large(0)
+    assert "the prompt doesn't fit its 20 quantised blocks" in scheduler.too_large(0)
 
 
 BLOCKS = st.builds(Blocks, raw=st.integers(0, 50), quantised=st.integers(0, 50))
@@ -337,6 +337,25 @@ def test_growth_is_what_so_many_more_tokens_allocate(length, tokens):
     before, more = counts.held(1), counts.growth(1, ONCE, tokens)
     counts.raw_lengths[:, 1] += tokens
     assert before + more == counts.held(1) == Blocks(raw=HEADS * -(-(length + tokens) // SIZE))
+
+
+@given(
+    high=st.integers(0, 9),
+    low=st.integers(0, 9),
+    sizes=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    tokens=st.integers(0, 9),
+)
+def test_growth_of_tiers_is_the_worst_that_tokens_can_do(high, low, sizes, tokens):
+    layout = LeanKV().placement.layout(16)
+    counts = BlockCounts(config(400, tiers=TierConfig(layout=layout, num_blocks=100)))
+    counts.quantised_kvs = np.array(sizes)
+    counts.quantised_lengths[:, 1] = high, low
+    held, worst = counts.held(1), counts.growth(1, LeanKV(), tokens)
+    grown = []
+    for more in range(tokens + 1):
+        counts.quantised_lengths[:, 1] = high + more, low + tokens - more
+        grown.append(counts.held(1).quantised)
+    assert (held + worst).quantised == max(grown)
 
 
 @pytest.mark.parametrize(("total", "part"), [(500, 64), (130, 128), (64, 64), (1, 64)])
