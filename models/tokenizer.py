@@ -127,6 +127,7 @@ def _from_directory(path: Path) -> Tokenizer:
         core = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
     except Exception as error:  # the library raises bare Exception
         raise CheckpointError(f"{path / 'tokenizer.json'} can't be read ({error}). Download it again.") from error
+    _only_encode(core)
     config = _json(path / "tokenizer_config.json")
     template = config.get("chat_template")
     if isinstance(template, list):  # several by name
@@ -147,6 +148,14 @@ def _from_directory(path: Path) -> Tokenizer:
         bos_id=core.token_to_id(bos) if bos else None,
         chat_template=template if isinstance(template, str) else None,
     )
+
+
+def _only_encode(core: tokenizers.Tokenizer) -> None:
+    """Undo what ``tokenizer.json`` keeps of somebody's training: a text is all of its tokens, and the same each time."""
+    core.no_truncation()
+    core.no_padding()
+    if isinstance(core.model, tokenizers.models.BPE):
+        core.model.dropout = None
 
 
 def _content(token: object) -> str | None:

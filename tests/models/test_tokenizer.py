@@ -191,6 +191,30 @@ def test_a_directory_with_tokenizer_json(tmp_path, smollm2):
     assert load_tokenizer(tmp_path).chat([{"role": "user", "content": 'é"'}]) == '"é\\""'
 
 
+TRUNCATION = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+PADDING = {"direction": "Right", "pad_to_multiple_of": None, "pad_id": 7, "pad_type_id": 0, "pad_token": "x"}
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"truncation": TRUNCATION},
+        {"truncation": TRUNCATION | {"direction": "Left", "stride": 2}},
+        {"truncation": TRUNCATION | {"stride": 5}},
+        {"padding": PADDING | {"strategy": {"Fixed": 64}}},
+        {"padding": PADDING | {"strategy": "BatchLongest", "pad_to_multiple_of": 8, "direction": "Left"}},
+        {"model": {"dropout": 0.5}},
+    ],
+)
+def test_what_training_left_in_tokenizer_json_does_not_act(tmp_path, smollm2, left):
+    values = json.loads(smollm2.core.to_str())
+    values |= left | {"model": values["model"] | left.get("model", {})}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    tokenizer = load_tokenizer(tmp_path)
+    for _ in range(3):
+        assert [tokenizer.encode(text) for text in TEXTS] == [smollm2.encode(text) for text in TEXTS]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
