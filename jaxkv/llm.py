@@ -108,11 +108,15 @@ class LLM:
             if isinstance(event, TextMade):
                 yield event.text
 
-    def chat_prompt(self, messages: Sequence[dict[str, str]]) -> str:
-        """A conversation (``role``, ``content``) in the model's own chat format, ready for the answer."""
+    def chat_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation (``role``, ``content``) in the model's own chat format, ready for the answer.
+
+        Raises:
+          ValueError: there is no tokenizer or no chat template, or it can't take the conversation.
+        """
         if self.tokenizer is None:
             raise ValueError("this LLM has no tokenizer, so it has no chat format; give prompts as token ids")
-        return self.tokenizer.chat(messages)
+        return self.tokenizer.encode_chat(self.tokenizer.chat(messages))
 
     def events(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None

@@ -31,11 +31,18 @@ class Tokenizer:
         return self.core.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
-        """Token ids; ``add_special`` adds what the model expects at the text's beginning, unless it is there."""
+        """Token ids; ``add_special`` adds what the model expects around a text, unless it begins with that already."""
         bos = self.core.id_to_token(self.bos_id) if self.bos_id is not None else None
-        add_special = add_special and not (bos and text.startswith(bos))
+        add_special = add_special and not (bos and text.lstrip().startswith(bos))
         ids = self.core.encode(text, add_special_tokens=add_special).ids
         return [self.bos_id, *ids] if self.adds_bos and add_special and self.bos_id is not None else ids
+
+    def encode_chat(self, text: str) -> list[int]:
+        """Token ids of what ``chat`` gave: as it stands, since the template writes the special tokens that are due.
+
+        But a model whose ``encode`` itself begins with the first token gets it here too, once (``docs/models.md``).
+        """
+        return self.encode(text, add_special=self.adds_bos)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text; bytes that are no UTF-8 become U+FFFD."""
@@ -46,7 +53,7 @@ class Tokenizer:
         return Detokenizer(tokenizer=self)
 
     def chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
-        """A conversation in the model's format, as text.
+        """A conversation in the model's format, as text for ``encode_chat``.
 
         Raises:
           CheckpointError: the checkpoint has no chat template, or it refuses the conversation.
@@ -151,7 +158,7 @@ def _from_directory(path: Path) -> Tokenizer:
 
 
 def _only_encode(core: tokenizers.Tokenizer) -> None:
-    """Undo what ``tokenizer.json`` keeps of somebody's training: a text is all of its tokens, and the same each time."""
+    """Undo what ``tokenizer.json`` keeps of a training: a text is all of its tokens, and the same each time."""
     core.no_truncation()
     core.no_padding()
     if isinstance(core.model, tokenizers.models.BPE):

@@ -7,9 +7,9 @@ import tokenizers
 from gguf import GGUFWriter
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import decoders, pre_tokenizers
+from tokenizers import decoders, pre_tokenizers, processors
 
-from models import CheckpointError, load_tokenizer
+from models import CheckpointError, Tokenizer, load_tokenizer
 from models.hub import smollm2_gguf
 
 TEXTS = [
@@ -97,6 +97,52 @@ def test_a_conversation_in_smollm2s_own_format(smollm2):
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     )
     assert smollm2.chat(messages, add_generation_prompt=False).endswith("Hi<|im_end|>\n")
+
+
+def words_of(template, post_processor=None, **special):
+    """A tokenizer of words, whose first two are special."""
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "</s>": 1, "U": 2, "A": 3, "a": 4}))
+    core.add_special_tokens(["<s>", "</s>"])
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if post_processor is not None:
+        core.post_processor = processors.TemplateProcessing(
+            single=post_processor, special_tokens=[("<s>", 0), ("</s>", 1)]
+        )
+    return Tokenizer(core=core, chat_template=template, bos_id=0, eos_ids=(1,), **special)
+
+
+PLAIN = "{% for m in messages %}U {{ m.content }}{% endfor %} A"
+
+
+@pytest.mark.parametrize(
+    ("template", "post_processor", "expected"),
+    [
+        (PLAIN, "<s> $A </s>", [2, 4, 3]),
+        (PLAIN, "<s> $A", [2, 4, 3]),
+        (PLAIN, "$A </s>", [2, 4, 3]),
+        ("{{ bos_token }} " + PLAIN, "<s> $A", [0, 2, 4, 3]),
+        ("\n{{ bos_token }} " + PLAIN, "<s> $A", [0, 2, 4, 3]),
+        ("{{ bos_token }} " + PLAIN, None, [0, 2, 4, 3]),
+        ("{{ bos_token }}{{ bos_token }} " + PLAIN, None, [0, 0, 2, 4, 3]),
+    ],
+)
+def test_a_conversation_is_encoded_as_its_template_writes_it(template, post_processor, expected):
+    tokenizer = words_of(template, post_processor)
+    assert tokenizer.encode_chat(tokenizer.chat([{"role": "user", "content": "a"}])) == expected
+    assert tokenizer.encode("a") == [{"<s>": 0, "</s>": 1, "$A": 4}[w] for w in (post_processor or "$A").split()]
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize("beginning", ["", "{{ bos_token }} ", "\n{{ bos_token }} "])
+def test_a_gguf_that_adds_bos_begins_a_conversation_with_one(adds_bos, beginning):
+    tokenizer = words_of(beginning + PLAIN, adds_bos=adds_bos)
+    ids = tokenizer.encode_chat(tokenizer.chat([{"role": "user", "content": "a"}]))
+    assert ids == ([0, 2, 4, 3] if adds_bos or beginning else [2, 4, 3])
+
+
+def test_a_text_that_begins_with_the_first_token_gets_no_second():
+    tokenizer = words_of(None, "<s> $A")
+    assert tokenizer.encode("<s> a") == tokenizer.encode(" \n<s> a") == [0, 4]
 
 
 def write_gguf(path, **values):
