@@ -49,8 +49,8 @@ class Fields:
         value = self.text(key, "")
         if value not in expected:
             raise CheckpointError(
-                f"{self.origin}: {key} is {value!r}, expected one of {', '.join(expected)}. Only models of these kinds "
-                "are supported."
+                f"{self.origin}: {key} is {value!r:.60}, expected one of {', '.join(expected)}. Only models of these "
+                "kinds are supported."
             )
         return value
 
@@ -62,6 +62,13 @@ class Fields:
         if len(ids) < len(found):
             raise self._wrong(key, "a token id or a list of token ids")
         return ids
+
+    def texts(self, key: str) -> list[str]:
+        """A list of strings; empty where absent."""
+        value = self.values.get(key)
+        if value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+            raise self._wrong(key, "a list of strings")
+        return value or []
 
     def numbers(self, key: str) -> tuple[float, ...]:
         """A list of finite numbers."""
@@ -101,6 +108,12 @@ class Fields:
 
     def _wrong(self, key: str, expected: str) -> CheckpointError:
         return CheckpointError(
-            f"{self.origin}: {key} is {self.values.get(key)!r}, expected {expected}. "
+            f"{self.origin}: {key} is {_shown(self.values.get(key))}, expected {expected}. "
             "The file is damaged or not of a model of its kind; download it again."
         )
+
+
+def _shown(value: object) -> str:
+    """Not longer than a line."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

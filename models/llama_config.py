@@ -9,10 +9,10 @@ from models.errors import CheckpointError
 from models.fields import Fields
 from models.interface import AttentionSpec, ModelSizes
 from models.rope import RopeScaling
+from models.special_ids import end_ids, special_id
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
-_GGUF_EOS_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")  # end of sequence, of turn, of message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ class LlamaConfig(ModelSizes):
         """From the metadata of a GGUF file of architecture llama (Mistral too), qwen2 or qwen3.
 
         Args:
-          metadata: key-value pairs, as Python values.
+          metadata: key-value pairs, as Python values; the tokens among them, where those that end an answer are wanted.
           tensor_names: of the file's tensors; without an output matrix the embeddings are tied.
           rope_divisors: contents of rope_freqs.weight, ``[head_dim / 2]``, where the file has it.
 
@@ -116,7 +116,6 @@ class LlamaConfig(ModelSizes):
                     f"GGUF metadata: {key} is {fields.integer(key)}, expected {head_dim}, as for keys."
                 )
         context = fields.integer(f"{kind}.context_length")
-        eos = [token for key in _GGUF_EOS_KEYS for token in fields.ids(f"tokenizer.ggml.{key}")]
         return cls(
             vocab_size=fields.integer(f"{kind}.vocab_size"),
             hidden_size=hidden,
@@ -133,8 +132,8 @@ class LlamaConfig(ModelSizes):
             attention_bias=kind == "qwen2" or "blk.0.attn_q.bias" in tensor_names,
             output_bias="blk.0.attn_output.bias" in tensor_names,
             qk_norm=kind == "qwen3",
-            eos_token_ids=tuple(dict.fromkeys(eos)),
-            bos_token_id=next(iter(fields.ids("tokenizer.ggml.bos_token_id")), None),
+            eos_token_ids=end_ids(fields),
+            bos_token_id=special_id(fields, "bos"),
         )
 
     @classmethod

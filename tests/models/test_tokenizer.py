@@ -1,16 +1,20 @@
 """Text to ids and back: SmolLM2's tokenizer against one built by hand, and other kinds on tiny vocabularies."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import tokenizers
-from gguf import GGUFWriter
+from gguf import GGUFValueType, GGUFWriter
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, pre_tokenizers, processors
 
 from models import CheckpointError, Tokenizer, load_tokenizer
+from models.checkpoints.gguf_file import GgufFile
+from models.fields import Fields
 from models.hub import smollm2_gguf
+from models.special_ids import end_ids
 
 TEXTS = [
     "Emma Woodhouse, handsome, clever, and rich",
@@ -87,7 +91,7 @@ def test_special_tokens_are_single_ids_that_decoding_leaves_out(smollm2):
     assert ids[-1] == 2
     assert smollm2.decode(ids) == "user\nHi"
     assert smollm2.decode(ids, skip_special=False) == "<|im_start|>user\nHi<|im_end|>"
-    assert smollm2.eos_ids == (2,)
+    assert smollm2.eos_ids == (2, 0)  # <|im_end|>, and <|endoftext|> by its name
     assert smollm2.vocab_size == 49152
 
 
@@ -155,10 +159,15 @@ def write_gguf(path, **values):
         writer.add_token_scores(values.get("scores", [0.0] * len(values["tokens"])))
         writer.add_token_types(values.get("types", [1] * len(values["tokens"])))
         writer.add_token_merges(values.get("merges", ["a b"]))
+    if "space" in values:
+        writer.add_add_space_prefix(values["space"])
     if "add_bos" in values:
         writer.add_add_bos_token(values["add_bos"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
+    for key, value in ({"bos_token_id": 1, "eos_token_id": 2} | values.get("ids", {})).items():
+        if isinstance(value, list):
+            writer.add_array(f"tokenizer.ggml.{key}", value)
+        elif value is not None:
+            writer.add_key_value(f"tokenizer.ggml.{key}", value, GGUFValueType.INT64)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
@@ -184,6 +193,45 @@ def test_llama_3_begins_with_bos_unless_its_file_says_otherwise(tmp_path, values
     assert tokenizer.encode("<s>ab") == [1, 5]
 
 
+ENDS = ["a", "</s>", "b", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<|endoftext|>", "ab"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ids", "expected"),
+    [
+        (ENDS, {}, (2, 3, 4, 5, 6, 7)),
+        (ENDS, {"eos_token_id": 7}, (7, 3, 4, 5, 6)),
+        (["a", "b", "ab"], {"eos_token_id": 0}, (0,)),
+        (["a", "b", "ab"], {"eos_token_id": None}, ()),
+        (["a", "b", "ab"], {"eos_token_id": [2, 0]}, (2, 0)),
+        (["a", "b", "ab"], {"eos_token_id": 1, "eos_token_ids": [1, 2]}, (1, 2)),
+        (["a", "b", "ab"], {"eos_token_id": 1, "eot_token_id": 0, "eom_token_id": 2}, (1, 0, 2)),
+        (["a", "b", "ab"], {"eos_token_id": 2**32 - 1, "eot_token_id": -1, "eom_token_id": 2}, (2,)),
+        (["a", "b", "ab", "<|im_end|>x"], {"eos_token_id": 0}, (0,)),
+    ],
+)
+@pytest.mark.parametrize("control", [True, False])
+def test_a_gguf_ends_where_its_keys_or_its_tokens_names_say(tmp_path, tokens, ids, expected, control):
+    types = [3 if control and len(token) > 3 else 1 for token in tokens]
+    path = write_gguf(tmp_path / "ends.gguf", model="gpt2", tokens=tokens, types=types, ids=ids)
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.eos_ids == expected
+    metadata = GgufFile(path).metadata(lambda key: True)
+    assert end_ids(Fields(origin="x", values=metadata)) == expected
+    for i in expected:
+        if len(tokens[i]) > 3:
+            assert tokenizer.encode(f"ab{tokens[i]}ab").count(i) == 1
+            assert tokenizer.decode([i]) == ""
+
+
+def test_a_sentencepiece_gguf_without_special_ids_has_sentencepieces_own(tmp_path):
+    ids = {"bos_token_id": None, "eos_token_id": None}
+    path = write_gguf(tmp_path / "spm.gguf", tokens=["<unk>", "<s>", "</s>", "▁", "a"], types=[2, 3, 3, 1, 1], ids=ids)
+    tokenizer = load_tokenizer(path)
+    assert (tokenizer.bos_id, tokenizer.eos_ids) == (1, (2,))
+    assert tokenizer.encode("a") == [1, 3, 4]
+
+
 def test_a_sentencepiece_vocabulary_merges_the_best_scored_pieces_first(tmp_path):
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
     words = ["▁", "a", "b", "c", "ab", "bc", "▁a", "▁ab", "abc"]
@@ -198,6 +246,50 @@ def test_a_sentencepiece_vocabulary_merges_the_best_scored_pieces_first(tmp_path
     assert tokenizer.encode("<s>ab").count(1) == 1
     assert tokenizer.decode(tokenizer.encode("ab ab")) == "ab ab"
     assert tokenizer.decode(tokenizer.encode("aé")) == "aé"  # by its bytes
+
+
+SPACED = ["▁", "a", "b", "▁a", "▁b", "ab", "▁ab", "▁▁", "<user>"]
+
+
+def as_llama_cpp(text, pieces, scores, special, *, space=True):
+    """Special tokens are cut out, the longest first; each part between begins with a space; its best pair merges."""
+    parts: list[str | int] = [text]
+    for token in sorted(special, key=len, reverse=True):
+        for i in reversed([i for i, part in enumerate(parts) if isinstance(part, str)]):
+            cut = parts[i].split(token)
+            parts[i : i + 1] = [x for piece in cut for x in (pieces.index(token), piece)][1:]
+    ids = []
+    for part in parts:
+        if not part or isinstance(part, int):
+            ids += [part] if isinstance(part, int) else []
+            continue
+        symbols = list((" " * space + part).replace(" ", "▁"))
+        while found := [
+            (-scores[pieces.index(a + b)], i) for i, (a, b) in enumerate(pairwise(symbols)) if a + b in pieces
+        ]:
+            at = min(found)[1]
+            symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
+        for symbol in symbols:
+            known = symbol in pieces
+            ids += [pieces.index(symbol)] if known else [pieces.index(f"<0x{b:02X}>") for b in symbol.encode()]
+    return ids
+
+
+@pytest.mark.parametrize("space", [True, False])
+def test_text_after_a_special_token_is_read_as_llama_cpp_reads_it(tmp_path_factory, space):
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *SPACED]
+    scores, types = [-float(i) for i in range(len(pieces))], [2, 3, 3] + [6] * 256 + [1] * 8 + [4]
+    path = tmp_path_factory.mktemp("spm") / "spm.gguf"
+    tokenizer = load_tokenizer(write_gguf(path, tokens=pieces, scores=scores, types=types, space=space))
+
+    @given(words=st.lists(st.sampled_from(["a", "b", " ", "  ", "é", "<s>", "</s>", "<unk>", "<user>"]), max_size=12))
+    def same(words):
+        text = "".join(words)
+        expected = as_llama_cpp(text, pieces, scores, ["<s>", "</s>", "<unk>", "<user>"], space=space)
+        assert tokenizer.encode(text, add_special=False) == expected
+
+    same()
+    assert tokenizer.decode(tokenizer.encode("</s>a<user>b")) == ("a<user> b" if space else "a<user>b")
 
 
 @pytest.fixture(scope="module")
