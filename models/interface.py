@@ -72,10 +72,10 @@ class ModelSizes:
 
     def __post_init__(self) -> None:
         self._check_counts("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads")
-        if self.max_context < 1 or self.head_dim < 2 or self.head_dim % 2:
+        if self.max_context < 1 or not 2 <= self.head_dim <= 2**16 or self.head_dim % 2:
             raise CheckpointError(
-                f"expected max_context >= 1 and an even head_dim, got {self.max_context=}, {self.head_dim=}. "
-                "The config is damaged."
+                f"expected max_context >= 1 and an even head_dim up to 2**16, got {self.max_context=}, "
+                f"{self.head_dim=}. The config is damaged."
             )
         if self.num_heads % self.num_kv_heads:
             raise CheckpointError(
