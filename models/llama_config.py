@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -26,6 +27,10 @@ _HF_DEFAULTS = {
     "qwen3": _QWEN | {"head_dim": 128},
 }
 """What transformers' config classes take for an absent key; one that is null is another thing."""
+
+
+_SAVED = {"int": Fields.integer, "float": Fields.number, "bool": Fields.flag}
+"""How ``from_saved`` reads fields, by their types."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,16 +159,21 @@ class LlamaConfig(ModelSizes):
         """From what ``dataclasses.asdict`` made of one, by way of JSON.
 
         Raises:
-          CheckpointError: a malformed value.
-          TypeError: an unknown or absent key, or a value of the wrong type.
+          CheckpointError: an unknown key, or a malformed value.
+          TypeError: an absent key.
         """
+        known = {field.name: str(field.type) for field in dataclasses.fields(cls)}
+        if unknown := sorted(fields.values.keys() - known.keys()):
+            raise CheckpointError(f"{fields.origin} has {unknown[0]!r:.60}, which isn't known. Save the model again.")
+        plain = {name: _SAVED[kind] for name, kind in known.items() if kind in _SAVED and name in fields.values}
         divisors = fields.section("rope_scaling").numbers("divisors") if fields.has("rope_scaling") else None
         converted = {
             "rope_scaling": None if divisors is None else RopeScaling(divisors=divisors),
             "eos_token_ids": fields.ids("eos_token_ids"),
+            "bos_token_id": next(iter(fields.ids("bos_token_id")), None),
             "specs": tuple(AttentionSpec(**spec) for spec in fields.sections("specs")),
         }
-        return cls(**{**fields.values, **converted})
+        return cls(**{name: read(fields, name) for name, read in plain.items()}, **converted)
 
 
 def _reject_hf_variants(fields: Fields, kind: str) -> None:

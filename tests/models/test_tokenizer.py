@@ -1,6 +1,7 @@
 """Text to ids and back: SmolLM2's tokenizer against one built by hand, and other kinds on tiny vocabularies."""
 
 import json
+import time
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, pre_tokenizers, processors
 
-from models import CheckpointError, Tokenizer, load_tokenizer
+from models import CheckpointError, Tokenizer, TokenizerError, load_tokenizer
 from models.checkpoints.gguf_file import GgufFile
 from models.fields import Fields
 from models.hub import smollm2_gguf
@@ -359,12 +360,118 @@ def test_what_training_left_in_tokenizer_json_does_not_act(tmp_path, smollm2, le
         ({"model": "t5", "tokens": ["a", "b", "c"]}, "'t5' is not supported"),
         ({"model": "gpt2", "pre": "mystery", "tokens": ["a", "b", "ab"]}, "pre-tokenizer 'mystery' is not known"),
         ({"model": "gpt2"}, "has no vocabulary"),
+        ({"model": "gpt2", "tokens": ["a", "b", "ab", "b"]}, "the vocabulary has 'b' twice"),
+        ({"tokens": ["a", "b", "ab"], "scores": [0.0]}, "3 tokens, but 1 scores"),
+        ({"tokens": ["a", "b", "ab"], "types": [1] * 4}, "3 tokens, but 4 token types"),
         ({"model": "gpt2", "tokens": ["a", b"\xff", "ab"]}, r"odd\.gguf: tokenizer\.ggml\.tokens isn't text"),
     ],
 )
 def test_an_unknown_vocabulary_is_refused(tmp_path, values, message):
     with pytest.raises(CheckpointError, match=message):
         load_tokenizer(write_gguf(tmp_path / "odd.gguf", **values))
+
+
+WITHOUT_UNKNOWN = {
+    "Unigram": tokenizers.models.Unigram([("a", -1.0)]),
+    "WordLevel": tokenizers.models.WordLevel({"a": 0}, unk_token="none"),
+    "WordPiece": tokenizers.models.WordPiece({"a": 0}, unk_token="none"),
+}
+
+
+@pytest.mark.parametrize("model", WITHOUT_UNKNOWN.values(), ids=WITHOUT_UNKNOWN.keys())
+def test_a_letter_that_a_tokenizer_does_not_know_is_said_of_the_text(tmp_path, model):
+    tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("a") == [0]
+    for text in ("é", "\ud800"):
+        with pytest.raises(TokenizerError, match="can't take this text"):
+            tokenizer.encode(text)
+    with pytest.raises(TokenizerError, match="can't make a text of ids"):
+        tokenizer.decode([2**40])
+
+
+class Panic(BaseException):
+    """As the library's own, which is no ``Exception`` either."""
+
+
+def test_a_panic_of_the_library_is_an_error_like_others(tmp_path, smollm2, monkeypatch):
+    from dataclasses import replace
+
+    class Panicking:
+        def __getattr__(self, name):
+            def panic(*_, **__):
+                raise Panic("index out of bounds")
+
+            return panic
+
+    with pytest.raises(TokenizerError, match="Panic: index out of bounds"):
+        replace(smollm2, core=Panicking(), bos_id=None).encode("a")
+    with pytest.raises(TokenizerError, match="Panic: index out of bounds"):
+        replace(smollm2, core=Panicking()).decode([1])
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(tokenizers, "Tokenizer", Panicking())
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json can't be read \(Panic: index out of bounds\)"):
+        load_tokenizer(tmp_path)
+
+
+PRECOMPILED = {"type": "Precompiled", "precompiled_charsmap": "AAAAAQ=="}
+EMPTY_PATTERN = {"type": "Replace", "pattern": {"Regex": "("}, "content": "x"}
+
+
+@pytest.mark.parametrize("normalizer", [PRECOMPILED, EMPTY_PATTERN])
+def test_a_normalizer_that_can_not_work_is_refused_or_its_text(tmp_path, smollm2, normalizer):
+    values = json.loads(smollm2.core.to_str()) | {"normalizer": normalizer}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises((CheckpointError, TokenizerError), match="can't"):
+        load_tokenizer(tmp_path).encode("some text")
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "isn't JSON that can be read"),
+        ('{"a":' * 100_000, "isn't JSON that can be read"),
+        (r'{"chat_template": "\ud800"}', "half a surrogate pair"),
+        (r'{"\udc00": 1}', "half a surrogate pair"),
+        ("[1]", "expected a JSON object"),
+        ("\ufeff{", "isn't JSON"),
+    ],
+)
+def test_a_file_beside_the_tokenizer_that_is_no_json_is_refused(tmp_path, smollm2, name, text, message):
+    smollm2.core.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=f"{name} .*{message}|{name} {message}"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("eos", [-1, 2**32, 10**400, [2, -1]])
+def test_ends_that_no_id_can_be_are_none(tmp_path, smollm2, eos):
+    smollm2.core.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ eos_token }}!"}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.eos_ids == ((2,) if isinstance(eos, list) else ())
+    assert tokenizer.chat([{"role": "user", "content": "a"}]).endswith("!")
+    assert tokenizer.encode("a")
+
+
+@pytest.mark.parametrize("bos", [-1, 2**32 - 1, 2**40])
+def test_a_gguf_whose_first_token_is_no_id_has_none(tmp_path, bos):
+    path = write_gguf(
+        tmp_path / "x.gguf", model="gpt2", tokens=["a", "b", "ab"], add_bos=True, ids={"bos_token_id": bos}
+    )
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.bos_id is None
+    assert tokenizer.encode("ab") == [2]
+
+
+def test_a_very_long_token_takes_no_time(tmp_path):
+    tokens = ["<unk>", "<s>", "</s>", "▁", "a", "b", "ab", "a" * 200_000]
+    began = time.perf_counter()
+    tokenizer = load_tokenizer(write_gguf(tmp_path / "long.gguf", tokens=tokens, types=[2, 3, 3, 1, 1, 1, 1, 1]))
+    assert tokenizer.encode("ab") == [1, 3, 6]
+    assert time.perf_counter() - began < 10
 
 
 def test_files_that_are_no_tokenizer_are_refused(tmp_path):
