@@ -169,11 +169,11 @@ class LLM:
         def sequences() -> Iterator[sequence.Sequence | Refused]:
             for i, (prompt, params) in enumerate(jobs):
                 try:
-                    request = self._request(i, prompt, params, most)
+                    made = self._sequence(self._request(i, prompt, params, most), config)
                 except ValueError as error:
                     yield Refused(request=i, error=str(error))
                 else:
-                    yield self._sequence(request, config)
+                    yield made
 
         yield from self._serve(sequences(), config)
 
