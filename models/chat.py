@@ -10,8 +10,8 @@ from typing import Any
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from models.bounded_jinja import BoundedEnvironment
 from models.errors import CheckpointError
 
 
@@ -32,14 +32,12 @@ def render_chat(
 
     Raises:
       ValueError: a message without role or content.
-      CheckpointError: the template is broken, or refuses the conversation.
+      CheckpointError: the template is broken, takes too long or makes too much, or refuses the conversation.
     """
     for i, message in enumerate(messages):
         if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
             raise ValueError(f"message {i} needs a 'role' and a 'content', both texts, got {dict(message)!r}")
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-    )
+    environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
