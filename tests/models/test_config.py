@@ -235,6 +235,7 @@ def test_several_eos_tokens_are_kept():
         ({"rope_theta": 10**400}, "rope_theta is 1000.*expected a finite number"),
         ({"rms_norm_eps": -(10**400)}, "rms_norm_eps"),
         ({"num_hidden_layers": 10**400}, "num_layers"),
+        ({"max_position_embeddings": 2**40}, "max_context"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
         ({"rope_theta": -1.0}, "rope_theta"),
         ({"hidden_act": "gelu"}, "gelu.*expected 'silu'"),
