@@ -108,11 +108,15 @@ class LLM:
             if isinstance(event, TextMade):
                 yield event.text
 
-    def chat_prompt(self, messages: Sequence[dict[str, str]]) -> str:
-        """A conversation (``role``, ``content``) in the model's own chat format, ready for the answer."""
+    def chat_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation (``role``, ``content``) in the model's own chat format, ready for the answer.
+
+        Raises:
+          ValueError: there is no tokenizer or no chat template, or it can't take the conversation.
+        """
         if self.tokenizer is None:
             raise ValueError("this LLM has no tokenizer, so it has no chat format; give prompts as token ids")
-        return self.tokenizer.chat(messages)
+        return self.tokenizer.encode_chat(self.tokenizer.chat(messages))
 
     def events(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -165,11 +169,11 @@ class LLM:
         def sequences() -> Iterator[sequence.Sequence | Refused]:
             for i, (prompt, params) in enumerate(jobs):
                 try:
-                    request = self._request(i, prompt, params, most)
+                    made = self._sequence(self._request(i, prompt, params, most), config)
                 except ValueError as error:
                     yield Refused(request=i, error=str(error))
                 else:
-                    yield self._sequence(request, config)
+                    yield made
 
         yield from self._serve(sequences(), config)
 

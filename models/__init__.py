@@ -1,7 +1,7 @@
 """Models in Flax NNX, their checkpoints, their tokenizers, and the interface that other models can implement."""
 
 from models.checkpoints import load_model
-from models.errors import CheckpointError
+from models.errors import CheckpointError, TokenizerError
 from models.hub import resolve
 from models.interface import Attend, AttentionSpec, Decoder, ModelSizes, Rotary, causal_attention
 from models.layers import stack_layers
@@ -19,6 +19,7 @@ __all__ = [
     "ModelSizes",
     "Rotary",
     "Tokenizer",
+    "TokenizerError",
     "causal_attention",
     "load_model",
     "load_tokenizer",

@@ -1,5 +1,29 @@
 """What goes wrong with checkpoints."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 
 class CheckpointError(ValueError):
     """A checkpoint, tokenizer or model name that can't be used; says what was found, what was expected, what to do."""
+
+
+class TokenizerError(ValueError):
+    """A text that the tokenizer can't take, or ids that it can't make a text of."""
+
+
+@contextmanager
+def tokenizers_errors(told: Callable[[str], ValueError]) -> Iterator[None]:
+    """Around calls of the tokenizers library, which raises bare ``Exception`` and panics with a ``BaseException``.
+
+    Args:
+      told: from what the library said, the error to raise instead.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, CheckpointError, TokenizerError):
+        raise
+    except BaseException as error:
+        raise told(f"{type(error).__name__}: {error}") from error

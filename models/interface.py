@@ -71,11 +71,10 @@ class ModelSizes:
     """Each layer's attention; empty: ``FULL`` in all of them."""
 
     def __post_init__(self) -> None:
-        self._check_counts("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads")
-        if self.max_context < 1 or self.head_dim < 2 or self.head_dim % 2:
+        self._check_counts("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "max_context")
+        if not 2 <= self.head_dim <= 2**16 or self.head_dim % 2:
             raise CheckpointError(
-                f"expected max_context >= 1 and an even head_dim, got {self.max_context=}, {self.head_dim=}. "
-                "The config is damaged."
+                f"head_dim is {self.head_dim}, expected an even number from 2 to 2**16. The config is damaged."
             )
         if self.num_heads % self.num_kv_heads:
             raise CheckpointError(

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from models.errors import CheckpointError
 from models.fields import Fields
 from models.interface import AttentionSpec, ModelSizes
 from models.rope import RopeScaling
+from models.rope_config import gguf_rope_scaling, hf_rope, hf_rope_scaling
+from models.special_ids import end_ids, special_id
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
-_GGUF_EOS_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")  # end of sequence, of turn, of message
+_SIZES = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+_LLAMA = _SIZES | {"vocab_size": 32_000, "intermediate_size": 11_008, "max_position_embeddings": 2048}
+_MISTRAL = _LLAMA | {"intermediate_size": 14_336, "max_position_embeddings": 131_072}
+_QWEN = _SIZES | {"vocab_size": 151_936, "intermediate_size": 22_016, "max_position_embeddings": 32_768}
+_QWEN |= {"num_key_value_heads": 32, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+_HF_DEFAULTS = {
+    "llama": _LLAMA,
+    "mistral": _MISTRAL | {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": _QWEN,
+    "qwen3": _QWEN | {"head_dim": 128},
+}
+"""What transformers' config classes take for an absent key; one that is null is another thing."""
+
+
+_SAVED = {"int": Fields.integer, "float": Fields.number, "bool": Fields.flag}
+"""How ``from_saved`` reads fields, by their types."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,31 +71,28 @@ class LlamaConfig(ModelSizes):
     def from_hf(cls, config: Mapping[str, object]) -> LlamaConfig:
         """From the contents of a config.json of model type llama, mistral, qwen2 or qwen3.
 
-        What the file leaves out takes transformers' own default for that model type.
+        What the file leaves out takes transformers' own default for that model type, but for the special tokens: it has
+        none that it doesn't name.
 
         Raises:
           CheckpointError: another model type, an absent or malformed key, or a feature that isn't supported.
         """
-        fields = Fields(origin="config.json", values=config)
-        kind = fields.choice("model_type", MODEL_TYPES)
-        _reject_hf_variants(fields)
+        kind = Fields(origin="config.json", values=config).choice("model_type", MODEL_TYPES)
+        fields = Fields(origin="config.json", values={**_HF_DEFAULTS[kind], **config})
+        _reject_hf_variants(fields, kind)
         heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
-        head_dim = fields.integer("head_dim", 128 if kind == "qwen3" else hidden // max(heads, 1))
-        # transformers 5 writes rope_parameters; before, there were rope_theta and rope_scaling.
-        rope = fields.section("rope_parameters" if fields.has("rope_parameters") else "rope_scaling")
-        theta = rope.number("rope_theta", fields.number("rope_theta", 10000.0))
+        rope = hf_rope(fields)
         bias = kind != "mistral" and fields.flag("attention_bias", False)  # Mistral has none, whatever its config says
-        return cls(
+        made = cls(
             vocab_size=fields.integer("vocab_size"),
             hidden_size=hidden,
             intermediate_size=fields.integer("intermediate_size"),
             num_layers=fields.integer("num_hidden_layers"),
             num_heads=heads,
-            num_kv_heads=fields.integer("num_key_value_heads", heads if kind == "llama" else None),
-            head_dim=head_dim,
+            num_kv_heads=fields.integer("num_key_value_heads", heads),
+            head_dim=fields.integer("head_dim", None if kind == "qwen3" else hidden // max(heads, 1)),
             max_context=_hf_max_context(fields, kind),
-            rope_theta=theta,
-            rope_scaling=_hf_rope_scaling(rope, head_dim, theta),
+            rope_theta=rope.number("rope_theta", 10000.0),
             rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
             tie_embeddings=fields.flag("tie_word_embeddings", False),
             attention_bias=kind == "qwen2" or bias,
@@ -86,6 +101,9 @@ class LlamaConfig(ModelSizes):
             eos_token_ids=fields.ids("eos_token_id"),
             bos_token_id=next(iter(fields.ids("bos_token_id")), None),
         )
+        positions = fields.integer("max_position_embeddings")  # scaling last: by sizes that are known to be sound
+        scaling = hf_rope_scaling(rope, head_dim=made.head_dim, theta=made.rope_theta, max_positions=positions)
+        return replace(made, rope_scaling=scaling)
 
     @classmethod
     def from_gguf(
@@ -98,7 +116,7 @@ class LlamaConfig(ModelSizes):
         """From the metadata of a GGUF file of architecture llama (Mistral too), qwen2 or qwen3.
 
         Args:
-          metadata: key-value pairs, as Python values.
+          metadata: key-value pairs, as Python values; the tokens among them, where those that end an answer are wanted.
           tensor_names: of the file's tensors; without an output matrix the embeddings are tied.
           rope_divisors: contents of rope_freqs.weight, ``[head_dim / 2]``, where the file has it.
 
@@ -116,8 +134,7 @@ class LlamaConfig(ModelSizes):
                     f"GGUF metadata: {key} is {fields.integer(key)}, expected {head_dim}, as for keys."
                 )
         context = fields.integer(f"{kind}.context_length")
-        eos = [token for key in _GGUF_EOS_KEYS for token in fields.ids(f"tokenizer.ggml.{key}")]
-        return cls(
+        made = cls(
             vocab_size=fields.integer(f"{kind}.vocab_size"),
             hidden_size=hidden,
             intermediate_size=fields.integer(f"{kind}.feed_forward_length"),
@@ -127,44 +144,44 @@ class LlamaConfig(ModelSizes):
             head_dim=head_dim,
             max_context=min(context, fields.integer(f"{kind}.attention.sliding_window", context)),
             rope_theta=fields.number(f"{kind}.rope.freq_base", 10000.0),
-            rope_scaling=_gguf_rope_scaling(fields, kind, head_dim, rope_divisors),
             rms_norm_eps=fields.number(f"{kind}.attention.layer_norm_rms_epsilon"),
             tie_embeddings="output.weight" not in tensor_names,
             attention_bias=kind == "qwen2" or "blk.0.attn_q.bias" in tensor_names,
             output_bias="blk.0.attn_output.bias" in tensor_names,
             qk_norm=kind == "qwen3",
-            eos_token_ids=tuple(dict.fromkeys(eos)),
-            bos_token_id=next(iter(fields.ids("tokenizer.ggml.bos_token_id")), None),
+            eos_token_ids=end_ids(fields),
+            bos_token_id=special_id(fields, "bos"),
         )
+        return replace(made, rope_scaling=gguf_rope_scaling(fields, kind, head_dim=head_dim, divisors=rope_divisors))
 
     @classmethod
     def from_saved(cls, fields: Fields) -> LlamaConfig:
         """From what ``dataclasses.asdict`` made of one, by way of JSON.
 
         Raises:
-          CheckpointError: a malformed value.
-          TypeError: an unknown or absent key, or a value of the wrong type.
+          CheckpointError: an unknown key, or a malformed value.
+          TypeError: an absent key.
         """
+        known = {field.name: str(field.type) for field in dataclasses.fields(cls)}
+        if unknown := sorted(fields.values.keys() - known.keys()):
+            raise CheckpointError(f"{fields.origin} has {unknown[0]!r:.60}, which isn't known. Save the model again.")
+        plain = {name: _SAVED[kind] for name, kind in known.items() if kind in _SAVED and name in fields.values}
         divisors = fields.section("rope_scaling").numbers("divisors") if fields.has("rope_scaling") else None
         converted = {
             "rope_scaling": None if divisors is None else RopeScaling(divisors=divisors),
             "eos_token_ids": fields.ids("eos_token_ids"),
+            "bos_token_id": next(iter(fields.ids("bos_token_id")), None),
             "specs": tuple(AttentionSpec(**spec) for spec in fields.sections("specs")),
         }
-        return cls(**{**fields.values, **converted})
+        return cls(**{name: read(fields, name) for name, read in plain.items()}, **converted)
 
 
-def _reject_hf_variants(fields: Fields) -> None:
+def _reject_hf_variants(fields: Fields, kind: str) -> None:
     """Refuse what would load as a Llama but compute something else."""
     if fields.text("hidden_act", "silu") not in ("silu", "swish"):
         raise CheckpointError(f"config.json: hidden_act is {fields.text('hidden_act')!r}, expected 'silu'.")
-    if fields.flag("mlp_bias", False):
+    if kind == "llama" and fields.flag("mlp_bias", False):  # the others have none, whatever their configs say
         raise CheckpointError("config.json: mlp_bias is true, expected false. Such models aren't supported.")
-    rotary = fields.number(
-        "partial_rotary_factor", fields.section("rope_parameters").number("partial_rotary_factor", 1)
-    )
-    if rotary != 1:
-        raise CheckpointError(f"config.json: partial_rotary_factor is {rotary}, expected 1: RoPE over the whole head.")
     if fields.has("quantization_config"):
         raise CheckpointError(
             "config.json has a quantization_config, expected plain float weights. Use the unquantised checkpoint, or a "
@@ -184,46 +201,15 @@ def _reject_gguf_variants(fields: Fields, kind: str) -> None:
 
 
 def _hf_max_context(fields: Fields, kind: str) -> int:
-    context = fields.integer("max_position_embeddings")
-    if kind == "mistral":  # its window is always on; null means none, and transformers takes an absent one for 4096
-        absent = context if "sliding_window" in fields.values else 4096
-        return min(context, fields.integer("sliding_window", absent))
-    # Qwen names a window that use_sliding_window switches on.
-    windowed = kind in ("qwen2", "qwen3") and fields.flag("use_sliding_window", False)
-    return min(context, fields.integer("sliding_window", context)) if windowed else context
-
-
-def _hf_rope_scaling(rope: Fields, head_dim: int, theta: float) -> RopeScaling | None:
-    kind = rope.text("rope_type", rope.text("type", "default"))
-    match kind:
-        case "default":
-            return None
-        case "linear":
-            return RopeScaling.linear(head_dim=head_dim, factor=rope.number("factor"))
-        case "llama3":
-            return RopeScaling.llama3(
-                head_dim=head_dim,
-                theta=theta,
-                factor=rope.number("factor"),
-                low_freq_factor=rope.number("low_freq_factor"),
-                high_freq_factor=rope.number("high_freq_factor"),
-                original_max_context=rope.integer("original_max_position_embeddings"),
+    """Tokens within which no layer's window cuts anything."""
+    context, layers = fields.integer("max_position_embeddings"), fields.integer("num_hidden_layers")
+    windowed = kind == "mistral"  # in all layers
+    if kind in ("qwen2", "qwen3") and fields.flag("use_sliding_window"):
+        types = fields.texts("layer_types")
+        if unknown := sorted({*types} - {"full_attention", "sliding_attention"}):
+            raise CheckpointError(
+                f"config.json: layer_types has {unknown[0]!r:.60}, expected full_attention or sliding_attention. Such "
+                "models aren't supported."
             )
-    raise CheckpointError(f"{rope.origin}: RoPE scaling {kind!r} isn't supported, expected default, linear or llama3.")
-
-
-def _gguf_rope_scaling(
-    fields: Fields, kind: str, head_dim: int, divisors: Sequence[float] | None
-) -> RopeScaling | None:
-    # Older files have rope.scale_linear where newer ones have rope.scaling.type and rope.scaling.factor.
-    older = f"{kind}.rope.scale_linear"
-    scaling = fields.text(f"{kind}.rope.scaling.type", "linear" if fields.has(older) else "none")
-    if scaling not in ("none", "default", "linear"):
-        raise CheckpointError(f"GGUF metadata: RoPE scaling {scaling!r} isn't supported, expected none or linear.")
-    factor = 1.0
-    if scaling == "linear":
-        newer = f"{kind}.rope.scaling.factor"
-        factor = fields.number(newer if fields.has(newer) else older)
-    if divisors is not None:
-        return RopeScaling(divisors=tuple(factor * float(divisor) for divisor in divisors))
-    return None if factor == 1.0 else RopeScaling.linear(head_dim=head_dim, factor=factor)
+        windowed = "sliding_attention" in types if types else fields.integer("max_window_layers") < layers
+    return min(context, fields.integer("sliding_window", context)) if windowed else context

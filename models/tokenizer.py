@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,8 @@ from pathlib import Path
 import tokenizers
 
 from models.chat import render_chat
-from models.errors import CheckpointError
+from models.errors import CheckpointError, TokenizerError, tokenizers_errors
+from models.fields import Fields, read_json
 from models.vocabulary import tokenizer_from_gguf
 
 
@@ -31,22 +31,39 @@ class Tokenizer:
         return self.core.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
-        """Token ids; ``add_special`` adds what the model expects at the text's beginning, unless it is there."""
+        """Token ids; ``add_special`` adds what the model expects around a text, unless it begins with that already.
+
+        Raises:
+          TokenizerError: the tokenizer can't take the text, such as a letter where it has no token for unknown ones.
+        """
         bos = self.core.id_to_token(self.bos_id) if self.bos_id is not None else None
-        add_special = add_special and not (bos and text.startswith(bos))
-        ids = self.core.encode(text, add_special_tokens=add_special).ids
+        add_special = add_special and not (bos and text.lstrip().startswith(bos))
+        with tokenizers_errors(lambda said: TokenizerError(f"the model's tokenizer can't take this text ({said})")):
+            ids = self.core.encode(text, add_special_tokens=add_special).ids
         return [self.bos_id, *ids] if self.adds_bos and add_special and self.bos_id is not None else ids
 
+    def encode_chat(self, text: str) -> list[int]:
+        """Token ids of what ``chat`` gave: as it stands, since the template writes the special tokens that are due.
+
+        But a model whose ``encode`` itself begins with the first token gets it here too, once (``docs/models.md``).
+        """
+        return self.encode(text, add_special=self.adds_bos)
+
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """The text; bytes that are no UTF-8 become U+FFFD."""
-        return self.core.decode(list(ids), skip_special_tokens=skip_special)
+        """The text; bytes that are no UTF-8 become U+FFFD.
+
+        Raises:
+          TokenizerError: the tokenizer can't make a text of them.
+        """
+        with tokenizers_errors(lambda said: TokenizerError(f"the model's tokenizer can't make a text of ids ({said})")):
+            return self.core.decode(list(ids), skip_special_tokens=skip_special)
 
     def stream(self) -> Detokenizer:
         """Text from tokens that come one by one."""
         return Detokenizer(tokenizer=self)
 
     def chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
-        """A conversation in the model's format, as text.
+        """A conversation in the model's format, as text for ``encode_chat``.
 
         Raises:
           CheckpointError: the checkpoint has no chat template, or it refuses the conversation.
@@ -123,10 +140,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def _from_directory(path: Path) -> Tokenizer:
-    try:
-        core = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
-    except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{path / 'tokenizer.json'} can't be read ({error}). Download it again.") from error
+    file = path / "tokenizer.json"
+    with tokenizers_errors(lambda said: CheckpointError(f"{file} can't be read ({said}). Download it again.")):
+        core = tokenizers.Tokenizer.from_file(str(file))
+        _only_encode(core)
     config = _json(path / "tokenizer_config.json")
     template = config.get("chat_template")
     if isinstance(template, list):  # several by name
@@ -138,15 +155,23 @@ def _from_directory(path: Path) -> Tokenizer:
         except ValueError as error:
             raise CheckpointError(f"{path / 'chat_template.jinja'} isn't UTF-8: {error}. Download it again.") from error
     ends = [core.token_to_id(token) for token in [_content(config.get("eos_token"))] if token]
-    more = _json(path / "generation_config.json").get("eos_token_id")
-    ends += more if isinstance(more, list) else [more]
+    generation = path / "generation_config.json"
+    ends += Fields(origin=str(generation), values=_json(generation)).ids("eos_token_id")
     bos = _content(config.get("bos_token"))
     return Tokenizer(
         core=core,
-        eos_ids=tuple(dict.fromkeys(i for i in ends if isinstance(i, int))),
+        eos_ids=tuple(dict.fromkeys(i for i in ends if i is not None and 0 <= i < 2**32)),  # some say -1 for none
         bos_id=core.token_to_id(bos) if bos else None,
         chat_template=template if isinstance(template, str) else None,
     )
+
+
+def _only_encode(core: tokenizers.Tokenizer) -> None:
+    """Undo what ``tokenizer.json`` keeps of a training: a text is all of its tokens, and the same each time."""
+    core.no_truncation()
+    core.no_padding()
+    if isinstance(core.model, tokenizers.models.BPE):
+        core.model.dropout = None
 
 
 def _content(token: object) -> str | None:
@@ -156,11 +181,5 @@ def _content(token: object) -> str | None:
     return token if isinstance(token, str) else None
 
 
-def _json(path: Path) -> dict:
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} isn't JSON: {error}. Download it again.") from error
-    return value if isinstance(value, dict) else {}
+def _json(path: Path) -> dict[str, object]:
+    return read_json(path) if path.exists() else {}

@@ -23,7 +23,7 @@ class Model(Protocol):
         self, jobs: Iterable[tuple[str | Sequence[int], SamplingParams]], *, max_context: int | None = None
     ) -> Iterator[Event]: ...
 
-    def chat_prompt(self, messages: Sequence[dict[str, str]]) -> str: ...
+    def chat_prompt(self, messages: Sequence[dict[str, str]]) -> Sequence[int]: ...
 
 
 class BatchJob:
@@ -123,7 +123,7 @@ class BatchJob:
             progress.say(f"cut off the {self.torn} bytes of a record that was not written to its end")
         return progress
 
-    def _requests(self, model: Model, progress: Progress) -> Iterator[tuple[str, SamplingParams]]:
+    def _requests(self, model: Model, progress: Progress) -> Iterator[tuple[str | Sequence[int], SamplingParams]]:
         """What the model is to answer, drawn as it has room; broken lines get their records on the way."""
         index = 0
         for job in self._lines():

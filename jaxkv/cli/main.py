@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from jaxkv.cli.options import answer_settings, parser, sampling_from
 from jaxkv.cli.plot import check_drawable, head_map
-from jaxkv.llm import LLM
+from jaxkv.llm import LLM, Prompt
 from jaxkv.policies import Policy, policy_from
 from jaxkv.report import as_dict, summary
 from jaxkv.requests import Completion, Finished, PromptRead, SamplingParams, TextMade
@@ -46,15 +46,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_generate(options: argparse.Namespace) -> int:
-    prompt, policy, params = read_prompt(options), policy_from(vars(options)), sampling_from(options)
+    text, policy, params = read_prompt(options), policy_from(vars(options)), sampling_from(options)
     if options.system is not None and not options.chat:
         raise ValueError("--system needs --chat")
     if options.plot is not None:
         check_drawable(options.plot)
     llm = load(options, policy)
+    prompt: Prompt = text
     if options.chat:
         system = [{"role": "system", "content": options.system}] if options.system is not None else []
-        prompt = llm.chat_prompt([*system, {"role": "user", "content": prompt}])
+        prompt = llm.chat_prompt([*system, {"role": "user", "content": text}])
 
     completion = answer(llm, prompt, params, quiet=options.json)
     if options.json:
@@ -114,7 +115,7 @@ def read_prompt(options: argparse.Namespace) -> str:
     return text
 
 
-def answer(llm: LLM, prompt: str, params: SamplingParams, *, quiet: bool) -> Completion:
+def answer(llm: LLM, prompt: Prompt, params: SamplingParams, *, quiet: bool) -> Completion:
     """Generates with a progress bar for the prompt and, unless ``quiet``, the text as it comes."""
     bar: tqdm | None = None
     for event in llm.events([prompt], params):

@@ -32,6 +32,7 @@ from jaxkv.engine.sequence import Sequence
 from jaxkv.generation.prompt import observation_of
 from jaxkv.policies import Policy
 from jaxkv.requests import Event, PromptRead, Refused
+from models import TokenizerError
 
 
 class Engine:
@@ -213,7 +214,13 @@ class Engine:
             error = "the model's logits are not finite: its weights are damaged, or too large for their dtype"
             yield Refused(request=sequence.index, error=error)
             return
-        yield from sequence.take(tokens, logprobs)
+        try:
+            made = list(sequence.take(tokens, logprobs))
+        except TokenizerError as error:
+            self._leave(row)
+            yield Refused(request=sequence.index, error=str(error))
+            return
+        yield from made
         if sequence.finish_reason is not None:
             at_end = self._stats(row)
             self._leave(row)

@@ -16,6 +16,7 @@ from models.errors import CheckpointError
 from models.families import Model, family_of_gguf
 from models.interface import ModelSizes
 
+_OF_THE_VOCABULARY = ("_token_id", "_token_ids", ".model", ".tokens")  # what tells the tokens that end an answer
 _ROPE_DIVISORS = "rope_freqs.weight"  # Llama 3.1's frequency scaling, one f32 a pair
 
 
@@ -26,7 +27,7 @@ def load_gguf(path: Path, dtype: DTypeLike = jnp.float32) -> Model:
       CheckpointError: the file is absent, damaged, not a GGUF, or not of a supported architecture.
     """
     file = GgufFile(path)
-    metadata = file.metadata(lambda key: not key.startswith("tokenizer.") or key.endswith("_token_id"))
+    metadata = file.metadata(lambda key: not key.startswith("tokenizer.") or key.endswith(_OF_THE_VOCABULARY))
     if "token_embd.weight" in file.tensors:
         vocab_size = file.tensors["token_embd.weight"].shape[0]
         metadata.setdefault(f"{metadata.get('general.architecture')}.vocab_size", vocab_size)

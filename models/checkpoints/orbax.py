@@ -16,11 +16,10 @@ from jax.typing import DTypeLike
 
 from models import families
 from models.checkpoints.assemble import abstract_model, parameters_of
-from models.checkpoints.safetensors import read_json
 from models.errors import CheckpointError
 from models.families import Model, family_of_config
 from models.family import Family
-from models.fields import Fields
+from models.fields import Fields, read_json
 from models.layers import is_stacked
 
 _WEIGHTS = "weights"
@@ -93,13 +92,19 @@ def restore(directory: Path, dtype: DTypeLike = jnp.float32) -> Model:
         files = " or ".join(config_files())
         raise CheckpointError(f"{directory} has no {files}. Give the directory of a checkpoint that `save` wrote.")
     config = _config_from_json(directory / family.config_file, family)
+    stored = _stored_shapes(directory / _WEIGHTS)
+    if config.num_layers > len(stored):  # before so many layers are built
+        raise CheckpointError(
+            f"{directory} has {len(stored)} tensors, too few for the {config.num_layers} layers of its config. Save "
+            "the model again."
+        )
     model = abstract_model(family.build, config, dtype)
     parameters = {".".join(path): leaf for path, leaf in parameters_of(model).items()}
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     expected = {
         name: jax.ShapeDtypeStruct(leaf.shape, np.dtype(dtype), sharding=place) for name, leaf in parameters.items()
     }
-    loaded = _restore_weights(directory / _WEIGHTS, expected)
+    loaded = _restore_weights(directory / _WEIGHTS, stored, expected)
     for name, value in loaded.items():
         if not bool(jnp.isfinite(value).all()):
             raise CheckpointError(
@@ -118,22 +123,34 @@ def _config_from_json(path: Path, family: Family[Model]) -> Any:
         raise CheckpointError(f"{path} isn't a config that `save` wrote ({error}). Save the model again.") from error
 
 
-def _restore_weights(path: Path, expected: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    damaged = f"{path} is missing, incomplete or damaged, expected the weights that `save` wrote. Save the model again"
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is missing, incomplete or damaged, expected the weights that `save` wrote. Save the model again "
+        f"({type(error).__name__})."
+    )
+
+
+def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """By the tensors' names."""
     with ocp.StandardCheckpointer() as checkpointer:
         try:
-            stored = checkpointer.metadata(path).item_metadata
-            shapes = {name: tuple(leaf.shape) for name, leaf in stored.items()}
+            return {name: tuple(leaf.shape) for name, leaf in checkpointer.metadata(path).item_metadata.items()}
         except Exception as error:  # Orbax and TensorStore raise many kinds
-            raise CheckpointError(f"{damaged} ({type(error).__name__}).") from error
-        wanted = {name: leaf.shape for name, leaf in expected.items()}
-        if shapes != wanted:
-            name = min(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))
-            raise CheckpointError(
-                f"{path}: tensor {name!r} has shape {shapes.get(name)}, expected {wanted.get(name)} by the config. "
-                "Save the model again."
-            )
+            raise _damaged(path, error) from error
+
+
+def _restore_weights(
+    path: Path, stored: dict[str, tuple[int, ...]], expected: dict[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    wanted = {name: leaf.shape for name, leaf in expected.items()}
+    if stored != wanted:
+        name = min(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
+        raise CheckpointError(
+            f"{path}: tensor {name!r} has shape {stored.get(name)}, expected {wanted.get(name)} by the config. "
+            "Save the model again."
+        )
+    with ocp.StandardCheckpointer() as checkpointer:
         try:
             return checkpointer.restore(path, expected)
         except Exception as error:
-            raise CheckpointError(f"{damaged} ({type(error).__name__}).") from error
+            raise _damaged(path, error) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from models.checkpoints.assemble import assemble
 from models.errors import CheckpointError
 from models.families import Model, family_of_hf
 from models.family import Family
-from models.fields import Fields
+from models.fields import Fields, read_json
 
 _INDEX = "model.safetensors.index.json"
 
@@ -38,19 +37,6 @@ def load_safetensors(directory: Path, dtype: DTypeLike = jnp.float32) -> Model:
 def _harmless(name: str) -> bool:
     """Older checkpoints store RoPE's frequencies, and some with tied embeddings store the embedding twice."""
     return name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
-
-
-def read_json(path: Path) -> dict[str, object]:
-    """A JSON object from a checkpoint's file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"can't read {path}: {error.strerror}. Use a complete checkpoint.") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} isn't JSON: {error}. Download it again.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}, expected a JSON object. Download it again.")
-    return value
 
 
 def _read_config(directory: Path) -> tuple[Family[Model], Any]:

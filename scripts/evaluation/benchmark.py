@@ -62,15 +62,17 @@ def tokens(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Of what is compressed, and of what is read afterwards. A prompt that is too long loses its middle."""
     before, after = sample.before, sample.after
+    beginning = tokenizer.encode
     if sample.chat:
+        beginning = tokenizer.encode_chat
         opening, closing = tokenizer.chat([{"role": "user", "content": MARK}]).split(MARK)
         before, after = opening + before, after + closing
     after += sample.start
     if protocol.aware:
-        whole = tokenizer.encode(before + after)
+        whole = beginning(before + after)
         context, question = whole[:-1], whole[-1:]
     else:
-        context, question = tokenizer.encode(before), tokenizer.encode(after, add_special=False)
+        context, question = beginning(before), tokenizer.encode(after, add_special=False)
     most = max_context - sample.item.most_tokens
     if sample.cuts and protocol.max_length is not None:
         most = min(most, protocol.max_length)

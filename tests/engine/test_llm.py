@@ -43,6 +43,9 @@ class Letters:
     def chat(self, messages):
         return "".join(f"{m['role']}:{m['content']};" for m in messages)
 
+    def encode_chat(self, text):
+        return self.encode(text)
+
 
 class LateLetters(Letters):
     """Gives each letter out only when the next one comes, as a decoder of unfinished characters may."""
@@ -315,7 +318,9 @@ def test_end_tokens_outside_the_vocabulary_are_none():
 
 
 def test_a_conversation_takes_the_models_format(texts):
-    assert texts.chat_prompt([{"role": "user", "content": "hi"}]) == "user:hi;"
+    prompt = texts.chat_prompt([{"role": "user", "content": "hi"}])
+    assert prompt == texts.tokenizer.encode("user:hi;")
+    assert texts.generate(prompt, FREE)[0].token_ids == texts.generate("user:hi;", FREE)[0].token_ids
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """Reading configs: what each format says, and what is refused."""
 
+from copy import deepcopy
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -95,12 +98,117 @@ def test_biases_and_norms_follow_the_model_type(kind, flags, attention_bias, out
         ("mistral", {"sliding_window": None}, 131072),
         ("mistral", {}, 4096),
         ("qwen2", {"sliding_window": 4096, "use_sliding_window": False}, 131072),
-        ("qwen2", {"sliding_window": 4096, "use_sliding_window": True}, 4096),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, 4096),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": None}, 131072),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}, 131072),
+        ("qwen3", {"use_sliding_window": True}, 131072),
+        ("qwen3", {"use_sliding_window": True, "layer_types": ["full_attention"] * 2, "max_window_layers": 0}, 131072),
+        ("qwen3", {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]}, 4096),
+        ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, 131072),
         ("llama", {"sliding_window": 4096}, 131072),
     ],
 )
 def test_a_sliding_window_in_force_limits_the_context(kind, window, context):
     assert LlamaConfig.from_hf({**HF, "model_type": kind, **window}).max_context == context
+
+
+KINDS = ["llama", "mistral", "qwen2", "qwen3"]
+NAMES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "rms_norm_eps": "rms_norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
+    "max_position_embeddings": "max_context",
+}
+
+
+def same_as_transformers(kind, values):
+    """Ours, compared with transformers' own class for that model type."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoConfig.for_model(kind, **{k: v for k, v in deepcopy(values).items() if k != "model_type"})
+    ours = LlamaConfig.from_hf({**values, "model_type": kind})
+    for key, name in NAMES.items():
+        expected = getattr(theirs, key, None) or theirs.hidden_size // theirs.num_attention_heads
+        if key == "max_position_embeddings" and kind == "mistral":
+            expected = min(expected, theirs.sliding_window or expected)
+        assert getattr(ours, name) == (False if key == "tie_word_embeddings" else expected), key
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    return ours, theirs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("key", [*NAMES, "rope_theta", "sliding_window", "hidden_act", "attention_bias", "everything"])
+def test_an_absent_key_means_what_transformers_takes_it_for(kind, key):
+    whole = {**HF, "num_attention_heads": 32, "hidden_size": 512, "head_dim": 16, "rope_theta": 5e5}
+    same_as_transformers(kind, {} if key == "everything" else {k: v for k, v in whole.items() if k != key})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_kv_heads_are_as_many_as_query_heads(kind):
+    assert LlamaConfig.from_hf({**HF, "model_type": kind, "num_key_value_heads": None}).num_kv_heads == 8
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3"])
+def test_biases_that_a_model_type_does_not_have_are_nothing(kind):
+    assert LlamaConfig.from_hf({**HF, "model_type": kind, "mlp_bias": True}).intermediate_size == 256
+
+
+SECTIONS = {
+    "both, alike": {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "linear"}},
+    "an empty one": {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {}, "rope_theta": 5e5},
+    "a null one": {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    "theta beside": {"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e5},
+    "theta twice": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rope_theta": 5e5},
+    "original absent": {"rope_scaling": {k: v for k, v in LLAMA3.items() if k[0] != "o"}, "rope_theta": 5e5},
+    "original beside": {
+        "rope_scaling": {k: v for k, v in LLAMA3.items() if k[0] != "o"},
+        "original_max_position_embeddings": 4096,
+    },
+    "original beside, unused": {"rope_theta": 5e5, "original_max_position_embeddings": 4096},
+}
+
+
+@pytest.mark.parametrize("values", SECTIONS.values(), ids=SECTIONS.keys())
+def test_all_that_is_said_of_rope_is_merged_as_transformers_does(values, torch):
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    ours, theirs = same_as_transformers("llama", {**HF, **values})
+    kind = theirs.rope_parameters["rope_type"]
+    frequencies = ours.rope_theta ** -(np.arange(0, 16, 2) / 16)
+    expected = ROPE_INIT_FUNCTIONS[kind](theirs, "cpu")[0].numpy() if kind != "default" else frequencies
+    divisors = ours.rope_scaling.divisors if ours.rope_scaling else 1
+    np.testing.assert_allclose(frequencies / divisors, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_parameters": {"rope_type": "default"}}, "both 'yarn'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_parameters": {"rope_theta": 1e4}}, "'yarn' isn't"),
+        ({"rope_scaling": {"type": "linear", "rope_type": "default", "factor": 4.0}}, "both 'linear' and 'default'"),
+        ({"rope_scaling": {"rope_theta": 1e4}, "rope_parameters": {"rope_theta": 5e5}}, "rope_theta of RoPE is both"),
+        ({"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 1e4}, "rope_theta of RoPE is both"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 4.0, "alpha": 8}},
+            "'alpha' isn't known of RoPE",
+        ),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "'full_attention' isn't known"),
+        (
+            {"rope_scaling": LLAMA3, "original_max_position_embeddings": 4096},
+            "original_max_position_embeddings of RoPE",
+        ),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+        ({"rope_scaling": {"factor": 4.0}}, "'factor' isn't known of RoPE of type 'default'"),
+    ],
+)
+def test_rope_that_contradicts_itself_or_is_not_known_is_refused(values, message):
+    with pytest.raises(CheckpointError, match=message):
+        LlamaConfig.from_hf({**HF, **values})
 
 
 def test_several_eos_tokens_are_kept():
@@ -123,6 +231,11 @@ def test_several_eos_tokens_are_kept():
         ({"vocab_size": "many"}, "vocab_size is 'many', expected an integer"),
         ({"hidden_size": True}, "hidden_size is True"),
         ({"head_dim": 15}, "head_dim"),
+        ({"head_dim": 2**33, "rope_scaling": {"type": "linear", "factor": 2.0}}, "head_dim"),
+        ({"rope_theta": 10**400}, "rope_theta is 1000.*expected a finite number"),
+        ({"rms_norm_eps": -(10**400)}, "rms_norm_eps"),
+        ({"num_hidden_layers": 10**400}, "num_layers"),
+        ({"max_position_embeddings": 2**40}, "max_context"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
         ({"rope_theta": -1.0}, "rope_theta"),
         ({"hidden_act": "gelu"}, "gelu.*expected 'silu'"),
@@ -155,6 +268,11 @@ def test_gguf_rope_scaling():
     assert from_gguf(llama__rope__scaling__type="none").rope_scaling is None
     assert from_gguf(llama__rope__scaling__type="linear", llama__rope__scaling__factor=4.0).rope_scaling == linear
     assert from_gguf(llama__rope__scale_linear=4.0).rope_scaling == linear
+    assert from_gguf(llama__rope__scaling__factor=4.0).rope_scaling == linear
+    assert from_gguf(llama__rope__scaling__factor=4.0, llama__rope__scale_linear=4.0).rope_scaling == linear
+    assert from_gguf(llama__rope__scaling__factor=0.0).rope_scaling is None
+    assert from_gguf(llama__rope__scaling__type="none", llama__rope__scaling__factor=1.0).rope_scaling is None
+    assert from_gguf(llama__rope__scaling__original_context_length=4096).rope_scaling is None
     assert from_gguf(rope_divisors=[4.0] * 8).rope_scaling == linear
     assert from_gguf(llama__attention__sliding_window=1024).max_context == 1024
 
@@ -166,6 +284,11 @@ def test_gguf_rope_scaling():
         ({"llama__expert_count": 8}, "expert"),
         ({"split__count": 2}, "split"),
         ({"llama__rope__scaling__type": "yarn"}, "yarn"),
+        ({"llama__rope__scaling__type": "none", "llama__rope__scaling__factor": 4.0}, "'none' with the factors"),
+        ({"llama__rope__scaling__factor": 4.0, "llama__rope__scale_linear": 2.0}, "with the factors"),
+        ({"llama__rope__scaling__attn_factor": 1.2}, "attn_factor is 1.2"),
+        ({"llama__rope__scaling__yarn_log_multiplier": 0.1}, "yarn_log_multiplier' isn't supported"),
+        ({"llama__attention__key_length": 2**31, "llama__rope__scaling__factor": 2.0}, "head_dim"),
         ({"llama__rope__dimension_count": 8}, "dimension_count"),
         ({"llama__attention__head_count_kv": [2, 4]}, "head_count_kv"),
         ({"llama__block_count": None}, "block_count"),

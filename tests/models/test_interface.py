@@ -85,7 +85,7 @@ def test_what_no_attend_computes_is_refused_by_layer(tiny_model, spec):
         ({"specs": (FULL,)}, "1 layers' attention, expected num_layers=2 or none"),
         ({"num_kv_heads": 3}, "multiple of KV heads.*num_kv_heads=3"),
         ({"hidden_size": 0}, "hidden_size is 0, expected 1"),
-        ({"head_dim": 5}, "even head_dim.*5"),
+        ({"head_dim": 5}, "head_dim is 5, expected an even number"),
     ],
 )
 def test_sizes_that_do_not_belong_together_are_refused(changes, message):

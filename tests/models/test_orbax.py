@@ -93,3 +93,34 @@ def test_weights_that_are_not_finite_are_named(tiny_model, tmp_path):
     save(model, tmp_path / "saved")
     with pytest.raises(CheckpointError, match=r"norm\.scale.*NaN"):
         load_model(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("vocab_size", 160.0, r"vocab_size is 160\.0, expected an integer"),
+        ("vocab_size", "160", "vocab_size is '160', expected an integer"),
+        ("tie_embeddings", "no", "tie_embeddings is 'no', expected true or false"),
+        ("rope_theta", True, "rope_theta is True, expected a finite number"),
+        ("rms_norm_eps", 10**400, "rms_norm_eps is 1000.*expected a finite number"),
+        ("head_dim", 2**33, "head_dim"),
+        ("num_layers", 2**30, "too few for the 1073741824 layers"),
+        ("num_layers", None, "num_layers"),
+        ("bos_token_id", "<s>", "bos_token_id is '<s>', expected a token id"),
+        ("specs", [{"window": 4}] * 2, "window=4"),
+        ("unheard_of", 1, "'unheard_of', which isn't known"),
+    ],
+)
+def test_our_own_config_is_checked_like_a_foreign_one(tiny_model, tmp_path, key, value, message):
+    save(tiny_model(), tmp_path / "saved")
+    path = tmp_path / "saved" / "llama.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(CheckpointError, match=message):
+        load_model(tmp_path / "saved")
+
+
+def test_a_config_nested_too_deeply_is_refused(tiny_model, tmp_path):
+    save(tiny_model(), tmp_path / "saved")
+    (tmp_path / "saved" / "llama.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"llama\.json isn't JSON that can be read"):
+        load_model(tmp_path / "saved")

@@ -31,6 +31,9 @@ class Characters:
         [message] = messages
         return f"<user>{message['content']}</user>"
 
+    def encode_chat(self, text):
+        return self.encode(text, add_special=False)
+
 
 TOKENIZER = Characters()
 
