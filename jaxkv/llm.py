@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,9 @@ Prompt = str | Sequence[int]
 
 
 class LLM:
-    """A loaded model.
+    """A loaded model. Each call answers with the weights that the model has when it begins.
+
+    A copy, also by pickling, has the same model and settings, but compiles its own programs and allocates its own cache.
 
     Args:
       model: a built-in name, a directory, a ``.gguf`` file, or a loaded model: any ``models.Decoder``
@@ -81,6 +84,9 @@ class LLM:
         self._programs: Programs | None = None
         self.engine: Engine | None = None
         """Of the latest call."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_cache": None, "_programs": None, "engine": None}  # a cache is donated, so not shared
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -175,8 +181,9 @@ class LLM:
 
     def _serve(self, sequences: Iterable[sequence.Sequence | Refused], config: CacheConfig) -> Iterator[Event]:
         """Answers them with the cache that is left of an earlier call, or a new one, of these sizes."""
-        if self._programs is None:
+        if self._programs is None or self._programs.stop_tokens != self._ends():
             self._programs = Programs(self.model, self._ends())
+        self._programs.follow(self.model)  # its weights may have been updated since the call before
         kept, self._cache = self._cache, None
         cache = init_cache(config) if kept is None else kept[1]
         self.engine = engine = Engine(self._programs, config, cache, share_prefixes=self.share_prefixes)

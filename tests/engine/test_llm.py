@@ -1,5 +1,7 @@
 """Prompts in, answers out: as the dense model would say, alone or in company, and with clear refusals."""
 
+import copy
+import pickle
 import weakref
 from dataclasses import replace
 
@@ -226,6 +228,42 @@ def test_a_stream_left_half_way_leaves_the_model_usable(texts):
     stream.close()
     [after] = texts.generate("Hello there", FREE)
     assert after.token_ids == before.token_ids
+
+
+def changed(model, scale=-1.0):
+    """The state of a model with other weights."""
+    return jax.tree.map(lambda x: x * scale, nnx.state(model))
+
+
+@pytest.mark.parametrize("how", ["update", "one weight", "a part", "another model", "another dtype"])
+def test_each_call_answers_with_the_weights_that_the_model_has(how):
+    model = tiny.random_model()
+    llm = LLM(model)
+    [before] = llm.generate(PROMPTS[0], FREE)
+    match how:
+        case "update":
+            nnx.update(model, changed(model))
+        case "one weight":
+            model.norm.scale.set_value(-model.norm.scale[...])
+        case "a part":
+            model.layers[0].feed_forward = tiny.random_model().layers[1].feed_forward
+        case "another model":
+            llm.model = Llama(tiny.CONFIG, rngs=nnx.Rngs(3))
+        case "another dtype":
+            nnx.update(model, jax.tree.map(lambda x: (-x).astype(jnp.bfloat16), nnx.state(model)))
+    [after] = llm.generate(PROMPTS[0], FREE)
+    assert after.token_ids == LLM(llm.model).generate(PROMPTS[0], FREE)[0].token_ids
+    assert after.token_ids != before.token_ids
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda llm: pickle.loads(pickle.dumps(llm))])
+def test_a_copy_answers_the_same_and_shares_no_cache(copied):
+    llm = LLM(tiny.random_model())
+    [first] = llm.generate(PROMPTS[0], FREE)
+    other = copied(llm)
+    for each in (other, llm, other):
+        assert each.generate(PROMPTS[0], FREE)[0].token_ids == first.token_ids
+    assert other.engine is not llm.engine
 
 
 def test_nothing_in_nothing_out(llm):
