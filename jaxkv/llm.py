@@ -28,7 +28,7 @@ Prompt = str | Sequence[int]
 class LLM:
     """A loaded model. Each call answers with the weights that the model has when it begins.
 
-    A copy, also by pickling, has the same model and settings, but compiles its own programs and allocates its own cache.
+    A copy, also by pickling, has the same model and settings, but programs and a cache of its own.
 
     Args:
       model: a built-in name, a directory, a ``.gguf`` file, or a loaded model: any ``models.Decoder``

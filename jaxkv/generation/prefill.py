@@ -37,18 +37,25 @@ def prefill(
       model: the model.
       cache: donated; its batch is that of the prompts.
       tokens: ``i32[batch, length]``, padded at the end.
-      lengths: ``i32[batch]`` real tokens of each row; 0 leaves a row as it is.
+      lengths: ``i32[batch]`` real tokens of each row, at most ``length``; 0 leaves a row as it is.
       policy: whose scores to record; None records none.
       chunk: tokens that go through the model at once; static. The work follows the longest prompt, not ``length``.
 
     Returns:
       The cache and the logits of each row's last token, ``f32[batch, vocab]``. Where the pool or a table row is too
-      small for a chunk, nothing of it or what follows is written and the logits of all rows are NaN.
+      small for a chunk, nothing of it or what follows is written and the logits of all rows are NaN; so they are where
+      a length is none of these, or a real token none of the model's, and then nothing at all is written.
+
+    Raises:
+      ValueError: arguments whose shapes don't belong together.
     """
+    _check_shapes(cache, tokens, lengths, chunk)
     length = tokens.shape[1]
     chunk = min(chunk, length)
+    sound = _are_sound(tokens, lengths, model.sizes.vocab_size)
+    lengths = jnp.where(sound, lengths, 0)
     tokens = jnp.pad(tokens, ((0, 0), (0, -length % chunk)))
-    prompt = start_prompt(model, cache, lengths, policy)
+    prompt = replace(start_prompt(model, cache, lengths, policy), granted=sound)
 
     def part(i: Array) -> tuple[Array, Array]:
         ids = lax.dynamic_slice_in_dim(tokens, i * chunk, chunk, axis=1)
@@ -66,6 +73,22 @@ def prefill(
 
         prompt = lax.fori_loop(0, chunks, reread, prompt)
     return finish_prompt(model, cache, prompt, policy)
+
+
+def _check_shapes(cache: PagedCache, tokens: Array, lengths: Array, chunk: int) -> None:
+    batch = cache.num_tokens.shape[0]
+    if tokens.ndim != 2 or tokens.shape[0] != batch or tokens.shape[1] < 1 or lengths.shape != (batch,) or chunk < 1:
+        raise ValueError(
+            f"for a cache of {batch} sequences expected tokens [{batch}, length] of at least one column, lengths "
+            f"[{batch}] and chunk >= 1, got tokens {list(tokens.shape)}, lengths {list(lengths.shape)} and {chunk=}"
+        )
+
+
+def _are_sound(tokens: Array, lengths: Array, vocab: int) -> Array:
+    """``bool[]``: whether all lengths are of rows that are so long, and all real tokens in the vocabulary."""
+    real = jnp.arange(tokens.shape[1]) < lengths[:, None]
+    known = (tokens >= 0) & (tokens < vocab) | ~real
+    return jnp.all((lengths >= 0) & (lengths <= tokens.shape[1])) & jnp.all(known)
 
 
 def prefill_chunk(
