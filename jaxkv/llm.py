@@ -183,7 +183,7 @@ class LLM:
         """Answers them with the cache that is left of an earlier call, or a new one, of these sizes."""
         if self._programs is None or self._programs.stop_tokens != self._ends():
             self._programs = Programs(self.model, self._ends())
-        self._programs.follow(self.model)  # its weights may have been updated since the call before
+        self._programs.refresh(self.model)  # its weights may have been updated since the call before
         kept, self._cache = self._cache, None
         cache = init_cache(config) if kept is None else kept[1]
         self.engine = engine = Engine(self._programs, config, cache, share_prefixes=self.share_prefixes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -91,15 +91,26 @@ class BatchJob:
         self._progress().say(self._summary(0.0))
         return self._status()
 
-    def run(self, model: Model, *, max_context: int | None = None) -> int:
+    def run(
+        self,
+        model: Model,
+        *,
+        max_context: int | None = None,
+        heed: Callable[[Iterable[Event]], Iterable[Event]] = iter,
+    ) -> int:
         """Answers what is left; returns the exit status: 0, or 1 where some line has an error record.
+
+        Args:
+          model: what answers.
+          max_context: as ``LLM.run`` takes it.
+          heed: passes events on; may raise between them, to stop.
 
         Raises:
           OSError: the output can't be written.
         """
         progress = self._progress()
         try:
-            for event in model.run(self._requests(model, progress), max_context=max_context):
+            for event in heed(model.run(self._requests(model, progress), max_context=max_context)):
                 match event:
                     case Finished(request=request, completion=completion):
                         self.output.write(_record(self.waiting.pop(request), completion, self.settings))

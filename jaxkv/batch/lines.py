@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jaxkv.policies.names import SETTINGS, policy_from
+from jaxkv.policies import policy_from
 from jaxkv.requests import SamplingParams, check_unicode
+from jaxkv.words import SETTINGS
 
 Id = str | int | float
 

@@ -40,7 +40,7 @@ Result = TypeVar("Result")
 class ModelPrograms:
     """A model whose methods that are marked ``program`` run compiled.
 
-    The programs take the leaves that the model had when it was last followed, since flattening a module costs
+    The programs take the leaves that the model had at the last ``refresh``, since flattening a module costs
     milliseconds a step. They are compiled when first needed for shapes and static arguments; ``compile_seconds`` tells
     what that took.
     """
@@ -50,7 +50,7 @@ class ModelPrograms:
         self._programs: dict[object, Callable[..., Any]] = {}
         self._take(model)
 
-    def follow(self, model: Decoder) -> None:
+    def refresh(self, model: Decoder) -> None:
         """Takes the weights that a model has now; costs about a millisecond where they are those that it had before.
 
         Programs for a model of another structure, other shapes or dtypes are dropped.

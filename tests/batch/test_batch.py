@@ -15,7 +15,8 @@ from jaxkv import KVCompress, MaxBytes, MaxTokens, Ratio, SamplingParams
 from jaxkv.batch.job import BatchJob
 from jaxkv.batch.lines import Broken, Job, digest, read_line
 from jaxkv.batch.progress import Progress
-from jaxkv.cli import main as cli
+from jaxkv.cli import commands as cli
+from jaxkv.cli.main import main
 from jaxkv.policies import SnapKV
 from jaxkv.requests import PromptRead
 
@@ -404,14 +405,14 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
     source, output = many(tmp_path, 3), tmp_path / "out.jsonl"
     arguments = ["batch", "--model", "m", "--input", str(source), "--output", str(output)]
     options = ["--max-batch", "3", "--cache-memory", "2M", "--ratio", "4", "--max-tokens", "5", "--logprobs"]
-    assert cli.main([*arguments, *options]) == 0
+    assert main([*arguments, *options]) == 0
     assert (given["max_batch"], given["cache_memory"], given["compression"].budget.ratio) == (3, 2_000_000, 4)
     assert [r["logprobs"] for r in records(output)] == [[-0.5] * 5] * 3
     assert records(output)[0]["settings"] == {"model": "m", "ratio": 4.0, "max_tokens": 5, "logprobs": True}
     given.clear()
     capsys.readouterr()
-    assert cli.main([*arguments, *options, "--cache-memory", "3M"]) == 0
-    assert cli.main([*arguments, *options, "--ratio", "2"]) == 2
+    assert main([*arguments, *options, "--cache-memory", "3M"]) == 0
+    assert main([*arguments, *options, "--ratio", "2"]) == 2
     said = capsys.readouterr().err
     assert "was written with other settings: line" in said
     assert 'with {"ratio": 4.0}, not {"ratio": 2.0}; go on with those, or give another --output' in said
@@ -422,7 +423,7 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(FakeLLM, "run", stop)
     output.unlink()
-    assert cli.main(arguments) == 130
+    assert main(arguments) == 130
     capsys.readouterr()
     cases = [
         (["--input", str(tmp_path / "none"), "--output", str(output)], "can't read", "No such file"),
@@ -432,7 +433,7 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
         (["--input", str(source), "--output", "/dev/full"], "can't write /dev/full", "must be a regular file"),
     ]
     for files, *messages in cases:
-        assert cli.main(["batch", "--model", "m", *files]) == 2
+        assert main(["batch", "--model", "m", *files]) == 2
         error = capsys.readouterr().err
         assert error.startswith("jaxkv: ")
         assert all(m in error for m in messages), error

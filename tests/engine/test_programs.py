@@ -60,17 +60,17 @@ def test_the_model_outside_is_the_one_that_was_given(sums):
     assert sums.model is tiny.MODEL
 
 
-def test_weights_that_changed_are_followed_and_programs_are_kept_where_they_still_fit(sums):
+def test_weights_that_changed_are_taken_and_programs_are_kept_where_they_still_fit(sums):
     model = tiny.random_model()
-    sums.follow(model)
+    sums.refresh(model)
     sums.add(jnp.zeros(3), 1)
     before = sums._leaves
-    sums.follow(model)
+    sums.refresh(model)
     assert sums._leaves is before
     nnx.update(model, jax.tree.map(lambda x: x + 1, nnx.state(model)))
-    sums.follow(model)
+    sums.refresh(model)
     sums.add(jnp.zeros(3), 1)
     assert Sums.traced == 1
-    sums.follow(tiny.random_model(dtype=jnp.bfloat16))
+    sums.refresh(tiny.random_model(dtype=jnp.bfloat16))
     sums.add(jnp.zeros(3), 1)
     assert Sums.traced == 2
