@@ -286,6 +286,23 @@ def test_zeros_that_a_lost_record_left_are_cut_off(tmp_path):
     assert output.read_bytes() == whole
 
 
+@pytest.mark.parametrize("between", [b"\r", b"\r\r", b"", b" ", b"\x85", "\u2028".encode()])
+def test_records_whose_line_ends_became_others_are_refused_and_left(tmp_path, between):
+    """Rather than cut off as one torn record."""
+    source, output = many(tmp_path, 4), tmp_path / "out.jsonl"
+    assert run_job(source, output) == 0
+    whole = output.read_bytes()
+    for changed in (whole.replace(b"\n", between), whole[:-1].replace(b"\n", between)):
+        output.write_bytes(changed)
+        with pytest.raises(ValueError, match="line 1 is no record of a batch job") as error:
+            run_job(source, output)
+        assert output.read_bytes() == changed
+        assert ("its lines end in CR alone: convert them to LF" in str(error.value)) == between.startswith(b"\r")
+    output.write_bytes(whole.replace(b"\n", b"\r\n"))  # as an editor on Windows leaves it
+    assert run_job(source, output) == 0
+    assert sorted(by_line(output)) == [1, 2, 3, 4]
+
+
 def test_the_output_of_another_job_is_refused_and_left_as_it_is(tmp_path):
     source, output = many(tmp_path, 4), tmp_path / "out.jsonl"
     run_job(put(tmp_path / "other.jsonl", *({"id": f"z{i}", "prompt": "x"} for i in range(3))), output)
