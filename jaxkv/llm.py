@@ -14,6 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxkv.cache import CacheConfig, PagedCache, init_cache
+from jaxkv.checks import check_dtype, number, shown
 from jaxkv.engine import Engine, sequence
 from jaxkv.engine.programs import Programs
 from jaxkv.engine.prompt_plan import Unservable, plan_prompt
@@ -61,8 +62,13 @@ class LLM:
         dtype: DTypeLike | None = None,
         cache_dtype: DTypeLike | None = None,
     ):
-        if max_batch < 1:
-            raise ValueError(f"max_batch must be at least 1, got {max_batch}")
+        if number(max_batch, "max_batch") < 1:
+            raise ValueError(f"max_batch must be at least 1, got {shown(max_batch)}")
+        if compression is not None and not isinstance(compression, Policy):
+            raise ValueError(f"compression must be a policy, or None for the full cache, got {shown(compression)}")
+        for value, name in ((dtype, "dtype"), (cache_dtype, "cache_dtype")):
+            if value is not None:
+                check_dtype(value, name)
         began = time.perf_counter()
         self.dtype = jnp.dtype(usual_dtype() if dtype is None else dtype)
         self.cache_dtype = self.dtype if cache_dtype is None else jnp.dtype(cache_dtype)
@@ -74,10 +80,10 @@ class LLM:
         else:
             self.model, self.tokenizer = _checked(model), tokenizer
         self.load_seconds = time.perf_counter() - began
-        self.cache_memory = cache_memory
+        self.cache_memory = None if cache_memory is None else number(cache_memory, "cache_memory")
         self.compression = compression and compression.for_model(self.model.sizes)
-        self.block_size = default_block_size() if block_size is None else block_size
-        self.max_batch = max_batch
+        self.block_size = default_block_size() if block_size is None else number(block_size, "block_size")
+        self.max_batch = number(max_batch, "max_batch")
         self.share_prefixes = share_prefixes
         self._cache: tuple[CacheConfig, PagedCache] | None = None
         """That of the latest call which came to its end."""
@@ -94,17 +100,16 @@ class LLM:
         """Answers prompts, each as if it were alone.
 
         Args:
-          prompts: a text, a list of token ids, or several of either.
+          prompts: a text, token ids (a list, or an array of numpy's or JAX's), or several of either.
           params: one for all prompts, or one each.
 
         Returns:
           The answers in the prompts' order.
 
         Raises:
-          ValueError: a prompt that is empty, or too long for the model or the pool; a budget that can't be met.
+          ValueError: a prompt that is none, empty, or too long for the model or the pool; a budget that can't be met.
         """
-        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
-        batch: Sequence[Prompt] = [prompts] if single else prompts  # pyright: ignore[reportAssignmentType]
+        batch: Sequence[Prompt] = [prompts] if _is_one(prompts) else prompts  # pyright: ignore[reportAssignmentType]
         done = {e.request: e.completion for e in self.events(batch, params) if isinstance(e, Finished)}
         return [done[i] for i in range(len(batch))]
 
@@ -128,10 +133,7 @@ class LLM:
         Raises:
           ValueError: as ``generate``.
         """
-        params = SamplingParams() if params is None else params
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(prompts):
-            raise ValueError(f"give one SamplingParams, or one a prompt: {len(prompts)} prompts, {len(each)} params")
+        each = _one_each(SamplingParams() if params is None else params, len(prompts))
         requests = []
         for i, job in enumerate(zip(prompts, each, strict=True)):
             try:
@@ -162,7 +164,7 @@ class LLM:
           ValueError: a cache memory or a budget with which nothing could be served.
         """
         context = self.model.sizes.max_context
-        most = context if max_context is None else max_context
+        most = context if max_context is None else number(max_context, "max_context")
         if not 1 < most <= context:
             raise ValueError(f"max_context must lie between 2 and the model's {context}, got {max_context}")
 
@@ -226,9 +228,12 @@ class LLM:
                 raise ValueError("this LLM has no tokenizer; give prompts as token ids")
             check_unicode(prompt, "the prompt")
             prompt = self.tokenizer.encode(prompt)
-        ids = np.asarray(prompt)
+        try:
+            ids = np.asarray(prompt)
+        except ValueError:  # lists of unequal lengths
+            ids = np.asarray(None)
         if ids.ndim != 1 or ids.dtype == object:
-            raise ValueError(f"a prompt must be a text or a list of token ids, got {str(prompt)[:60]}")
+            raise ValueError(f"a prompt must be a text or a list of token ids, got {shown(prompt)}")
         if len(ids) and not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(f"token ids must be whole numbers, got {ids.dtype}: {ids[:4].tolist()}")
         return ids
@@ -291,6 +296,33 @@ def _checked(model: Decoder) -> Decoder:
             f"{type(model).__name__} without {', '.join(lacking)}"
         )
     return model
+
+
+def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
+    """Whether it is one prompt, not several.
+
+    Raises:
+      ValueError: it is neither.
+    """
+    if isinstance(prompts, np.ndarray | jax.Array):
+        return prompts.ndim < 2
+    if isinstance(prompts, str):
+        return True
+    if not isinstance(prompts, Sequence):
+        raise ValueError(f"prompts must be a text, a list of token ids, or a list of either, got {shown(prompts)}")
+    return len(prompts) > 0 and not isinstance(prompts[0], str | Sequence) and np.ndim(prompts[0]) == 0
+
+
+def _one_each(params: SamplingParams | Sequence[SamplingParams], prompts: int) -> list[SamplingParams]:
+    """The params of each of so many prompts."""
+    if isinstance(params, SamplingParams):
+        return [params] * prompts
+    each: list[SamplingParams] = list(params) if isinstance(params, Sequence) else [params]
+    if wrong := [one for one in each if not isinstance(one, SamplingParams)]:
+        raise ValueError(f"params must be SamplingParams, one for all prompts or one each, got {shown(wrong[0])}")
+    if len(each) != prompts:
+        raise ValueError(f"give one SamplingParams, or one a prompt: {prompts} prompts, {len(each)} params")
+    return each
 
 
 def _of_prompt(error: object, index: int, prompts: int) -> ValueError:

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     {"pallas_kernels", "models"},
     {"jaxkv.version", "jaxkv.words"},
+    {"jaxkv.checks"},
     {"jaxkv.cache"},
     {"jaxkv.compression"},
     {"jaxkv.policies"},

@@ -16,6 +16,7 @@ from jax import Array
 
 from jaxkv.cache.config import CacheConfig
 from jaxkv.cache.state import PagedCache
+from jaxkv.checks import check_numbers, shown
 
 T = TypeVar("T", Array, int)
 MOST = 2**31 - 1
@@ -129,8 +130,9 @@ class MaxTokens(Budget):
     tokens: int
 
     def __post_init__(self) -> None:
+        check_numbers(self, tokens="max_cache_tokens")
         if not self.tokens >= 1:
-            raise ValueError(f"max_cache_tokens must be at least 1, got {self.tokens}")
+            raise ValueError(f"max_cache_tokens must be at least 1, got {shown(self.tokens)}")
 
     def unquantised_blocks(self, of: Footprint) -> int:
         return min(of.full_blocks(self.tokens), MOST)
@@ -157,6 +159,7 @@ class Ratio(Budget):
     ratio: float
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if not 1 <= self.ratio <= 1e9:
             said = f"got {self.ratio}" if self.ratio <= 1e9 else "got more than 1e9"
             if 0 < self.ratio < 1:  # what kvpress calls a compression ratio
@@ -178,8 +181,9 @@ class KeepFraction(Budget):
     fraction: float
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if not 0 < self.fraction <= 1:
-            raise ValueError(f"fraction kept must be in (0, 1], got {self.fraction}")
+            raise ValueError(f"fraction kept must be in (0, 1], got {shown(self.fraction)}")
 
     def unquantised_blocks(self, of: Footprint) -> Array:
         """As many go as are filled by what is held beyond the KVs that stay; of a text within the window none."""
@@ -202,8 +206,9 @@ class MaxBytes(Budget):
     size: int
 
     def __post_init__(self) -> None:
+        check_numbers(self, size="max_cache_bytes")
         if not self.size >= 1:
-            raise ValueError(f"max_cache_bytes must be at least 1, got {self.size}")
+            raise ValueError(f"max_cache_bytes must be at least 1, got {shown(self.size)}")
 
     def unquantised_blocks(self, of: Footprint) -> int:
         return self.blocks(of, of.block_bytes)

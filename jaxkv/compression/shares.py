@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jax import Array
 
+from jaxkv.checks import check_numbers, shown
 from jaxkv.compression.ranking import KEPT, sort_keys, take_cheapest
 
 
@@ -27,8 +28,9 @@ class Pyramid:
     slope: float = 20.0
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if not self.slope >= 1:
-            raise ValueError(f"slope must be at least 1 (1 gives each layer the same), got {self.slope}")
+            raise ValueError(f"slope must be at least 1 (1 gives each layer the same), got {shown(self.slope)}")
 
     def __call__(self, layers: int) -> Array:
         return jnp.linspace(2 - 1 / self.slope, 1 / self.slope, layers)
@@ -42,6 +44,7 @@ class Shares(ABC):
     """Part of an equal share of its group that each head keeps, whatever its scores (Ada-KV's alpha)."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if not 0 <= self.floor <= 1:
             raise ValueError(f"floor is a part of an equal share, from 0 to 1, got {self.floor}")
 

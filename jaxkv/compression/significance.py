@@ -43,6 +43,7 @@ class Significance(Tiered):
     """Compare with ``threshold / (position + 1)`` in place of ``threshold / N``, as the paper's section 4 does."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.low_threshold <= self.high_threshold:
             raise ValueError(
                 "thresholds must satisfy 0 <= low_threshold <= high_threshold, got "

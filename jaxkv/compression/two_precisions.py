@@ -33,6 +33,7 @@ class TwoPrecisions(Tiered):
     pays for; what has been quantised is not brought back."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.high_share <= 1:
             raise ValueError(f"high_share is a part of the budget, from 0 to 1, got {self.high_share}")
 

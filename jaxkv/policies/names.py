@@ -5,6 +5,7 @@ from dataclasses import fields
 from functools import partial
 from typing import Any
 
+from jaxkv.checks import shown
 from jaxkv.compression.budget import Budget, MaxBytes, MaxTokens, Ratio
 from jaxkv.compression.policy import Policy
 from jaxkv.compression.two_precisions import TwoPrecisions
@@ -82,7 +83,7 @@ def make_policy(name: str, budget: Budget | None, **settings) -> Policy | None:
             raise ValueError("policy none keeps everything; drop the budget, or name a policy")
         return None
     if name not in POLICIES:
-        raise ValueError(f"no policy is named {name!r}; there are none, {', '.join(POLICIES)}")
+        raise ValueError(f"no policy is named {shown(name)}; there are none, {', '.join(POLICIES)}")
     if budget is None and name in UNBOUNDED:
         budget = UNLIMITED
     if budget is None:
