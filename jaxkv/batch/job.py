@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from jaxkv.batch.lines import Broken, Id, Job, digest, input_lines, read_line
 from jaxkv.batch.progress import Progress
 from jaxkv.batch.records import Done, OutputFile
+from jaxkv.checks import shown_json
 from jaxkv.report import rate
 from jaxkv.requests import Completion, Event, Finished, Refused, SamplingParams
 
@@ -134,7 +135,7 @@ class BatchJob:
             progress.say(f"cut off the {self.torn} bytes of a record that was not written to its end")
         return progress
 
-    def _requests(self, model: Model, progress: Progress) -> Iterator[tuple[str, SamplingParams]]:
+    def _requests(self, model: Model, progress: Progress) -> Iterator[tuple[str | list[int], SamplingParams]]:
         """What the model is to answer, drawn as it has room; broken lines get their records on the way."""
         index = 0
         for job in self._lines():
@@ -193,8 +194,8 @@ class BatchJob:
             return
         if job.id != done.id:
             raise ValueError(
-                f"{self.output.path} belongs to another input: line {job.line} has id {json.dumps(done.id)} there, but "
-                f"{json.dumps(job.id)} in {self.source}; give another --output"
+                f"{self.output.path} belongs to another input: line {job.line} has id {shown_json(done.id)} there, but "
+                f"{shown_json(job.id)} in {self.source}; give another --output"
             )
         if done.digest not in (None, digest(data)):
             raise ValueError(
@@ -212,7 +213,7 @@ class BatchJob:
             if done is not None:
                 self._same(job, data, done)
             elif first != line and isinstance(job, Job):
-                error = f"the id {json.dumps(job.id)} is already that of line {first}; give each line its own"
+                error = f"the id {shown_json(job.id)} is already that of line {first}; give each line its own"
                 yield job.broken(error)
             else:
                 yield job
