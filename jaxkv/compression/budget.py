@@ -48,8 +48,8 @@ class Footprint:
         layers, _, kv_heads = raw.lengths.shape
         return cls(
             tokens=tokens,
-            kvs=raw.lengths.sum(),
-            blocks=raw.tables.blocks_held().sum(),
+            kvs=raw.lengths.sum(dtype=jnp.int32),
+            blocks=raw.tables.blocks_held().sum(dtype=jnp.int32),
             heads=layers * kv_heads,
             block_size=raw.block_size,
             block_bytes=raw.block_bytes,
@@ -168,9 +168,11 @@ class Ratio(Budget):
         object.__setattr__(self, "ratio", float(self.ratio))
 
     def unquantised_blocks(self, of: Footprint) -> Array:
-        full = of.full_blocks(jnp.asarray(of.tokens))
-        keep = jnp.floor(full / self.ratio).astype(jnp.int32)
-        keep = jnp.where(keep * self.ratio > full, keep - 1, keep)  # a float32 quotient may round up to a whole block
+        full = jnp.asarray(of.full_blocks(jnp.asarray(of.tokens)), jnp.float32)
+        keep = jnp.floor(full / self.ratio)
+        keep = jnp.where(keep * self.ratio > full, keep - 1, keep).astype(
+            jnp.int32
+        )  # a float32 quotient may round up to a whole block
         return jnp.maximum(keep, of.window_blocks)
 
 
@@ -196,7 +198,10 @@ class KeepFraction(Budget):
     def _kvs(self, of: Footprint) -> Array:
         """KVs that stay, of all heads."""
         old = jnp.maximum(of.tokens - of.window_tokens, 0)
-        return jnp.ceil(old * of.heads * jnp.float32(self.fraction)).astype(jnp.int32) + of.window_tokens * of.heads
+        return (
+            jnp.ceil((old * of.heads).astype(jnp.float32) * self.fraction).astype(jnp.int32)
+            + of.window_tokens * of.heads
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

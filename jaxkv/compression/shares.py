@@ -15,7 +15,7 @@ from jaxkv.compression.ranking import KEPT, sort_keys, take_cheapest
 
 def even(layers: int) -> Array:
     """Each layer the same."""
-    return jnp.ones(layers)
+    return jnp.ones(layers, jnp.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Pyramid:
             raise ValueError(f"slope must be at least 1 (1 gives each layer the same), got {shown(self.slope)}")
 
     def __call__(self, layers: int) -> Array:
-        return jnp.linspace(2 - 1 / self.slope, 1 / self.slope, layers)
+        return jnp.linspace(2 - 1 / self.slope, 1 / self.slope, layers, dtype=jnp.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class Global(Shares):
     """All heads of all layers compete (KV-Compress, KVzip)."""
 
     def keep(self, blocks: Array, may_go: Array, evict_blocks: Array) -> Array:
-        return blocks.sum((1, 2))[:, None] - evict_blocks[:, None]
+        return blocks.sum((1, 2), dtype=jnp.int32)[:, None] - evict_blocks[:, None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,10 +111,10 @@ def apportion(weights: Array, blocks: Array, may_go: Array, evict_blocks: Array)
       ``i32[batch, groups]``.
     """
     batch, groups, heads, rows = may_go.shape
-    held = blocks.sum(-1)
-    must_stay = held - may_go.sum((-1, -2))
-    place = jnp.arange(heads * rows)
-    bid = jnp.where(place < must_stay[..., None], 0.0, (place + 0.5) / weights[:, None])
+    held = blocks.sum(-1, dtype=jnp.int32)
+    must_stay = held - may_go.sum((-1, -2), dtype=jnp.int32)
+    place = jnp.arange(heads * rows, dtype=jnp.int32)
+    bid = jnp.where(place < must_stay[..., None], 0.0, (place.astype(jnp.float32) + 0.5) / weights[:, None])
     bid = jnp.where(place < held[..., None], sort_keys(bid), KEPT)
-    kept = take_cheapest(bid.reshape(batch, -1), held.sum(-1) - evict_blocks)
+    kept = take_cheapest(bid.reshape(batch, -1), held.sum(-1, dtype=jnp.int32) - evict_blocks)
     return kept.reshape(batch, groups, -1).sum(-1, dtype=jnp.int32)
