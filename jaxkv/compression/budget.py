@@ -170,9 +170,8 @@ class Ratio(Budget):
     def unquantised_blocks(self, of: Footprint) -> Array:
         full = jnp.asarray(of.full_blocks(jnp.asarray(of.tokens)), jnp.float32)
         keep = jnp.floor(full / self.ratio)
-        keep = jnp.where(keep * self.ratio > full, keep - 1, keep).astype(
-            jnp.int32
-        )  # a float32 quotient may round up to a whole block
+        # A float32 quotient may round up to a whole block.
+        keep = jnp.where(keep * self.ratio > full, keep - 1, keep).astype(jnp.int32)
         return jnp.maximum(keep, of.window_blocks)
 
 

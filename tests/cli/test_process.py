@@ -158,7 +158,7 @@ def test_an_answer_that_can_not_be_written_is_no_success(more):
 LONG = ("generate", "--model", "smollm2-135m", "--prompt", "x", "--max-tokens", "4000")
 
 
-@pytest.mark.parametrize("after", [0.3, 0.8, 1.5, 3.0, 6.0])
+@pytest.mark.parametrize("after", [0.3, 1.2, 6.0])
 def test_a_command_is_stopped_wherever_it_is(after):
     """While it imports, reads the model, compiles, decodes."""
     process = start(*LONG)
