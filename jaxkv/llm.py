@@ -204,6 +204,8 @@ class LLM:
           ValueError: no tokens, too many, or none of the model's; stop texts without a tokenizer.
         """
         context = self.model.sizes.max_context if context is None else context
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"params must be SamplingParams, one for all prompts or one each, got {shown(params)}")
         ids = self._encode(prompt)
         if len(ids) == 0:
             raise ValueError("the prompt is empty; give at least one token")
@@ -318,8 +320,6 @@ def _one_each(params: SamplingParams | Sequence[SamplingParams], prompts: int) -
     if isinstance(params, SamplingParams):
         return [params] * prompts
     each: list[SamplingParams] = list(params) if isinstance(params, Sequence) else [params]
-    if wrong := [one for one in each if not isinstance(one, SamplingParams)]:
-        raise ValueError(f"params must be SamplingParams, one for all prompts or one each, got {shown(wrong[0])}")
     if len(each) != prompts:
         raise ValueError(f"give one SamplingParams, or one a prompt: {prompts} prompts, {len(each)} params")
     return each

@@ -13,7 +13,7 @@ import tiny
 from flax import nnx
 
 from jaxkv import LLM, CacheConfig, KVCompress, MaxBytes, MaxTokens, Ratio, SamplingParams, init_cache, stats
-from jaxkv.requests import Finished, PromptRead
+from jaxkv.requests import Finished, PromptRead, Refused
 from models import Llama
 
 pytestmark = pytest.mark.once
@@ -446,6 +446,12 @@ def test_token_ids_of_any_kind_are_one_prompt_or_several(llm, kind):
     assert [a.token_ids for a in llm.generate([kind(ids), kind(ids)], params)] == [want.token_ids] * 2
     if kind in (np.array, jnp.array):
         assert [a.token_ids for a in llm.generate(kind([ids, ids]), params)] == [want.token_ids] * 2
+
+
+def test_a_job_without_params_is_refused_and_the_others_go_on(llm):
+    events = list(llm.run([([1], {"max_tokens": 3}), (None, SamplingParams()), ([1], SamplingParams(max_tokens=2))]))
+    assert [e.request for e in events if isinstance(e, Refused)] == [0, 1]
+    assert [e.request for e in events if isinstance(e, Finished)] == [2]
 
 
 @pytest.mark.parametrize(
