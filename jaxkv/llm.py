@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxkv.cache import CacheConfig, PagedCache, init_cache
+from jaxkv.checks import check_dtype, number, shown
 from jaxkv.engine import Engine, sequence
 from jaxkv.engine.programs import Programs
 from jaxkv.engine.prompt_plan import Unservable, plan_prompt
@@ -25,7 +27,9 @@ Prompt = str | Sequence[int]
 
 
 class LLM:
-    """A loaded model.
+    """A loaded model. Each call answers with the weights that the model has when it begins.
+
+    A copy, also by pickling, has the same model and settings, but programs and a cache of its own.
 
     Args:
       model: a built-in name, a directory, a ``.gguf`` file, or a loaded model: any ``models.Decoder``
@@ -58,8 +62,13 @@ class LLM:
         dtype: DTypeLike | None = None,
         cache_dtype: DTypeLike | None = None,
     ):
-        if max_batch < 1:
-            raise ValueError(f"max_batch must be at least 1, got {max_batch}")
+        if number(max_batch, "max_batch") < 1:
+            raise ValueError(f"max_batch must be at least 1, got {shown(max_batch)}")
+        if compression is not None and not isinstance(compression, Policy):
+            raise ValueError(f"compression must be a policy, or None for the full cache, got {shown(compression)}")
+        for value, name in ((dtype, "dtype"), (cache_dtype, "cache_dtype")):
+            if value is not None:
+                check_dtype(value, name)
         began = time.perf_counter()
         self.dtype = jnp.dtype(usual_dtype() if dtype is None else dtype)
         self.cache_dtype = self.dtype if cache_dtype is None else jnp.dtype(cache_dtype)
@@ -71,10 +80,10 @@ class LLM:
         else:
             self.model, self.tokenizer = _checked(model), tokenizer
         self.load_seconds = time.perf_counter() - began
-        self.cache_memory = cache_memory
+        self.cache_memory = None if cache_memory is None else number(cache_memory, "cache_memory")
         self.compression = compression and compression.for_model(self.model.sizes)
-        self.block_size = default_block_size() if block_size is None else block_size
-        self.max_batch = max_batch
+        self.block_size = default_block_size() if block_size is None else number(block_size, "block_size")
+        self.max_batch = number(max_batch, "max_batch")
         self.share_prefixes = share_prefixes
         self._cache: tuple[CacheConfig, PagedCache] | None = None
         """That of the latest call which came to its end."""
@@ -82,23 +91,25 @@ class LLM:
         self.engine: Engine | None = None
         """Of the latest call."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_cache": None, "_programs": None, "engine": None}  # a cache is donated, so not shared
+
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Completion]:
         """Answers prompts, each as if it were alone.
 
         Args:
-          prompts: a text, a list of token ids, or several of either.
+          prompts: a text, token ids (a list, or an array of numpy's or JAX's), or several of either.
           params: one for all prompts, or one each.
 
         Returns:
           The answers in the prompts' order.
 
         Raises:
-          ValueError: a prompt that is empty, or too long for the model or the pool; a budget that can't be met.
+          ValueError: a prompt that is none, empty, or too long for the model or the pool; a budget that can't be met.
         """
-        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
-        batch: Sequence[Prompt] = [prompts] if single else prompts  # pyright: ignore[reportAssignmentType]
+        batch: Sequence[Prompt] = [prompts] if _is_one(prompts) else prompts  # pyright: ignore[reportAssignmentType]
         done = {e.request: e.completion for e in self.events(batch, params) if isinstance(e, Finished)}
         return [done[i] for i in range(len(batch))]
 
@@ -126,10 +137,7 @@ class LLM:
         Raises:
           ValueError: as ``generate``.
         """
-        params = SamplingParams() if params is None else params
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(prompts):
-            raise ValueError(f"give one SamplingParams, or one a prompt: {len(prompts)} prompts, {len(each)} params")
+        each = _one_each(SamplingParams() if params is None else params, len(prompts))
         requests = []
         for i, job in enumerate(zip(prompts, each, strict=True)):
             try:
@@ -160,7 +168,7 @@ class LLM:
           ValueError: a cache memory or a budget with which nothing could be served.
         """
         context = self.model.sizes.max_context
-        most = context if max_context is None else max_context
+        most = context if max_context is None else number(max_context, "max_context")
         if not 1 < most <= context:
             raise ValueError(f"max_context must lie between 2 and the model's {context}, got {max_context}")
 
@@ -179,8 +187,9 @@ class LLM:
 
     def _serve(self, sequences: Iterable[sequence.Sequence | Refused], config: CacheConfig) -> Iterator[Event]:
         """Answers them with the cache that is left of an earlier call, or a new one, of these sizes."""
-        if self._programs is None:
+        if self._programs is None or self._programs.stop_tokens != self._ends():
             self._programs = Programs(self.model, self._ends())
+        self._programs.refresh(self.model)  # its weights may have been updated since the call before
         kept, self._cache = self._cache, None
         cache = init_cache(config) if kept is None else kept[1]
         self.engine = engine = Engine(self._programs, config, cache, share_prefixes=self.share_prefixes)
@@ -199,6 +208,8 @@ class LLM:
           ValueError: no tokens, too many, or none of the model's; stop texts without a tokenizer.
         """
         context = self.model.sizes.max_context if context is None else context
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"params must be SamplingParams, one for all prompts or one each, got {shown(params)}")
         ids = self._encode(prompt)
         if len(ids) == 0:
             raise ValueError("the prompt is empty; give at least one token")
@@ -223,9 +234,12 @@ class LLM:
                 raise ValueError("this LLM has no tokenizer; give prompts as token ids")
             check_unicode(prompt, "the prompt")
             prompt = self.tokenizer.encode(prompt)
-        ids = np.asarray(prompt)
+        try:
+            ids = np.asarray(prompt)
+        except ValueError:  # lists of unequal lengths
+            ids = np.asarray(None)
         if ids.ndim != 1 or ids.dtype == object:
-            raise ValueError(f"a prompt must be a text or a list of token ids, got {str(prompt)[:60]}")
+            raise ValueError(f"a prompt must be a text or a list of token ids, got {shown(prompt)}")
         if len(ids) and not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(f"token ids must be whole numbers, got {ids.dtype}: {ids[:4].tolist()}")
         return ids
@@ -288,6 +302,31 @@ def _checked(model: Decoder) -> Decoder:
             f"{type(model).__name__} without {', '.join(lacking)}"
         )
     return model
+
+
+def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
+    """Whether it is one prompt, not several.
+
+    Raises:
+      ValueError: it is neither.
+    """
+    if isinstance(prompts, np.ndarray | jax.Array):
+        return prompts.ndim < 2
+    if isinstance(prompts, str):
+        return True
+    if not isinstance(prompts, Sequence):
+        raise ValueError(f"prompts must be a text, a list of token ids, or a list of either, got {shown(prompts)}")
+    return len(prompts) > 0 and not isinstance(prompts[0], str | Sequence) and np.ndim(prompts[0]) == 0
+
+
+def _one_each(params: SamplingParams | Sequence[SamplingParams], prompts: int) -> list[SamplingParams]:
+    """The params of each of so many prompts."""
+    if isinstance(params, SamplingParams):
+        return [params] * prompts
+    each: list[SamplingParams] = list(params) if isinstance(params, Sequence) else [params]
+    if len(each) != prompts:
+        raise ValueError(f"give one SamplingParams, or one a prompt: {prompts} prompts, {len(each)} params")
+    return each
 
 
 def _of_prompt(error: object, index: int, prompts: int) -> ValueError:

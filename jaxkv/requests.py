@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from jaxkv.cache.stats import CacheStats
+from jaxkv.checks import check_numbers, shown
 from jaxkv.policies import Policy
 
 
@@ -29,7 +30,7 @@ class SamplingParams:
     min_p: float = 0.0
     seed: int = 0
     stop: tuple[str, ...] = ()
-    """Texts that end the answer, themselves left out."""
+    """Texts that end the answer, themselves left out; one alone, a list of them, or None, is taken too."""
     ignore_eos: bool = False
     logprobs: bool = False
     """Whether to return each token's log probability under the model."""
@@ -39,21 +40,22 @@ class SamplingParams:
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, expected: str) -> None:
             if not ok:
-                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r:.60}")
+                raise ValueError(f"{name} must be {expected}, got {shown(getattr(self, name))}")
 
-        for name in ("max_tokens", "top_k", "seed"):
-            check(type(getattr(self, name)) is int, name, "a whole number")
+        check_numbers(self)
         check(self.max_tokens >= 1, "max_tokens", "at least 1")
         check(0 <= self.temperature <= 1e6, "temperature", "0 (greedy) or a positive number up to 1e6")
         check(0 <= self.top_k < 2**31, "top_k", "0 (all) or positive, below 2**31")
         check(0 < self.top_p <= 1, "top_p", "in (0, 1]")
         check(0 <= self.min_p <= 1, "min_p", "in [0, 1]")
         check(0 <= self.seed < 2**32, "seed", "in [0, 2**32)")
-        chosen = self.compression is None or self.compression == "default" or isinstance(self.compression, Policy)
+        policy = self.compression
+        chosen = policy is None or isinstance(policy, Policy) or (isinstance(policy, str) and policy == "default")
         check(chosen, "compression", 'a policy, None for the full cache, or "default" for the LLM\'s')
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        check(all(isinstance(s, str) and s for s in self.stop), "stop", "texts, none of them empty")
+        stop = (self.stop,) if isinstance(self.stop, str) else () if self.stop is None else self.stop
+        stop = tuple(stop) if isinstance(stop, Iterable) else (stop,)
+        check(all(isinstance(s, str) and s for s in stop), "stop", "texts, none of them empty")
+        object.__setattr__(self, "stop", stop)  # the one way into a frozen dataclass
 
 
 def check_unicode(text: str, name: str) -> None:

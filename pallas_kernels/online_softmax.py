@@ -27,7 +27,11 @@ class Softmax(NamedTuple):
     @classmethod
     def none(cls, *shape: int, head_dim: int) -> Softmax:
         """Of no KVs."""
-        return cls(jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, head_dim)))
+        return cls(
+            jnp.full(shape, MASKED, jnp.float32),
+            jnp.zeros(shape, jnp.float32),
+            jnp.zeros((*shape, head_dim), jnp.float32),
+        )
 
     def add(self, row: Array, logits: Array, held: Array, dot_values: Callable[[Array], Array]) -> Softmax:
         """With more KVs of some rows in it, where this is one of ``[rows, group]``.

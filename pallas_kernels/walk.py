@@ -66,17 +66,17 @@ def walk(
     step = min(most, rows * row_segments)
     blocks = -(-lengths // block_size)
     segments = -(-blocks // segment_blocks)
-    end = jnp.cumsum(segments)
+    end = jnp.cumsum(segments, dtype=jnp.int32)
     first, total = end - segments, end[-1]
 
     def part(i: Array) -> Part:
-        index = i * step + jnp.arange(step)
-        row = jnp.minimum(jnp.sum(index[:, None] >= end[None, :], axis=1), rows - 1)
+        index = i * step + jnp.arange(step, dtype=jnp.int32)
+        row = jnp.minimum(jnp.sum(index[:, None] >= end[None, :], axis=1, dtype=jnp.int32), rows - 1)
         segment, exists = index - first[row], index < total
-        column = segment[:, None] * segment_blocks + jnp.arange(segment_blocks)
+        column = segment[:, None] * segment_blocks + jnp.arange(segment_blocks, dtype=jnp.int32)
         resident = exists[:, None] & (column < blocks[row][:, None])
         found = table.at[row[:, None], jnp.minimum(column, max_blocks - 1)].get(mode=IN_BOUNDS)
-        places = segment[:, None] * segment_kvs + jnp.arange(segment_kvs)
+        places = segment[:, None] * segment_kvs + jnp.arange(segment_kvs, dtype=jnp.int32)
         return Part(
             blocks=jnp.where(resident, found, 0).reshape(-1),
             row=row,

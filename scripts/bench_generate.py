@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv import CacheConfig, Greedy, KVCompress, Policy, Ratio, init_cache
-from jaxkv.cli.main import keep_compiled_programs
+from jaxkv.cli.commands import keep_compiled_programs
 from jaxkv.engine.programs import Programs
 from jaxkv.generation.prefill import CHUNK
 from models import Decoder, load_model, load_tokenizer, resolve

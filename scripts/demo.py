@@ -7,7 +7,7 @@ import textwrap
 from pathlib import Path
 
 from jaxkv import LLM, Completion, KVCompress, Ratio, SamplingParams
-from jaxkv.cli.main import answer, keep_compiled_programs
+from jaxkv.cli.commands import answer, keep_compiled_programs
 from jaxkv.cli.plot import head_map
 from jaxkv.report import megabytes, rate
 

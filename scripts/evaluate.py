@@ -31,7 +31,7 @@ from evaluation.writing import Writer
 from tqdm import tqdm
 
 from jaxkv import Policy, Ratio
-from jaxkv.cli.main import keep_compiled_programs
+from jaxkv.cli.commands import keep_compiled_programs
 from jaxkv.compression import Global, LastQueries, PerHead, PerLayer
 from jaxkv.generation.prompt import observation_of
 from jaxkv.policies import make_policy

@@ -28,30 +28,34 @@ find_any_python() {
 ensure_venv() {
     local directory="$1" python="$2" extras="$3" wanted
     shift 3
-    wanted="$(cat "$repo/pyproject.toml"; echo "$repo" "$extras" "$@")"
+    wanted="$("$python" -c "import sys; print(sys.version)" && cat "$repo/pyproject.toml" && echo "$repo" "$extras" "$@")" \
+        || return
     if [ "$(cat "$directory/.installed" 2>/dev/null)" = "$wanted" ] && "$directory/bin/python" -c "" 2>/dev/null; then
         return 0
     fi
     echo "installing into $directory (once)" >&2
-    "$python" -m venv --clear "$directory"
-    "$directory/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$repo[$extras]" "$@"
-    echo "$wanted" >"$directory/.installed"
+    # Each step says whether it failed: a caller without set -e must not take what is half installed for installed.
+    "$python" -m venv --clear "$directory" \
+        && "$directory/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$repo[$extras]" "$@" \
+        && echo "$wanted" >"$directory/.installed"
 }
 
 # ensure_compilers DIRECTORY JAX LIBTPU: adds the compilers for TPUs and for NVIDIA GPUs, in these versions, for the tests
 # that compile for machines that aren't here. Elsewhere than on Linux x86_64 there are none, and those tests are skipped.
 ensure_compilers() {
-    local directory="$1" jax="$2" libtpu="$3"
+    local directory="$1" jax="$2" libtpu="$3" wanted
     if [ "$(uname -sm)" != "Linux x86_64" ]; then
         echo "no compilers for TPUs and GPUs on $(uname -sm): tests that need them are skipped" >&2
         return 0
     fi
-    if [ "$(cat "$directory/.compilers" 2>/dev/null)" = "$jax $libtpu" ]; then
+    wanted="$jax $libtpu $("$directory/bin/python" -c "import sys; print(sys.version)")" || return
+    if [ "$(cat "$directory/.compilers" 2>/dev/null)" = "$wanted" ]; then
         return 0
     fi
     echo "installing compilers into $directory (once)" >&2
     local install=("$directory/bin/python" -m pip install --quiet --disable-pip-version-check)
-    "${install[@]}" "libtpu==$libtpu" "nvidia-cuda-nvcc>=13,<14"
-    "${install[@]}" --no-deps "jax-cuda13-plugin==$jax" "jax-cuda13-pjrt==$jax"  # their driver libraries aren't needed
-    echo "$jax $libtpu" >"$directory/.compilers"
+    # Without the dependencies of the second two: their driver libraries aren't needed.
+    "${install[@]}" "libtpu==$libtpu" "nvidia-cuda-nvcc>=13,<14" \
+        && "${install[@]}" --no-deps "jax-cuda13-plugin==$jax" "jax-cuda13-pjrt==$jax" \
+        && echo "$wanted" >"$directory/.compilers"
 }

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from jaxkv.batch.lines import Broken, Id, Job, digest, input_lines, read_line
 from jaxkv.batch.progress import Progress
 from jaxkv.batch.records import Done, OutputFile
+from jaxkv.checks import shown_json
 from jaxkv.report import rate
 from jaxkv.requests import Completion, Event, Finished, Refused, SamplingParams
 
@@ -91,15 +92,26 @@ class BatchJob:
         self._progress().say(self._summary(0.0))
         return self._status()
 
-    def run(self, model: Model, *, max_context: int | None = None) -> int:
+    def run(
+        self,
+        model: Model,
+        *,
+        max_context: int | None = None,
+        heed: Callable[[Iterable[Event]], Iterable[Event]] = iter,
+    ) -> int:
         """Answers what is left; returns the exit status: 0, or 1 where some line has an error record.
+
+        Args:
+          model: what answers.
+          max_context: as ``LLM.run`` takes it.
+          heed: passes events on; may raise between them, to stop.
 
         Raises:
           OSError: the output can't be written.
         """
         progress = self._progress()
         try:
-            for event in model.run(self._requests(model, progress), max_context=max_context):
+            for event in heed(model.run(self._requests(model, progress), max_context=max_context)):
                 match event:
                     case Finished(request=request, completion=completion):
                         self.output.write(_record(self.waiting.pop(request), completion, self.settings))
@@ -182,8 +194,8 @@ class BatchJob:
             return
         if job.id != done.id:
             raise ValueError(
-                f"{self.output.path} belongs to another input: line {job.line} has id {json.dumps(done.id)} there, but "
-                f"{json.dumps(job.id)} in {self.source}; give another --output"
+                f"{self.output.path} belongs to another input: line {job.line} has id {shown_json(done.id)} there, but "
+                f"{shown_json(job.id)} in {self.source}; give another --output"
             )
         if done.digest not in (None, digest(data)):
             raise ValueError(
@@ -201,7 +213,7 @@ class BatchJob:
             if done is not None:
                 self._same(job, data, done)
             elif first != line and isinstance(job, Job):
-                error = f"the id {json.dumps(job.id)} is already that of line {first}; give each line its own"
+                error = f"the id {shown_json(job.id)} is already that of line {first}; give each line its own"
                 yield job.broken(error)
             else:
                 yield job

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from jaxkv.policies.names import SETTINGS, policy_from
+from jaxkv.batch.openai import ANSWERED, UNUSED, WITHOUT_EFFECT, check_without_effect
+from jaxkv.checks import cut, shown, shown_json
+from jaxkv.policies import policy_from
 from jaxkv.requests import SamplingParams, check_unicode
+from jaxkv.words import SETTINGS
 
 Id = str | int | float
+T = TypeVar("T")
 
 NUMBERS = {
     "max_tokens": "a whole number",
@@ -25,8 +29,11 @@ NUMBERS = {
 COMPRESSION = {"compression": "a text", "ratio": "a number"}
 COMPRESSION |= {"max_cache_tokens": "a whole number", "max_cache_bytes": "a whole number"} | SETTINGS
 KINDS = {"a text": str, "a number": int | float, "a whole number": int, "true or false": bool}
-ASKED = {"prompt", "messages", "stop", *NUMBERS, *COMPRESSION}
-ROLES = ("system", "user", "assistant")
+ASKED = {"prompt", "messages", "stop", "logprobs", *NUMBERS, *COMPRESSION}
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+"""Those that a message may have, and what each is to a chat template."""
+MOST_NAMED = 3
+"""Unknown fields that an error names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +43,8 @@ class Job:
     line: int
     """From 1, blank lines counted."""
     id: Id
-    prompt: str | None
+    prompt: str | list[int] | None
+    """A text, or token ids."""
     messages: list[dict[str, str]] | None
     """Exactly one of ``prompt`` and ``messages`` is given."""
     params: SamplingParams
@@ -79,12 +87,13 @@ def input_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 def read_line(data: bytes, line: int, defaults: SamplingParams) -> Job | Broken:
     """Reads one line: our own shape, or that of OpenAI's batch files.
 
-    Ours: ``prompt`` (a text) or ``messages`` (``role`` and ``content`` each), and perhaps ``id``, ``max_tokens``,
-    ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``seed`` and ``stop`` (a text or several); and what compresses its
-    cache, named as on the command line: ``compression``, ``ratio`` and so on. A line that names any of these says all
-    of it, and a ``compression`` of ``none`` keeps everything. OpenAI's: ``custom_id`` and a ``body`` with the same, or
-    ``max_completion_tokens`` for ``max_tokens``; ``method``, ``url`` and the body's ``model`` are ignored, since the
-    job has one model. A value of null is as none given; any other field is an error.
+    Ours: ``prompt`` (a text, or token ids) or ``messages`` (``role`` and ``content`` each, perhaps a ``name`` for the
+    chat template), and perhaps ``id``, ``max_tokens``, ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``seed``,
+    ``logprobs`` and ``stop`` (a text or several); and what compresses its cache, named as on the command line:
+    ``compression``, ``ratio`` and so on. A line that names any of these says all of it, and a ``compression`` of
+    ``none`` keeps everything. OpenAI's: ``custom_id`` and a ``body`` with the same, or ``max_completion_tokens`` for
+    ``max_tokens``; what else a body may have is in ``batch.openai``. A value of null is as none given; any other field
+    is an error.
 
     Args:
       defaults: what the line doesn't say.
@@ -98,8 +107,9 @@ def read_line(data: bytes, line: int, defaults: SamplingParams) -> Job | Broken:
             _no_others(record, {"custom_id", "body", "method", "url"}, "")
             body = record.get("body")
             if not isinstance(body, dict):
-                raise LineError(f"body must be an object, got {_shown(body)}")
-            _no_others(body, ASKED | {"model", "max_completion_tokens"}, "body.")
+                raise LineError(f"body must be an object, got {shown_json(body)}")
+            _no_others(body, ASKED | {"max_completion_tokens", *UNUSED, *WITHOUT_EFFECT}, "body.")
+            _of_line(check_without_effect, body)
             fields = _one_limit(body)
         else:
             _no_others(record, ASKED | {"id"}, "")
@@ -119,7 +129,7 @@ def _parse(data: bytes) -> dict[str, Any]:
     try:
         record = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
-        near = _shown(text[max(error.pos - 10, 0) : error.pos + 20])
+        near = shown_json(text[max(error.pos - 10, 0) : error.pos + 20])
         raise LineError(f"not JSON: {error.msg} at column {error.pos + 1}, near {near}") from None
     except RecursionError:
         raise LineError("not JSON that can be read: nested too deeply") from None
@@ -128,15 +138,16 @@ def _parse(data: bytes) -> dict[str, Any]:
     except ValueError as error:  # a whole number of thousands of digits
         raise LineError(f"not JSON that can be read: {error}") from None
     if not isinstance(record, dict):
-        raise LineError(f"expected a JSON object with prompt or messages, got {_shown(record)}")
+        raise LineError(f"expected a JSON object with prompt or messages, got {shown_json(record)}")
     return record
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise LineError(f"the field {next(n for n in names if names.count(n) > 1)!r} is there twice; give it once")
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise LineError(f"the field {shown(name)} is there twice; give it once")
+        result[name] = value
     return result
 
 
@@ -149,78 +160,105 @@ def _id(record: dict[str, Any], field: str, line: int) -> Id:
     if value is None:
         return line
     if isinstance(value, bool) or not isinstance(value, str | int | float) or value in (float("inf"), float("-inf")):
-        raise LineError(f"{field} must be a text or a number, got {_shown(value)}")
+        raise LineError(f"{field} must be a text or a number, got {shown_json(value)}")
     return value
 
 
 def _no_others(record: dict[str, Any], known: set[str], where: str) -> None:
-    unknown = [f"{where}{name}" for name in record if name not in known]
+    unknown = [name for name in record if name not in known]
     if unknown:
-        raise LineError(f"unknown field {', '.join(map(_shown, unknown))}; known are {', '.join(sorted(known))}")
+        named = ", ".join(shown_json(f"{where}{cut(name)}") for name in unknown[:MOST_NAMED])
+        more = f" and {len(unknown) - MOST_NAMED} more" if len(unknown) > MOST_NAMED else ""
+        raise LineError(
+            f"unknown field {named}{more}; known are {', '.join(sorted(known.difference(UNUSED, WITHOUT_EFFECT)))}"
+        )
 
 
 def _one_limit(body: dict[str, Any]) -> dict[str, Any]:
     """The body with its ``max_completion_tokens`` as ``max_tokens``, which has the same meaning."""
     old, new = body.get("max_tokens"), body.get("max_completion_tokens")
     if old is not None and new is not None:
-        raise LineError(f"give max_tokens or max_completion_tokens, not both: got {_shown(old)} and {_shown(new)}")
+        raise LineError(
+            f"give max_tokens or max_completion_tokens, not both: got {shown_json(old)} and {shown_json(new)}"
+        )
     return body | {"max_tokens": old if new is None else new}
 
 
-def _question(fields: dict[str, Any]) -> tuple[str | None, list[dict[str, str]] | None]:
+def _question(fields: dict[str, Any]) -> tuple[str | list[int] | None, list[dict[str, str]] | None]:
     prompt, messages = fields.get("prompt"), fields.get("messages")
     if prompt is None and messages is None:
         raise LineError("no prompt: give prompt (a text) or messages (a list)")
     if prompt is not None and messages is not None:
         raise LineError("give prompt or messages, not both")
     if prompt is not None:
-        if not _text(prompt, "prompt").strip():
-            raise LineError(f"prompt must not be empty, got {_shown(prompt)}")
-        return prompt, None
+        return _prompt(prompt), None
     if not isinstance(messages, list) or not messages:
-        raise LineError(f"messages must be a list with at least one message, got {_shown(messages)}")
+        raise LineError(f"messages must be a list with at least one message, got {shown_json(messages)}")
     return None, [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def _prompt(prompt: Any) -> str | list[int]:
+    if isinstance(prompt, list):
+        if len(prompt) == 1 and isinstance(prompt[0], str | list):
+            return _prompt(prompt[0])
+        if not prompt or not all(type(token) is int and 0 <= token < 2**31 for token in prompt):
+            raise LineError(f"prompt must be one text or one list of token ids, got {shown_json(prompt)}")
+        return prompt
+    if not _text(prompt, "prompt").strip():
+        raise LineError(f"prompt must not be empty, got {shown_json(prompt)}")
+    return prompt
 
 
 def _message(message: Any, where: str) -> dict[str, str]:
     if not isinstance(message, dict):
-        raise LineError(f"{where} must be an object with role and content, got {_shown(message)}")
-    _no_others(message, {"role", "content"}, f"{where}.")
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise LineError(f"{where}.role must be one of {', '.join(ROLES)}, got {_shown(role)}")
+        raise LineError(f"{where} must be an object with role and content, got {shown_json(message)}")
+    _no_others(message, {"role", "content", "name", *ANSWERED}, f"{where}.")
+    for name in ANSWERED:
+        if message.get(name):
+            raise LineError(f"{where}.{name} isn't supported, got {shown_json(message[name])}; leave it out")
+    role, content, named = message.get("role"), message.get("content"), message.get("name")
+    if not isinstance(role, str) or role not in ROLES:
+        raise LineError(f"{where}.role must be one of {', '.join(ROLES)}, got {shown_json(role)}")
     if isinstance(content, list):
         for part in content:
             if not isinstance(part, dict) or part.keys() != {"type", "text"} or part["type"] != "text":
-                raise LineError(f'{where}.content may only hold {{"type": "text", "text": …}}, got {_shown(part)}')
+                raise LineError(f'{where}.content may only hold {{"type": "text", "text": …}}, got {shown_json(part)}')
         content = "".join(_text(part["text"], f"{where}.content text") for part in content)
-    return {"role": role, "content": _text(content, f"{where}.content")}
+    made = {"role": ROLES[role], "content": _text(content, f"{where}.content")}
+    return made if named is None else made | {"name": _text(named, f"{where}.name")}
 
 
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise LineError(f"{where} must be a text, got {_shown(value)}")
+        raise LineError(f"{where} must be a text, got {shown_json(value)}")
+    _of_line(check_unicode, value, where)
+    return value
+
+
+def _of_line(check: Callable[..., T], *given: Any) -> T:
+    """What a check gives, its refusal as the line's."""
     try:
-        check_unicode(value, where)
+        return check(*given)
     except ValueError as error:
         raise LineError(str(error)) from None
-    return value
 
 
 def _params(fields: dict[str, Any], defaults: SamplingParams) -> SamplingParams:
     given = _typed(fields, NUMBERS)
+    if (logprobs := fields.get("logprobs")) is not None:
+        # Of a prompt, OpenAI's count how many alternatives come with each token's own.
+        if not isinstance(logprobs, bool) and not (type(logprobs) is int and logprobs == 0 and "prompt" in fields):
+            raise LineError(f"logprobs must be true or false, or with a prompt 0, got {shown_json(logprobs)}")
+        given["logprobs"] = logprobs is not False
     compression = _typed(fields, COMPRESSION)
     stop = fields.get("stop")
     if stop is not None:
         if not isinstance(stop, str | list):
-            raise LineError(f"stop must be a text or a list of texts, got {_shown(stop)}")
+            raise LineError(f"stop must be a text or a list of texts, got {shown_json(stop)}")
         given["stop"] = tuple(_text(s, "stop") for s in ([stop] if isinstance(stop, str) else stop))
-    try:
-        if compression:
-            given["compression"] = policy_from(compression)
-        return replace(defaults, **given)
-    except ValueError as error:
-        raise LineError(str(error)) from None
+    if compression:
+        given["compression"] = _of_line(policy_from, compression)
+    return _of_line(lambda: replace(defaults, **given))
 
 
 def _typed(fields: dict[str, Any], expected: dict[str, str]) -> dict[str, Any]:
@@ -229,11 +267,5 @@ def _typed(fields: dict[str, Any], expected: dict[str, str]) -> dict[str, Any]:
     for name, value in given.items():
         kind = KINDS[expected[name]]
         if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind):
-            raise LineError(f"{name} must be {expected[name]}, got {_shown(value)}")
+            raise LineError(f"{name} must be {expected[name]}, got {shown_json(value)}")
     return given
-
-
-def _shown(value: Any) -> str:
-    """A value in an error, not longer than a line."""
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -177,9 +177,7 @@ class OutputFile:
         with open(self.fd, "rb", closefd=False) as file:
             for number, raw in enumerate(file, 1):
                 if not raw.endswith(b"\n"):
-                    # Anything else is no torn record, but somebody's file, which must stay as it is.
-                    # Zeros are what a file system may leave where the power failed.
-                    if not (raw.startswith(FIRST_BYTES) or FIRST_BYTES.startswith(raw) or not raw.strip(b"\0")):
+                    if not _is_torn(raw):
                         raise self._foreign(number, raw)
                     break
                 line, record = _understood(raw)
@@ -193,9 +191,28 @@ class OutputFile:
 
     def _foreign(self, number: int, raw: bytes) -> ValueError:
         shown = ascii(raw[:40].decode("utf-8", "replace").rstrip("\n"))
+        ends = "; its lines end in CR alone: convert them to LF" if b"\r{" in raw else ""
         return ValueError(
-            f"{self.path} line {number} is no record of a batch job: {shown}; give a new --output, or that of this job"
+            f"{self.path} line {number} is no record of a batch job: {shown}{ends}; give a new --output, or that of "
+            "this job"
         )
+
+
+def _is_torn(raw: bytes) -> bool:
+    """Whether it is the beginning of one record; anything else is somebody's file, which must stay as it is.
+
+    Zeros are what a file system may leave where the power failed.
+    """
+    if not raw.startswith(FIRST_BYTES):
+        return FIRST_BYTES.startswith(raw) or not raw.strip(b"\0")
+    try:
+        text = raw.decode("ascii")
+        end = json.JSONDecoder().raw_decode(text)[1]
+    except UnicodeDecodeError:  # records are written in ASCII
+        return False
+    except (ValueError, RecursionError):  # it ends before its record does
+        return True
+    return not text[end:].strip("\0")  # a whole record may lack its line's end; more after it are other lines
 
 
 def _understood(raw: bytes) -> tuple[int, Done | None]:

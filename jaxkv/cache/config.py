@@ -13,6 +13,7 @@ from jaxkv.cache.nbytes import nbytes
 from jaxkv.cache.quantised import NoStore, QuantisedStore
 from jaxkv.cache.raw import LANES, RawStore
 from jaxkv.cache.state import PagedCache
+from jaxkv.checks import check_dtype, check_numbers, number
 from models.interface import ModelSizes
 from pallas_kernels import padded_head_dim
 from pallas_kernels.quantised_block import BlockLayout
@@ -54,6 +55,8 @@ class CacheConfig:
     """The quantised store, if there is one; ``num_blocks`` are then of prompts and of what stays unquantised."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
+        check_dtype(self.dtype, "the cache's dtype")
         for name in ("num_layers", "num_kv_heads", "head_dim", "batch", "max_context", "block_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -90,6 +93,7 @@ class CacheConfig:
         """
         if num_blocks is not None and memory is not None:
             raise ValueError(f"give num_blocks or memory, not both: {num_blocks=}, {memory=}")
+        memory = None if memory is None else number(memory, "memory")
         config = cls(
             num_layers=model.num_layers,
             num_kv_heads=model.num_kv_heads,

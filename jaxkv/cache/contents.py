@@ -38,7 +38,7 @@ class Contents:
 
 def contents(cache: PagedCache) -> Contents:
     """Reads scores and positions of all that a cache holds."""
-    place = jnp.arange(cache.capacity)
+    place = jnp.arange(cache.capacity, dtype=jnp.int32)
     scores, positions = cache.raw.scores_and_positions()
     raw = Contents(
         home=jnp.where(place < cache.raw.lengths[..., None], RAW, GONE),
@@ -52,7 +52,7 @@ def contents(cache: PagedCache) -> Contents:
 def _after_quantised(raw: Contents, store: QuantisedStore) -> Contents:
     """With the quantised KVs before them."""
     capacity = raw.home.shape[-1]
-    place = jnp.arange(capacity)
+    place = jnp.arange(capacity, dtype=jnp.int32)
     high, low = store.tables.lengths[..., HIGH, None], store.tables.lengths[..., LOW, None]
     before = high + low
     moved = jnp.clip(place - before, 0, capacity - 1)
@@ -89,7 +89,7 @@ def of_raw(cache: PagedCache, values: Array) -> Array:
     """Those of the unquantised KVs, in table order, of values in the order of ``contents``."""
     if isinstance(cache.quantised, NoStore):
         return values
-    index = jnp.arange(cache.capacity) + cache.quantised.num_kvs()[..., None]
+    index = jnp.arange(cache.capacity, dtype=jnp.int32) + cache.quantised.num_kvs()[..., None]
     return jnp.take_along_axis(values, jnp.minimum(index, cache.capacity - 1), axis=-1)
 
 

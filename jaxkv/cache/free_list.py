@@ -22,7 +22,10 @@ class FreeList:
     @classmethod
     def of(cls, num_blocks: int) -> FreeList:
         """All of a pool but the null block. The lowest go first; the last entry is spare."""
-        return cls(blocks=(num_blocks - 1 - jnp.arange(num_blocks)).astype(jnp.int32), count=jnp.int32(num_blocks - 1))
+        return cls(
+            blocks=(num_blocks - 1 - jnp.arange(num_blocks, dtype=jnp.int32)).astype(jnp.int32),
+            count=jnp.int32(num_blocks - 1),
+        )
 
     def pop(self, need: Array, most: int) -> tuple[FreeList, Array, Array]:
         """Takes ``need`` blocks, ``i32[...]``, for each of many; their sum must be free.
@@ -30,19 +33,19 @@ class FreeList:
         Returns:
           The rest; the blocks, ``i32[..., most]``; and which of these are real, ``bool``. ``most`` is static.
         """
-        first = (jnp.cumsum(need) - need.reshape(-1)).reshape(need.shape)
-        place = jnp.arange(most)
+        first = (jnp.cumsum(need, dtype=jnp.int32) - need.reshape(-1)).reshape(need.shape)
+        place = jnp.arange(most, dtype=jnp.int32)
         real = place < need[..., None]
         rank = first[..., None] + place
         blocks = self.blocks[jnp.where(real, self.count - 1 - rank, 0)]
-        return FreeList(blocks=self.blocks, count=self.count - jnp.sum(need)), blocks, real
+        return FreeList(blocks=self.blocks, count=self.count - jnp.sum(need, dtype=jnp.int32)), blocks, real
 
     def push(self, blocks: Array, freed: Array) -> FreeList:
         """Takes back the ``blocks``, ``i32[...]``, where ``freed``."""
         freed = freed.reshape(-1)
-        rank = jnp.cumsum(freed)
+        rank = jnp.cumsum(freed, dtype=jnp.int32)
         at = jnp.where(freed, self.count + rank - 1, self.blocks.shape[0])
         return FreeList(
             blocks=self.blocks.at[at].set(blocks.reshape(-1), mode="drop"),
-            count=self.count + rank[-1].astype(jnp.int32),
+            count=self.count + rank[-1],
         )

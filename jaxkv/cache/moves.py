@@ -65,7 +65,7 @@ def move(cache: PagedCache, now: Contents, goal: Goal) -> PagedCache:
 
 def _requantise(cache: PagedCache, now: Contents, goal: Goal, count: Array) -> PagedCache:
     """Gives the quantised store what the goal has for it; ``count`` is ``i32[layers, 1, kv_heads, 2]``."""
-    first = jnp.cumsum(count, axis=-1) - count
+    first = jnp.cumsum(count, axis=-1, dtype=jnp.int32) - count
     order = _order(goal.home, first)
 
     # The unquantised pool is carried, though it stays as it is: a constant of the loop would be copied before
@@ -87,13 +87,13 @@ def _requantise(cache: PagedCache, now: Contents, goal: Goal, count: Array) -> P
 def _order(home: Array, first: Array) -> Array:
     """``i32`` like home: the KVs of each head that are quantised, in the order of their new homes."""
     kvs = home.shape[-1]
-    at = jnp.full(home.shape, kvs)
+    at = jnp.full(home.shape, kvs, jnp.int32)
     for tier in (HIGH, LOW):
         here = home == tier
-        at = jnp.where(here, first[..., tier, None] + jnp.cumsum(here, axis=-1) - 1, at)
+        at = jnp.where(here, first[..., tier, None] + jnp.cumsum(here, axis=-1, dtype=jnp.int32) - 1, at)
     flat = at.reshape(-1, kvs)
-    row = jnp.arange(flat.shape[0])[:, None]
-    source = jnp.broadcast_to(jnp.arange(kvs), flat.shape)
+    row = jnp.arange(flat.shape[0], dtype=jnp.int32)[:, None]
+    source = jnp.broadcast_to(jnp.arange(kvs, dtype=jnp.int32), flat.shape)
     return jnp.zeros(flat.shape, jnp.int32).at[row, flat].set(source, mode="drop").reshape(home.shape)
 
 
@@ -102,7 +102,7 @@ def _weakest(home: Array, worth: Array) -> Weakest:
     for tier in (HIGH, LOW):
         here = home == tier
         value = jnp.where(here, worth, jnp.inf)
-        rank = jnp.cumsum(here, axis=-1) - 1
+        rank = jnp.cumsum(here, axis=-1, dtype=jnp.int32) - 1
         least = jnp.argmin(value, axis=-1)[..., None]
         values.append(jnp.take_along_axis(value, least, axis=-1)[..., 0])
         indices.append(jnp.take_along_axis(rank, least, axis=-1)[..., 0])
@@ -113,7 +113,7 @@ def _keep_raw(cache: PagedCache, kept: Array) -> PagedCache:
     """Drops all unquantised KVs but those, ``bool[layers, batch, kv_heads, capacity]`` in table order: survivors past
     the new end go into the holes before it, as many of the one as of the other in each head."""
     raw = cache.raw
-    kept &= jnp.arange(kept.shape[-1]) < raw.lengths[..., None]
+    kept &= jnp.arange(kept.shape[-1], dtype=jnp.int32) < raw.lengths[..., None]
     lengths, moves = moves_of(kept)
     table = raw.tables.block_table.reshape(-1, raw.tables.max_blocks)
     pool, scores, positions = move_kvs(raw.pool, raw.scores, raw.positions, table, moves)
@@ -125,6 +125,6 @@ def moves_of(kept: Array) -> tuple[Array, Moves]:
     """How many KVs each head keeps, and the moves that close its holes; ``kept`` as for ``_keep_raw``."""
     kvs = kept.shape[-1]
     lengths = kept.sum(-1, dtype=jnp.int32)
-    before_end = jnp.arange(kvs) < lengths[..., None]
+    before_end = jnp.arange(kvs, dtype=jnp.int32) < lengths[..., None]
     moves = Moves(is_source=(kept & ~before_end).reshape(-1, kvs), is_hole=(~kept & before_end).reshape(-1, kvs))
     return lengths, moves

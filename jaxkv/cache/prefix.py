@@ -58,7 +58,7 @@ def attach(cache: PagedCache, row: Array, prefix: Prefix, blocks: Array) -> Page
 
 def cut(cache: PagedCache, prefix: Prefix, blocks: Array) -> tuple[PagedCache, Prefix]:
     """Gives back what of each head of a prefix lies past so many blocks, ``i32[]``; no row may borrow it."""
-    place = jnp.arange(prefix.table.shape[-1])
+    place = jnp.arange(prefix.table.shape[-1], dtype=jnp.int32)
     freed = jnp.broadcast_to((place >= blocks) & (place < prefix.blocks), prefix.table.shape)
     tables = replace(cache.raw.tables, free=cache.raw.tables.free.push(prefix.table, freed))
     return replace(cache, raw=replace(cache.raw, tables=tables)), replace(prefix, blocks=blocks)

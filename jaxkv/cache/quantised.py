@@ -40,7 +40,7 @@ class QuantisedStore:
         return cls(
             pool=jnp.zeros((num_blocks, layout.rows, 128), jnp.uint32),
             tables=HeadTables.empty(heads, max_blocks=max_blocks, num_blocks=num_blocks, kvs_a_block=tokens),
-            weakest=Weakest(value=jnp.full((*heads, 2), jnp.inf), index=jnp.zeros((*heads, 2), jnp.int32)),
+            weakest=Weakest(value=jnp.full((*heads, 2), jnp.inf, jnp.float32), index=jnp.zeros((*heads, 2), jnp.int32)),
             layout=layout,
         )
 
@@ -55,7 +55,7 @@ class QuantisedStore:
 
     def num_kvs(self) -> Array:
         """``i32[layers, batch, kv_heads]``: KVs that a head holds here."""
-        return self.tables.lengths.sum(-1)
+        return self.tables.lengths.sum(-1, dtype=jnp.int32)
 
     def scores_and_positions(self, tier: int) -> tuple[Array, Array]:
         """Of all heads' KVs of a tier, ``[layers, batch, kv_heads, max_blocks * tokens]``, in the tier's order."""
@@ -73,10 +73,12 @@ class QuantisedStore:
             for tier, segments in enumerate(self.layout.tiers):
                 table = self.tables.from_left(tier)
                 width = table.shape[-1]
-                index = jnp.arange(width * segments.tokens) + self.tables.lengths[..., HIGH, None] * tier
+                index = (
+                    jnp.arange(width * segments.tokens, dtype=jnp.int32) + self.tables.lengths[..., HIGH, None] * tier
+                )
                 index = jnp.minimum(index, last)
                 new = [jnp.take_along_axis(part, index, axis=-1).reshape(*table.shape, -1) for part in values]
-                real = jnp.arange(width) < self.tables.blocks_held()[..., tier, None]
+                real = jnp.arange(width, dtype=jnp.int32) < self.tables.blocks_held()[..., tier, None]
                 at = jnp.where(real, table, pool.shape[0])
                 pool = blocks.write_words(pool, at, segments.scores, jnp.concatenate(new, axis=-1))
             return pool
@@ -105,7 +107,7 @@ class QuantisedStore:
         """``bool[]``: whether blocks suffice for ``i32[layers, 1, kv_heads, 2]`` KVs of one sequence, layer by layer:
         a layer's blocks are given back before it takes its new ones."""
         more = self.tables.num_blocks(count) - self.tables.blocks_held()
-        return jnp.max(jnp.cumsum(more.sum((1, 2, 3)))) <= self.tables.free.count
+        return jnp.max(jnp.cumsum(more.sum((1, 2, 3), dtype=jnp.int32), dtype=jnp.int32)) <= self.tables.free.count
 
     def refill_layer(
         self, layer: Array, kvs: blocks.Tokens, count: Array, first: Array, order: Array
@@ -119,7 +121,7 @@ class QuantisedStore:
           first: likewise: where in ``order`` they begin.
           order: ``i32[layers, 1, kv_heads, kvs]``: which of ``kvs``.
         """
-        this = (jnp.arange(count.shape[0]) == layer)[:, None, None, None]
+        this = (jnp.arange(count.shape[0], dtype=jnp.int32) == layer)[:, None, None, None]
         tables = self.tables.shrink(jnp.where(this, 0, self.tables.lengths))
         most = tables.max_blocks * min(tables.kvs_a_block)
         tables, _ = tables.grow(jnp.where(this, count, tables.lengths), most=most)

@@ -99,7 +99,7 @@ class RawStore:
           positions: ``i32[batch, new]``.
           counts: ``i32[batch]`` how many of ``new`` are real.
         """
-        place = jnp.arange(positions.shape[1])
+        place = jnp.arange(positions.shape[1], dtype=jnp.int32)
         block, offset = self.tables.slots(0, starts[..., None] + place)  # [layers, batch, kv_heads, new]
         real = place < counts[None, :, None, None]
         slots = jnp.where(real, block * self.block_size + offset, NULL_BLOCK)
@@ -149,4 +149,4 @@ def to_slots(values: Array, block_table: Array, lengths: Array, new: Array) -> A
 
 def _holds_blocks(block_table: Array, lengths: Array, block_size: int) -> Array:
     """``bool`` like the table: which entries are a head's."""
-    return jnp.arange(block_table.shape[-1]) < (-(-lengths // block_size))[..., None]
+    return jnp.arange(block_table.shape[-1], dtype=jnp.int32) < (-(-lengths // block_size))[..., None]

@@ -62,8 +62,8 @@ class HeadTables:
     def has_room(self, lengths: Array) -> Array:
         """``bool[]``: whether ``grow`` can give the heads ``lengths`` KVs."""
         want = self.num_blocks(lengths)
-        enough = jnp.sum(want - self.blocks_held()) <= self.free.count
-        return enough & jnp.all(want.sum(-1) <= self.max_blocks)
+        enough = jnp.sum(want - self.blocks_held(), dtype=jnp.int32) <= self.free.count
+        return enough & jnp.all(want.sum(-1, dtype=jnp.int32) <= self.max_blocks)
 
     def grow(self, lengths: Array, *, most: int) -> tuple[HeadTables, Array]:
         """Gives each head the blocks for ``lengths`` KVs, all heads or none.
@@ -80,7 +80,7 @@ class HeadTables:
         granted = self.has_room(lengths)
         need = jnp.where(granted, self.num_blocks(lengths) - have, 0)
         free, blocks, real = self.free.pop(need, -(-most // min(self.kvs_a_block)))
-        column = self._column(have[..., None] + jnp.arange(blocks.shape[-1]))
+        column = self._column(have[..., None] + jnp.arange(blocks.shape[-1], dtype=jnp.int32))
         column = jnp.where(real, column, self.max_blocks)
         layer, sequence, head, _, _ = jnp.ogrid[tuple(slice(n) for n in (*have.shape, 1))]
         table = self.block_table.at[layer, sequence, head, column].set(blocks, mode="drop")
@@ -90,7 +90,7 @@ class HeadTables:
     def shrink(self, lengths: Array, *, keep: Array | int = 0) -> HeadTables:
         """Cuts each head to ``lengths`` KVs; the blocks past them are free again, but for a tier's first ``keep``."""
         have, want = self.blocks_held(), jnp.maximum(self.num_blocks(lengths), keep)
-        place = jnp.arange(self.max_blocks)
+        place = jnp.arange(self.max_blocks, dtype=jnp.int32)
         freed = jnp.zeros(self.block_table.shape, bool)
         for tier in range(len(self.kvs_a_block)):
             index = place if tier == 0 else place[::-1]

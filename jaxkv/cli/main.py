@@ -3,138 +3,40 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-import jax
-from tqdm import tqdm
+from jaxkv.cli.options import parser
+from jaxkv.cli.terminal import Interrupts, safe_streams
 
-from jaxkv.cli.options import answer_settings, parser, sampling_from
-from jaxkv.cli.plot import check_drawable, head_map
-from jaxkv.llm import LLM, Prompt
-from jaxkv.policies import Policy, policy_from
-from jaxkv.report import as_dict, summary
-from jaxkv.requests import Completion, Finished, PromptRead, SamplingParams, TextMade
-from models.hub import cache_directory
-
+STOPPED = 130
+"""Exit status after Ctrl-C."""
 CRASHED = 70
 """Exit status of a fault of ours, apart from 1 (some lines of a batch job failed) and 2 (bad input)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    options = parser().parse_args(arguments)
-    keep_compiled_programs()
-    try:
-        return run_generate(options) if options.command == "generate" else run_batch(options)
-    except KeyboardInterrupt:
-        print("jaxkv: stopped", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        return 141
-    except (ValueError, OSError) as error:
-        print(f"jaxkv: {error}", file=sys.stderr)
-        return 2
-    except Exception:
-        traceback.print_exc()
-        return CRASHED
+    with Interrupts() as interrupts, safe_streams():
+        try:
+            return run(parser().parse_args(arguments), interrupts)
+        except KeyboardInterrupt:
+            print("jaxkv: stopped", file=sys.stderr)
+            return STOPPED
+        except BrokenPipeError:
+            return 141
+        except (ValueError, OSError) as error:
+            print(f"jaxkv: {error}", file=sys.stderr)
+            return 2
+        except Exception:
+            traceback.print_exc()
+            return CRASHED
 
 
-def run_generate(options: argparse.Namespace) -> int:
-    text, policy, params = read_prompt(options), policy_from(vars(options)), sampling_from(options)
-    if options.system is not None and not options.chat:
-        raise ValueError("--system needs --chat")
-    if options.plot is not None:
-        check_drawable(options.plot)
-    llm = load(options, policy)
-    prompt: Prompt = text
-    if options.chat:
-        system = [{"role": "system", "content": options.system}] if options.system is not None else []
-        prompt = llm.chat_prompt([*system, {"role": "user", "content": text}])
+def run(options: argparse.Namespace, interrupts: Interrupts) -> int:
+    from jaxkv.cli import commands  # imports JAX, for seconds
 
-    completion = answer(llm, prompt, params, quiet=options.json)
-    if options.json:
-        print(json.dumps(as_dict(completion)))
-    else:
-        print(f"\n\n{summary(completion)}", file=sys.stderr)
-    if options.plot is not None:  # last: the answer is out, whatever a full disk does to the picture
-        head_map(completion.cache, options.plot)
-    return 0
-
-
-def run_batch(options: argparse.Namespace) -> int:
-    from jaxkv.batch.job import BatchJob  # locks files, which generate can do without where a system can't
-
-    policy, params = policy_from(vars(options)), sampling_from(options)
-    with BatchJob(
-        options.input, options.output, params, answer_settings(options), retry_failed=options.retry_failed
-    ) as job:
-        if not job.left:
-            return job.finish()
-        llm = load(options, policy, max_batch=options.max_batch, share_prefixes=options.share_prefixes)
-        return job.run(llm, max_context=options.max_context)
-
-
-def load(options: argparse.Namespace, policy: Policy | None, **settings: Any) -> LLM:
-    """The model that is asked for."""
-    return LLM(
-        options.model,
-        compression=policy,
-        cache_memory=options.cache_memory,
-        block_size=options.block_size,
-        dtype=options.dtype,
-        cache_dtype=options.cache_dtype,
-        **settings,
-    )
-
-
-def read_prompt(options: argparse.Namespace) -> str:
-    """The prompt's text.
-
-    Raises:
-      ValueError: the file can't be read, isn't UTF-8, or holds nothing.
-    """
-    if options.prompt is not None:
-        return options.prompt
-    path: Path = options.prompt_file
-    try:
-        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"can't read the prompt from {path}: {error.strerror}") from None
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}") from None
-    if not text.strip():
-        raise ValueError(f"{path} holds no text; the prompt must not be empty")
-    return text
-
-
-def answer(llm: LLM, prompt: Prompt, params: SamplingParams, *, quiet: bool) -> Completion:
-    """Generates with a progress bar for the prompt and, unless ``quiet``, the text as it comes."""
-    bar: tqdm | None = None
-    for event in llm.events([prompt], params):
-        match event:
-            case PromptRead(tokens=tokens, total=total):
-                bar = bar or tqdm(total=total, desc="reading the prompt", unit="tok", file=sys.stderr, leave=False)
-                bar.update(tokens - bar.n)
-            case TextMade(text=text):
-                if bar is not None:
-                    bar.close()
-                if not quiet:
-                    print(text, end="", flush=True)
-            case Finished(completion=completion):
-                return completion
-    raise AssertionError("a request ends with its Finished event")
-
-
-def keep_compiled_programs() -> None:
-    """Compiled programs go to the user's cache directory, so that a second run starts in seconds."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "programs"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    interrupts.check()
+    command = commands.run_generate if options.command == "generate" else commands.run_batch
+    return command(options, interrupts.heed)

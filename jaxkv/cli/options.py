@@ -6,18 +6,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from jaxkv.policies import POLICIES
-from jaxkv.policies.names import BUDGETS, SETTINGS
-from jaxkv.requests import SamplingParams
+from jaxkv.version import __version__
+from jaxkv.words import BUDGETS, DTYPES, POLICIES, SAMPLING, SETTINGS
 
-DTYPES = ("float32", "bfloat16")
-SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "logprobs")
 ANSWER = ("model", "dtype", "cache_dtype", "block_size", "max_context", "compression", *BUDGETS, *SETTINGS, *SAMPLING)
 """Options that a batch job's answers depend on."""
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="jaxkv", description="Paged KV-cache compression per attention head, in JAX.")
+    top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = top.add_subparsers(required=True, dest="command", metavar="COMMAND")
     add_generate(commands.add_parser("generate", help="answer one prompt"))
     add_batch(commands.add_parser("batch", help="answer a file of prompts; killed and started again, it goes on"))
@@ -125,13 +123,8 @@ def byte_count(text: str) -> int:
     unit = number.lstrip("0123456789.")
     try:
         return int(float(number[: len(number) - len(unit)]) * units[unit.strip()])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes; write 500M, 2G or 1.5GiB") from None
-
-
-def sampling_from(options: argparse.Namespace) -> SamplingParams:
-    given = {name: getattr(options, name) for name in SAMPLING if name != "stop"}
-    return SamplingParams(**given, stop=tuple(options.stop))
 
 
 def answer_settings(options: argparse.Namespace) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from jax import Array
 
 from jaxkv.cache.config import CacheConfig
 from jaxkv.cache.state import PagedCache
+from jaxkv.checks import check_numbers, shown
 
 T = TypeVar("T", Array, int)
 MOST = 2**31 - 1
@@ -47,8 +48,8 @@ class Footprint:
         layers, _, kv_heads = raw.lengths.shape
         return cls(
             tokens=tokens,
-            kvs=raw.lengths.sum(),
-            blocks=raw.tables.blocks_held().sum(),
+            kvs=raw.lengths.sum(dtype=jnp.int32),
+            blocks=raw.tables.blocks_held().sum(dtype=jnp.int32),
             heads=layers * kv_heads,
             block_size=raw.block_size,
             block_bytes=raw.block_bytes,
@@ -129,8 +130,9 @@ class MaxTokens(Budget):
     tokens: int
 
     def __post_init__(self) -> None:
+        check_numbers(self, tokens="max_cache_tokens")
         if not self.tokens >= 1:
-            raise ValueError(f"max_cache_tokens must be at least 1, got {self.tokens}")
+            raise ValueError(f"max_cache_tokens must be at least 1, got {shown(self.tokens)}")
 
     def unquantised_blocks(self, of: Footprint) -> int:
         return min(of.full_blocks(self.tokens), MOST)
@@ -157,6 +159,7 @@ class Ratio(Budget):
     ratio: float
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if not 1 <= self.ratio <= 1e9:
             said = f"got {self.ratio}" if self.ratio <= 1e9 else "got more than 1e9"
             if 0 < self.ratio < 1:  # what kvpress calls a compression ratio
@@ -165,9 +168,10 @@ class Ratio(Budget):
         object.__setattr__(self, "ratio", float(self.ratio))
 
     def unquantised_blocks(self, of: Footprint) -> Array:
-        full = of.full_blocks(jnp.asarray(of.tokens))
-        keep = jnp.floor(full / self.ratio).astype(jnp.int32)
-        keep = jnp.where(keep * self.ratio > full, keep - 1, keep)  # a float32 quotient may round up to a whole block
+        full = jnp.asarray(of.full_blocks(jnp.asarray(of.tokens)), jnp.float32)
+        keep = jnp.floor(full / self.ratio)
+        # A float32 quotient may round up to a whole block.
+        keep = jnp.where(keep * self.ratio > full, keep - 1, keep).astype(jnp.int32)
         return jnp.maximum(keep, of.window_blocks)
 
 
@@ -178,8 +182,9 @@ class KeepFraction(Budget):
     fraction: float
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if not 0 < self.fraction <= 1:
-            raise ValueError(f"fraction kept must be in (0, 1], got {self.fraction}")
+            raise ValueError(f"fraction kept must be in (0, 1], got {shown(self.fraction)}")
 
     def unquantised_blocks(self, of: Footprint) -> Array:
         """As many go as are filled by what is held beyond the KVs that stay; of a text within the window none."""
@@ -192,7 +197,10 @@ class KeepFraction(Budget):
     def _kvs(self, of: Footprint) -> Array:
         """KVs that stay, of all heads."""
         old = jnp.maximum(of.tokens - of.window_tokens, 0)
-        return jnp.ceil(old * of.heads * jnp.float32(self.fraction)).astype(jnp.int32) + of.window_tokens * of.heads
+        return (
+            jnp.ceil((old * of.heads).astype(jnp.float32) * self.fraction).astype(jnp.int32)
+            + of.window_tokens * of.heads
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,8 +210,9 @@ class MaxBytes(Budget):
     size: int
 
     def __post_init__(self) -> None:
+        check_numbers(self, size="max_cache_bytes")
         if not self.size >= 1:
-            raise ValueError(f"max_cache_bytes must be at least 1, got {self.size}")
+            raise ValueError(f"max_cache_bytes must be at least 1, got {shown(self.size)}")
 
     def unquantised_blocks(self, of: Footprint) -> int:
         return self.blocks(of, of.block_bytes)

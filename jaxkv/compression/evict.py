@@ -48,7 +48,7 @@ class Evict(Placement):
 
     def _surplus(self, cache: PagedCache, room: Array) -> Array:
         """``i32[]``: blocks beyond the room."""
-        return jnp.maximum(cache.raw.tables.blocks_held().sum() - room, 0)
+        return jnp.maximum(cache.raw.tables.blocks_held().sum(dtype=jnp.int32) - room, 0)
 
 
 class Plan(NamedTuple):
@@ -93,7 +93,7 @@ def plan_eviction(
     kvs = keys.shape[-1]
 
     ascending = jnp.sort(keys, axis=-1)
-    row = jnp.arange(kvs // block_size)
+    row = jnp.arange(kvs // block_size, dtype=jnp.int32)
     last = row * block_size + hang[..., None] - 1
     price = jnp.take_along_axis(ascending, jnp.clip(last, 0, kvs - 1), axis=-1)
     price = jnp.where(row < blocks[..., None] - floor, price, KEPT)  # [layers, batch, kv_heads, rows]
@@ -104,8 +104,8 @@ def plan_eviction(
         held = jnp.moveaxis(blocks, 1, 0)
         keep = shares.keep(held, price < KEPT, evict_blocks)  # [batch, groups]
         heads = held.reshape(*keep.shape, -1)
-        groups = heads.sum(-1) - keep
-        least = (shares.floor / heads.shape[-1] * keep).astype(jnp.int32)[..., None]
+        groups = heads.sum(-1, dtype=jnp.int32) - keep
+        least = (shares.floor / heads.shape[-1] * keep.astype(jnp.float32)).astype(jnp.int32)[..., None]
         price = jnp.where(row < (heads - least)[..., None], price.reshape(*heads.shape, -1), KEPT).reshape(price.shape)
     taken = take_cheapest(price.reshape(groups.size, -1), groups.reshape(-1))
     given = jnp.moveaxis(taken.reshape(price.shape).sum(-1, dtype=jnp.int32), 0, 1)

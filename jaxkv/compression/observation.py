@@ -54,9 +54,9 @@ class LastQueries(Observation):
     def rows(self, positions: Array, counts: Array, end: Array) -> Array:
         batch, chunk = positions.shape
         if self.count < chunk:
-            rows = (end - self.count - positions[:, 0])[:, None] + jnp.arange(self.count)
+            rows = (end - self.count - positions[:, 0])[:, None] + jnp.arange(self.count, dtype=jnp.int32)
             return jnp.where((rows >= 0) & (rows < counts[:, None]), rows, -1)
-        rows = jnp.broadcast_to(jnp.arange(chunk), (batch, chunk))
+        rows = jnp.broadcast_to(jnp.arange(chunk, dtype=jnp.int32), (batch, chunk))
         return jnp.where((rows < counts[:, None]) & (positions >= end[:, None] - self.count), rows, -1)
 
     def shareable(self, tokens: int) -> int:
@@ -71,7 +71,7 @@ class AllQueries(Observation):
     adds_up: ClassVar[bool] = True
 
     def rows(self, positions: Array, counts: Array, end: Array) -> Array:
-        rows = jnp.broadcast_to(jnp.arange(positions.shape[1]), positions.shape)
+        rows = jnp.broadcast_to(jnp.arange(positions.shape[1], dtype=jnp.int32), positions.shape)
         return jnp.where(rows < counts[:, None], rows, -1)
 
     def shareable(self, tokens: int) -> int:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jax import Array
 
 from jaxkv.cache.config import CacheConfig
@@ -123,6 +124,6 @@ class Placement(ABC):
 def claim_raw(cache: PagedCache, active: Array) -> Claim:
     """Room for the tokens in the unquantised store."""
     within = cache.within_capacity(cache.lengths + 1, active)
-    lengths = cache.raw.tables.lengths + (active & within)[None, :, None, None]
+    lengths = cache.raw.tables.lengths + (active & within).astype(jnp.int32)[None, :, None, None]
     tables, found = cache.raw.tables.grow(lengths, most=1)
     return Claim(replace(cache, raw=replace(cache.raw, tables=tables)), found & within)

@@ -11,6 +11,7 @@ from jax import Array
 from jaxkv.cache.config import CacheConfig
 from jaxkv.cache.contents import Contents
 from jaxkv.cache.state import PagedCache
+from jaxkv.checks import check_numbers, shown
 from jaxkv.compression.budget import MOST, Budget, Footprint
 from jaxkv.compression.evict import Evict
 from jaxkv.compression.placement import Placement, Worth
@@ -33,15 +34,18 @@ class Policy:
     """Compress again whenever a sequence's tokens are a multiple of this; None: once, after the prompt."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
+        if not isinstance(self.budget, Budget):
+            raise ValueError(f"budget must be one, such as Ratio(ratio=8), got {shown(self.budget)}")
         if self.protected_window < 1:
-            raise ValueError(f"protected_window must be at least 1, got {self.protected_window}")
+            raise ValueError(f"protected_window must be at least 1, got {shown(self.protected_window)}")
         if self.sinks < 0:
-            raise ValueError(f"sinks must not be negative, got {self.sinks}")
+            raise ValueError(f"sinks must not be negative, got {shown(self.sinks)}")
         if self.compress_every is not None and self.compress_every < 1:
-            raise ValueError(f"compress_every must be at least 1 token, got {self.compress_every}")
+            raise ValueError(f"compress_every must be at least 1 token, got {shown(self.compress_every)}")
         for name in ("protected_window", "sinks", "compress_every"):
             if (getattr(self, name) or 0) > MOST:
-                raise ValueError(f"{name} must be below 2**31, got {getattr(self, name)}")
+                raise ValueError(f"{name} must be below 2**31, got {shown(getattr(self, name))}")
         if self.compress_every is not None and not self.placement.ranks_decoded(self.scorer):
             raise ValueError(
                 f"compress_every={self.compress_every}: {self} doesn't rank what is decoded, so just that would be "
@@ -97,6 +101,7 @@ class Method(Policy):
     def parts(self) -> tuple[Scorer, Placement]: ...
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         for name, part in zip(("scorer", "placement"), self.parts(), strict=True):
             object.__setattr__(self, name, part)  # the one way into a frozen dataclass
         super().__post_init__()

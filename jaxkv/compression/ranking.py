@@ -22,5 +22,5 @@ def take_cheapest(keys: Array, count: Array, ascending: Array | None = None) -> 
     below = keys < bound
     level = keys == bound
     room = count - below.sum(-1, dtype=jnp.int32)
-    level = level & (jnp.cumsum(level, axis=-1) <= room[:, None])
+    level = level & (jnp.cumsum(level, axis=-1, dtype=jnp.int32) <= room[:, None])
     return (below | level) & (keys < KEPT) & (count > 0)[:, None]

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jax import Array
 
+from jaxkv.checks import check_numbers, shown
 from jaxkv.compression.ranking import KEPT, sort_keys, take_cheapest
 
 
 def even(layers: int) -> Array:
     """Each layer the same."""
-    return jnp.ones(layers)
+    return jnp.ones(layers, jnp.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +28,12 @@ class Pyramid:
     slope: float = 20.0
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if not self.slope >= 1:
-            raise ValueError(f"slope must be at least 1 (1 gives each layer the same), got {self.slope}")
+            raise ValueError(f"slope must be at least 1 (1 gives each layer the same), got {shown(self.slope)}")
 
     def __call__(self, layers: int) -> Array:
-        return jnp.linspace(2 - 1 / self.slope, 1 / self.slope, layers)
+        return jnp.linspace(2 - 1 / self.slope, 1 / self.slope, layers, dtype=jnp.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,7 @@ class Shares(ABC):
     """Part of an equal share of its group that each head keeps, whatever its scores (Ada-KV's alpha)."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if not 0 <= self.floor <= 1:
             raise ValueError(f"floor is a part of an equal share, from 0 to 1, got {self.floor}")
 
@@ -64,7 +67,7 @@ class Global(Shares):
     """All heads of all layers compete (KV-Compress, KVzip)."""
 
     def keep(self, blocks: Array, may_go: Array, evict_blocks: Array) -> Array:
-        return blocks.sum((1, 2))[:, None] - evict_blocks[:, None]
+        return blocks.sum((1, 2), dtype=jnp.int32)[:, None] - evict_blocks[:, None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,10 +111,10 @@ def apportion(weights: Array, blocks: Array, may_go: Array, evict_blocks: Array)
       ``i32[batch, groups]``.
     """
     batch, groups, heads, rows = may_go.shape
-    held = blocks.sum(-1)
-    must_stay = held - may_go.sum((-1, -2))
-    place = jnp.arange(heads * rows)
-    bid = jnp.where(place < must_stay[..., None], 0.0, (place + 0.5) / weights[:, None])
+    held = blocks.sum(-1, dtype=jnp.int32)
+    must_stay = held - may_go.sum((-1, -2), dtype=jnp.int32)
+    place = jnp.arange(heads * rows, dtype=jnp.int32)
+    bid = jnp.where(place < must_stay[..., None], 0.0, (place.astype(jnp.float32) + 0.5) / weights[:, None])
     bid = jnp.where(place < held[..., None], sort_keys(bid), KEPT)
-    kept = take_cheapest(bid.reshape(batch, -1), held.sum(-1) - evict_blocks)
+    kept = take_cheapest(bid.reshape(batch, -1), held.sum(-1, dtype=jnp.int32) - evict_blocks)
     return kept.reshape(batch, groups, -1).sum(-1, dtype=jnp.int32)

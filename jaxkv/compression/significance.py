@@ -43,6 +43,7 @@ class Significance(Tiered):
     """Compare with ``threshold / (position + 1)`` in place of ``threshold / N``, as the paper's section 4 does."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.low_threshold <= self.high_threshold:
             raise ValueError(
                 "thresholds must satisfy 0 <= low_threshold <= high_threshold, got "
@@ -65,17 +66,18 @@ class Significance(Tiered):
         # would instead put all that came before the prompt within the window, where nothing can be given up.
         age = num_tokens[None, :, None, None] - positions
         seen = jnp.minimum(age, observed[None, :, None, None])
-        return scores * (jnp.minimum(age, QUERIES) / jnp.maximum(seen, 1)), _since(positions, num_tokens)
+        weight = jnp.minimum(age, QUERIES).astype(jnp.float32) / jnp.maximum(seen, 1).astype(jnp.float32)
+        return scores * weight, _since(positions, num_tokens)
 
     def goal(self, cache: PagedCache, now: Contents, worth: Worth, room: Array) -> Goal:
         tokens = cache.num_tokens[None, :, None, None]
         since = jnp.where(now.home == RAW, _since(now.positions, cache.num_tokens), now.positions)
-        mean = now.scores / jnp.maximum(tokens - since, 1)
+        mean = now.scores / jnp.maximum(tokens - since, 1).astype(jnp.float32)
         base = jnp.where(now.home == RAW, now.positions, since) + 1 if self.by_position else tokens
-        relative = mean * base
+        relative = mean * base.astype(jnp.float32)
         # No quantised KV's stored position lies further back than the queries that were averaged over.
         clamped = (now.home != RAW) & (self.window >= QUERIES)
-        recent = now.held & (now.positions >= tokens - self.window + clamped)
+        recent = now.held & (now.positions >= tokens - self.window + clamped.astype(jnp.int32))
 
         def home(factor: Array) -> Array:
             high, low = self._raised(factor)
@@ -101,7 +103,7 @@ class Significance(Tiered):
         to that."""
         store, tables = cache.tiers, cache.tiers.tables
         step = self.step(tables.lengths, store.weakest, cache.num_tokens)
-        ready = cache.within_capacity(cache.raw.lengths + step.lengths.sum(-1), active)
+        ready = cache.within_capacity(cache.raw.lengths + step.lengths.sum(-1, dtype=jnp.int32), active)
         ready &= ~jnp.any(active[None, :, None] & (cache.raw.lengths > 0))
         lengths = jnp.where((active & ready)[None, :, None, None], step.lengths, tables.lengths)
         tables, found = tables.grow(lengths, most=1)
@@ -124,14 +126,18 @@ class Significance(Tiered):
         high_count, low_count = lengths[..., HIGH], lengths[..., LOW]
         high, low = weakest.value[..., HIGH], weakest.value[..., LOW]
         tokens = jnp.maximum(position, 1)[None, :, None]
-        high_bound, low_bound = (threshold / tokens for threshold in (self.high_threshold, self.low_threshold))
+        high_bound, low_bound = (
+            threshold / tokens.astype(jnp.float32) for threshold in (self.high_threshold, self.low_threshold)
+        )
         full = high_count + low_count + 1 > self.window
         overwrites = full & (high < low_bound) & (high < low)
         lowers = full & ~overwrites & (high < high_bound)
         replaces = lowers & (low < low_bound)
         appends = ~overwrites & ~lowers
         victim = weakest.index[..., HIGH]
-        grown = jnp.stack([high_count + appends, low_count + (lowers & ~replaces)], axis=-1)
+        grown = jnp.stack(
+            [high_count + appends.astype(jnp.int32), low_count + (lowers & ~replaces).astype(jnp.int32)], axis=-1
+        )
         return Step(
             lengths=grown,
             new=jnp.where(appends, high_count, victim),
@@ -152,12 +158,12 @@ def _most_of_group(probability: Array) -> Array:
 def _worth(scores: Array, since: Array, position: Array, window: int) -> Array:
     """Mean attention to each KV by the time of a token's position; infinite within the window."""
     age = position - since
-    return jnp.where(age >= window, scores / jnp.maximum(age, 1), jnp.inf)
+    return jnp.where(age >= window, scores / jnp.maximum(age, 1).astype(jnp.float32), jnp.inf)
 
 
 def _blocks(home: Array, tables: HeadTables) -> Array:
-    counts = jnp.stack([jnp.sum(home == tier, axis=-1) for tier in (HIGH, LOW)], axis=-1)
-    return jnp.sum(tables.num_blocks(counts))
+    counts = jnp.stack([jnp.sum(home == tier, axis=-1, dtype=jnp.int32) for tier in (HIGH, LOW)], axis=-1)
+    return jnp.sum(tables.num_blocks(counts), dtype=jnp.int32)
 
 
 def _least_factor(fits: Callable[[Array], Array]) -> Array:

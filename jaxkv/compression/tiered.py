@@ -9,6 +9,7 @@ from jax import Array
 
 from jaxkv.cache.config import CacheConfig
 from jaxkv.cache.state import PagedCache
+from jaxkv.checks import check_numbers, shown
 from jaxkv.compression.budget import Budget, Footprint
 from jaxkv.compression.placement import Placement
 from jaxkv.compression.scorer import Scorer
@@ -27,6 +28,12 @@ class Tiered(Placement):
     low: Format = K4V2
     block_tokens: int = 64
     """KVs in a high block."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        for name in ("high", "low"):
+            if not isinstance(format := getattr(self, name), Format):
+                raise ValueError(f"{name} must be a format, such as Format.named('K8V4'), got {shown(format)}")
 
     def layout(self, head_dim: int) -> BlockLayout:
         return BlockLayout(head_dim=head_dim, high=self.high, low=self.low, tokens=self.block_tokens, tile=block_tile())

@@ -33,6 +33,7 @@ class TwoPrecisions(Tiered):
     pays for; what has been quantised is not brought back."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.high_share <= 1:
             raise ValueError(f"high_share is a part of the budget, from 0 to 1, got {self.high_share}")
 
@@ -53,10 +54,12 @@ class TwoPrecisions(Tiered):
 
         high_tokens, low_tokens = (tier.tokens for tier in self.layout(cache.raw.head_dim).tiers)
         most = self.room_in_tables(cache, room - self._taken(cache, stays))
-        needed = jnp.sum(-(-(protected & rises).sum(-1) // high_tokens))
-        high_blocks = jnp.clip(jnp.round(most * self.high_share).astype(jnp.int32), needed, jnp.maximum(most, needed))
+        needed = jnp.sum(-(-(protected & rises).sum(-1, dtype=jnp.int32) // high_tokens), dtype=jnp.int32)
+        high_blocks = jnp.clip(
+            jnp.round(most.astype(jnp.float32) * self.high_share).astype(jnp.int32), needed, jnp.maximum(most, needed)
+        )
         high = _best(jnp.where(rises, keys, KEPT), high_tokens, high_blocks)
-        left = jnp.maximum(most - jnp.sum(-(-high.sum(-1) // high_tokens)), 0)
+        left = jnp.maximum(most - jnp.sum(-(-high.sum(-1, dtype=jnp.int32) // high_tokens), dtype=jnp.int32), 0)
         low = _best(jnp.where(high, KEPT, keys), low_tokens, left)
         home = jnp.where(stays, RAW, jnp.where(high, HIGH, jnp.where(low, LOW, GONE)))
         return Goal(home=home, positions=now.positions, raw_stays=self.unquantised_window)
@@ -65,7 +68,7 @@ class TwoPrecisions(Tiered):
         """Quantised blocks that the unquantised ones cost."""
         if not self.unquantised_window:
             return 0
-        blocks = jnp.sum(-(-stays.sum(-1) // cache.raw.block_size))
+        blocks = jnp.sum(-(-stays.sum(-1, dtype=jnp.int32) // cache.raw.block_size), dtype=jnp.int32)
         size = self.block_bytes(cache)
         return in_blocks(blocks, cache.raw.block_bytes, size) + 1  # rounded up
 

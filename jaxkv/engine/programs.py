@@ -40,17 +40,35 @@ Result = TypeVar("Result")
 class ModelPrograms:
     """A model whose methods that are marked ``program`` run compiled.
 
-    The model is split once; the programs take its leaves, since flattening a module costs milliseconds a step. They
-    are compiled when first needed for shapes and static arguments; ``compile_seconds`` tells what that took.
+    The programs take the leaves that the model had at the last ``refresh``, since flattening a module costs
+    milliseconds a step. They are compiled when first needed for shapes and static arguments; ``compile_seconds`` tells
+    what that took.
     """
 
     def __init__(self, model: Decoder):
+        self.compile_seconds = 0.0
+        self._programs: dict[object, Callable[..., Any]] = {}
+        self._take(model)
+
+    def refresh(self, model: Decoder) -> None:
+        """Takes the weights that a model has now; costs about a millisecond where they are those that it had before.
+
+        Programs for a model of another structure, other shapes or dtypes are dropped.
+        """
+        leaves, structure = jax.tree.flatten(model)
+        if structure != self._seen[1] or any(new is not old for new, old in zip(leaves, self._seen[0], strict=True)):
+            before = self._kind
+            self._take(model)
+            if self._kind != before:
+                self._programs.clear()
+
+    def _take(self, model: Decoder) -> None:
         self.model = model
         """Inside a program: one whose weights are the program's arguments."""
-        self.compile_seconds = 0.0
+        self._seen = jax.tree.flatten(model)
         self._graph, weights = nnx.split(model)
         self._leaves, self._structure = jax.tree.flatten(weights)
-        self._programs: dict[object, Callable[..., Any]] = {}
+        self._kind = self._graph, self._structure, [(leaf.shape, leaf.dtype) for leaf in self._leaves]
 
     def _run(self, step: Callable[..., Any], donated: dict[str, Any], given: dict[str, Any], fixed: dict[str, Any]):
         leaves, structure = jax.tree.flatten((donated, given))

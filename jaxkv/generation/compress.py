@@ -41,8 +41,8 @@ def compress(
     def one(row: Array, cache: PagedCache) -> PagedCache:
         which = row[None]
         part = cache.rows(which)
-        budgeted = part.num_tokens[0] if tokens is None else tokens[row]
-        left = jnp.asarray(policy.room(part, budgeted), jnp.int32) if room is None else room[row]
+        budgeted = part.num_tokens[0] if tokens is None else tokens[row].astype(jnp.int32)
+        left = jnp.asarray(policy.room(part, budgeted) if room is None else room[row], jnp.int32)
         due = policy.placement.due(part, left)
         if select is not None:
             due &= select[row]

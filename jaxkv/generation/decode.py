@@ -37,7 +37,7 @@ def decode_step(
     Raises:
       ValueError: a cache whose blocks aren't those of the policy.
     """
-    claim = _claim(cache, active, policy)
+    tokens, claim = tokens.astype(jnp.int32), _claim(cache, active, policy)
     step = begin_step(cache, claim, active, policy)
     state, hidden = model(tokens[:, None], cache.num_tokens[:, None], step.attend, step.state)
     return step.end(state), jnp.where(step.granted, model.logits(hidden[:, 0]), jnp.nan)
@@ -97,7 +97,7 @@ def decode(
       stop_tokens: end a row; static.
     """
     sampler = Greedy() if sampler is None else sampler
-    batch = tokens.shape[0]
+    batch, tokens, limits = tokens.shape[0], tokens.astype(jnp.int32), limits.astype(jnp.int32)
 
     def going(state: tuple[Array, Array, Decoded]) -> Array:
         step, _, made = state
@@ -108,7 +108,7 @@ def decode(
         cache, logits = decode_step(model, made.cache, last, made.active, policy)
         new, logprob = _choose(sampler, logits, cache.num_tokens)
         new, logprob = jnp.where(made.active, new, 0), jnp.where(made.active, logprob, 0.0)
-        counts = made.counts + made.active
+        counts = made.counts + made.active.astype(jnp.int32)
         active = made.active & (counts < limits) & ~_is_any(new, stop_tokens)
         cache = _compress_grown(cache, policy, made.active)  # also what ends here: it may only end its dispatch
         made = Decoded(
@@ -123,7 +123,7 @@ def decode(
     start = Decoded(
         cache=cache,
         tokens=jnp.zeros((batch, steps), jnp.int32),
-        logprobs=jnp.zeros((batch, steps)),
+        logprobs=jnp.zeros((batch, steps), jnp.float32),
         counts=jnp.zeros(batch, jnp.int32),
         active=limits > 0,
     )
@@ -189,6 +189,6 @@ def generate(
         cache=rest.cache,
         tokens=jnp.concatenate([jnp.where(fits, first, 0)[:, None], rest.tokens], axis=1)[:, :max_tokens],
         logprobs=jnp.concatenate([jnp.where(fits, logprob, 0.0)[:, None], rest.logprobs], axis=1)[:, :max_tokens],
-        counts=rest.counts + fits,
+        counts=rest.counts + fits.astype(jnp.int32),
         active=rest.active | (~fits & (lengths > 0)),
     )

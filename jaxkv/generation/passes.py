@@ -59,7 +59,7 @@ class ReadChunk:
     ):
         self.prompt, self.quantised = prompt, cache.quantised
         cache = unquantised(cache) if prompt.fresh else cache
-        place, starts = jnp.arange(length), cache.raw.tables.lengths
+        place, starts = jnp.arange(length, dtype=jnp.int32), cache.raw.tables.lengths
         self.positions = cache.num_tokens[:, None] + place
         granted = prompt.granted & cache.within_capacity(cache.lengths + counts[None, :, None], counts > 0)
         more = jnp.where(granted, counts, 0)[None, :, None, None]
@@ -149,10 +149,10 @@ class LookAhead:
     ):
         self.cache = unquantised(cache) if fresh else cache
         self.batch, length = shape
-        self.positions = jnp.broadcast_to(cache.num_tokens[:, None] + jnp.arange(length), shape)
+        self.positions = jnp.broadcast_to(cache.num_tokens[:, None] + jnp.arange(length, dtype=jnp.int32), shape)
         self.now = contents(self.cache)
         self.rows, self.policy = rows, policy
-        self.state = jnp.zeros(()) if mass is None else mass
+        self.state = jnp.zeros((), jnp.float32) if mass is None else mass
         self.granted = jnp.bool_(True)
 
     def attend(self, state: Array, layer: int | Array, query: Array, key: Array, value: Array) -> tuple[Array, Array]:
@@ -249,7 +249,7 @@ class QuantiseToken:
     def end(self, state: tuple[Array, Weakest]) -> PagedCache:
         pool, weakest = state
         store = replace(self.cache.tiers, pool=pool, weakest=weakest)
-        return replace(self.cache, quantised=store, num_tokens=self.positions + self.acts)
+        return replace(self.cache, quantised=store, num_tokens=self.positions + self.acts.astype(jnp.int32))
 
 
 def make_room(claim: Claim, active: Array) -> Array:
@@ -280,9 +280,9 @@ def _join(on_cached: Array, on_own: Array, start: Array, counts: Array) -> Array
     """Masses ``[batch, heads, capacity]`` and ``[batch, heads, chunk]`` as one in table order."""
     batch, heads, chunk = on_own.shape
     start = jnp.repeat(start, heads // start.shape[1], axis=1)
-    place = jnp.arange(chunk)
+    place = jnp.arange(chunk, dtype=jnp.int32)
     column = jnp.where(place < counts[:, None, None], start[..., None] + place, on_cached.shape[-1])
-    row, head = jnp.arange(batch)[:, None, None], jnp.arange(heads)[:, None]
+    row, head = jnp.arange(batch, dtype=jnp.int32)[:, None, None], jnp.arange(heads, dtype=jnp.int32)[:, None]
     return on_cached.at[row, head, column].add(on_own, mode="drop")
 
 

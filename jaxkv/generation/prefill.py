@@ -37,18 +37,25 @@ def prefill(
       model: the model.
       cache: donated; its batch is that of the prompts.
       tokens: ``i32[batch, length]``, padded at the end.
-      lengths: ``i32[batch]`` real tokens of each row; 0 leaves a row as it is.
+      lengths: ``i32[batch]`` real tokens of each row, at most ``length``; 0 leaves a row as it is.
       policy: whose scores to record; None records none.
       chunk: tokens that go through the model at once; static. The work follows the longest prompt, not ``length``.
 
     Returns:
       The cache and the logits of each row's last token, ``f32[batch, vocab]``. Where the pool or a table row is too
-      small for a chunk, nothing of it or what follows is written and the logits of all rows are NaN.
+      small for a chunk, nothing of it or what follows is written and the logits of all rows are NaN; so they are where
+      a length is none of these, or a real token none of the model's, and then nothing at all is written.
+
+    Raises:
+      ValueError: arguments whose shapes don't belong together, or that aren't whole numbers.
     """
+    _check_prompts(cache, tokens, lengths, chunk)
     length = tokens.shape[1]
     chunk = min(chunk, length)
-    tokens = jnp.pad(tokens, ((0, 0), (0, -length % chunk)))
-    prompt = start_prompt(model, cache, lengths, policy)
+    sound = _are_sound(tokens, lengths, model.sizes.vocab_size)
+    lengths = jnp.where(sound, lengths, 0).astype(jnp.int32)
+    tokens = jnp.pad(tokens.astype(jnp.int32), ((0, 0), (0, -length % chunk)))
+    prompt = replace(start_prompt(model, cache, lengths, policy), granted=sound)
 
     def part(i: Array) -> tuple[Array, Array]:
         ids = lax.dynamic_slice_in_dim(tokens, i * chunk, chunk, axis=1)
@@ -68,6 +75,26 @@ def prefill(
     return finish_prompt(model, cache, prompt, policy)
 
 
+def _check_prompts(cache: PagedCache, tokens: Array, lengths: Array, chunk: int) -> None:
+    batch = cache.num_tokens.shape[0]
+    if tokens.ndim != 2 or tokens.shape[0] != batch or tokens.shape[1] < 1 or lengths.shape != (batch,) or chunk < 1:
+        raise ValueError(
+            f"for a cache of {batch} sequences expected tokens [{batch}, length] of at least one column, lengths "
+            f"[{batch}] and chunk >= 1, got tokens {list(tokens.shape)}, lengths {list(lengths.shape)} and {chunk=}"
+        )
+    if not all(jnp.issubdtype(each.dtype, jnp.integer) for each in (tokens, lengths)):
+        raise ValueError(f"tokens and lengths must be whole numbers, got {tokens.dtype} and {lengths.dtype}")
+
+
+def _are_sound(tokens: Array, lengths: Array, vocab: int) -> Array:
+    """``bool[]``: whether all lengths are of rows that are so long, and all real tokens in the vocabulary."""
+    # Compared before they are cut to 32 bits.
+    tokens, lengths = (each.astype(jnp.int64 if each.dtype.itemsize > 4 else jnp.int32) for each in (tokens, lengths))
+    real = jnp.arange(tokens.shape[1], dtype=lengths.dtype) < lengths[:, None]
+    known = (tokens >= 0) & (tokens < vocab) | ~real
+    return jnp.all((lengths >= 0) & (lengths <= tokens.shape[1])) & jnp.all(known)
+
+
 def prefill_chunk(
     model: Decoder, cache: PagedCache, prompt: PromptState, tokens: Array, counts: Array, policy: Policy | None
 ) -> tuple[PagedCache, PromptState]:
@@ -82,7 +109,7 @@ def reread_chunk(
     model: Decoder, cache: PagedCache, prompt: PromptState, tokens: Array, counts: Array, policy: Policy
 ) -> PromptState:
     """Reads a chunk as if it followed the prompt, only to see what it attends to: nothing of it is cached."""
-    place = jnp.arange(tokens.shape[1])
+    place = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     rows = jnp.where((place < counts[:, None]) & prompt.granted, place, -1)
     look = LookAhead(cache, tokens.shape, fresh=prompt.fresh, mass=prompt.mass, rows=rows, policy=policy)
     mass, _ = model(tokens, look.positions, look.attend, look.state)

@@ -44,10 +44,10 @@ def start_prompt(
     layers, batch, _ = cache.raw.lengths.shape
     width = cache.capacity if observes.watches else 0
     return PromptState(
-        mass=jnp.zeros((layers, batch, sizes.num_heads, width)),
+        mass=jnp.zeros((layers, batch, sizes.num_heads, width), jnp.float32),
         end=cache.num_tokens + lengths,
         lengths=jnp.copy(lengths),  # the caller's own outlives the state's donation
-        hidden=jnp.zeros((batch, sizes.hidden_size)),
+        hidden=jnp.zeros((batch, sizes.hidden_size), jnp.float32),
         granted=jnp.bool_(True),
         queries=QueryMoments.none(sizes, batch) if isinstance(observes, ExpectedQueries) else None,
         fresh=fresh,

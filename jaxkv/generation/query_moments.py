@@ -27,9 +27,9 @@ class QueryMoments:
     @classmethod
     def none(cls, sizes: ModelSizes, batch: int) -> QueryMoments:
         """Of no queries."""
-        mean = jnp.zeros((sizes.num_layers, batch, sizes.num_heads, sizes.head_dim))
-        scatter = jnp.zeros((*mean.shape, sizes.head_dim))
-        return cls(count=jnp.zeros(batch), mean=mean, scatter=scatter)
+        mean = jnp.zeros((sizes.num_layers, batch, sizes.num_heads, sizes.head_dim), jnp.float32)
+        scatter = jnp.zeros((*mean.shape, sizes.head_dim), jnp.float32)
+        return cls(count=jnp.zeros(batch, jnp.float32), mean=mean, scatter=scatter)
 
     def with_layer(
         self, layer: int | Array, query: Array, rotated_by: tuple[Array, Array], real: Array
@@ -44,7 +44,7 @@ class QueryMoments:
         """
         cos, sin = rotated_by
         query = jnp.where(real[..., None, None], rotate(query.astype(jnp.float32), (cos, -sin)), 0.0)
-        new = real.sum(-1).astype(jnp.float32)[:, None, None]
+        new = real.sum(-1, dtype=jnp.float32)[:, None, None]
         mean = query.sum(1) / jnp.maximum(new, 1.0)
         centred = jnp.where(real[..., None, None], query - mean[:, None], 0.0)
         # Two centred scatters joined: sums of squares would lose a small variance beside a large mean.
@@ -56,7 +56,7 @@ class QueryMoments:
 
     def plus(self, real: Array) -> QueryMoments:
         """With ``count`` grown by ``bool[batch, length]``, those that were given to all layers."""
-        return replace(self, count=self.count + real.sum(-1))
+        return replace(self, count=self.count + real.sum(-1, dtype=jnp.float32))
 
     def attention(self, layer: int | Array, keys: Array, seen: Array, rotated_by: tuple[Array, Array]) -> Array:
         """What normal queries of these moments attend to, in one layer, at several positions.

@@ -87,11 +87,11 @@ def restrict(logits: Array, *, top_k: Array, top_p: Array, min_p: Array) -> Arra
     descending = jnp.sort(logits, axis=-1, descending=True)
     probability = jax.nn.softmax(descending, axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
-    rank = jnp.arange(vocab)
+    rank = jnp.arange(vocab, dtype=jnp.int32)
     k = jnp.where(top_k > 0, top_k, vocab)[:, None]
     nucleus = (top_p[:, None] >= 1) | (before < top_p[:, None])
     likely = probability >= min_p[:, None] * probability[:, :1]
-    kept = jnp.sum((rank < k) & nucleus & likely, axis=-1)  # each excludes a suffix
+    kept = jnp.sum((rank < k) & nucleus & likely, axis=-1, dtype=jnp.int32)  # each excludes a suffix
     least = jnp.take_along_axis(descending, jnp.maximum(kept - 1, 0)[:, None], axis=-1)
     return jnp.where(logits >= least, logits, -jnp.inf)
 

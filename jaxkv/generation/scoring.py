@@ -50,11 +50,11 @@ def _scores(model: Decoder, cache: PagedCache, now: Contents, prompt: PromptStat
     """``f32`` like ``now.scores``, of what this prompt alone tells; 0 where there is no KV."""
     scorer, held = policy.scorer, now.held
     layers, batch, kv_heads, _ = held.shape
-    each = jnp.arange(layers)  # a layer at a time: what is copied out of the pool is one layer's
-    scores = jnp.zeros(held.shape)
+    each = jnp.arange(layers, dtype=jnp.int32)  # a layer at a time: what is copied out of the pool is one layer's
+    scores = jnp.zeros(held.shape, jnp.float32)
     if prompt.queries is not None and isinstance(scorer.observes, ExpectedQueries):
         moments, count = prompt.queries, scorer.observes.count
-        following, rotation = cache.num_tokens[:, None] + jnp.arange(count), rotary(model).rotation
+        following, rotation = cache.num_tokens[:, None] + jnp.arange(count, dtype=jnp.int32), rotary(model).rotation
 
         def expected(layer: Array) -> Array:
             keys, _, positions = _kvs(cache, now, layer)

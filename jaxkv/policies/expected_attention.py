@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jax import Array
 
+from jaxkv.checks import shown
 from jaxkv.compression.evict import Evict
 from jaxkv.compression.observation import ExpectedQueries
 from jaxkv.compression.placement import Placement
@@ -45,6 +46,11 @@ class ExpectedAttention(Method):
     protected_window: int = 2
     sinks: int = 4
     shares: Shares = PerHead()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.future < 1:
+            raise ValueError(f"future must be at least 1 position after the prompt, got {shown(self.future)}")
 
     def parts(self) -> tuple[Scorer, Placement]:
         return ExpectedMass(future=self.future, epsilon=self.epsilon), Evict(shares=self.shares)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxkv.checks import shown
 from jaxkv.compression.budget import MOST
 from jaxkv.compression.evict import Evict
 from jaxkv.compression.observation import AllQueries, LastQueries, Observation
@@ -80,11 +81,12 @@ class KVCompress(Method):
     shares: Shares = Global()
 
     def __post_init__(self) -> None:
-        if self.window is not None and not 1 <= self.window <= MOST:
-            raise ValueError(f"window must be at least 1 query and below 2**31, or None for all, got {self.window}")
-        if self.pool < 1 or self.pool % 2 == 0:
-            raise ValueError(f"pool must be odd and at least 1, got {self.pool}")
         super().__post_init__()
+        if self.window is not None and not 1 <= self.window <= MOST:
+            given = shown(self.window)
+            raise ValueError(f"window must be at least 1 query and below 2**31, or None for all, got {given}")
+        if self.pool < 1 or self.pool % 2 == 0:
+            raise ValueError(f"pool must be odd and at least 1, got {shown(self.pool)}")
         if not 0 <= self.buffer <= self.protected_window:
             raise ValueError(
                 f"buffer must lie between 0 and protected_window: {self.buffer=}, {self.protected_window=}; "

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jax import Array
 
+from jaxkv.checks import shown
 from jaxkv.compression.evict import Evict
 from jaxkv.compression.observation import Reread
 from jaxkv.compression.placement import Placement
@@ -45,6 +46,11 @@ class KVzip(Method):
     group: Callable[..., Array] = jnp.max
     """How the query heads of a KV head are joined, each with its own norm: ``jnp.max`` or ``jnp.mean``."""
     shares: Shares = Global()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.power < 1:
+            raise ValueError(f"power must be at least 1 (1 is the sum), got {shown(self.power)}")
 
     def parts(self) -> tuple[Scorer, Placement]:
         return SecondReading(power=self.power, group=self.group), Evict(shares=self.shares)

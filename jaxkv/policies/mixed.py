@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 
 import jax.numpy as jnp
 
+from jaxkv.checks import shown
 from jaxkv.compression.budget import Budget
 from jaxkv.compression.placement import Placement
 from jaxkv.compression.policy import Method, Policy
@@ -46,6 +47,8 @@ class Mixed(InTwoPrecisions):
     """Those of ``scoring``."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.scoring, Policy):
+            raise ValueError(f"scoring must be a policy, whose ranking is taken, got {shown(self.scoring)}")
         for name in ("protected_window", "sinks"):
             object.__setattr__(self, name, getattr(self.scoring, name))
         super().__post_init__()

@@ -5,6 +5,7 @@ from dataclasses import fields
 from functools import partial
 from typing import Any
 
+from jaxkv.checks import shown
 from jaxkv.compression.budget import Budget, MaxBytes, MaxTokens, Ratio
 from jaxkv.compression.policy import Policy
 from jaxkv.compression.two_precisions import TwoPrecisions
@@ -19,6 +20,7 @@ from jaxkv.policies.mixed import Auto, Mixed
 from jaxkv.policies.snapkv import AdaKV, PyramidKV, SnapKV
 from jaxkv.policies.streaming_llm import StreamingLLM
 from jaxkv.policies.tova import TOVA
+from jaxkv.words import SETTINGS
 from pallas_kernels.quantised_block import Format
 
 POLICIES: dict[str, Callable[..., Policy]] = {
@@ -48,19 +50,6 @@ BUDGETS: dict[str, Callable[[Any], Budget]] = {
     "max_cache_tokens": lambda value: MaxTokens(tokens=value),
     "max_cache_bytes": lambda value: MaxBytes(size=value),
 }
-SETTINGS = {
-    "protected_window": "a whole number",
-    "sinks": "a whole number",
-    "window": "a whole number",
-    "compress_every": "a whole number",
-    "high_threshold": "a number",
-    "low_threshold": "a number",
-    "high": "a text",
-    "low": "a text",
-    "high_share": "a number",
-    "unquantised_window": "true or false",
-}
-"""What command lines and job files may say of a policy beside its budget."""
 
 
 def policy_from(options: Mapping[str, Any]) -> Policy | None:
@@ -94,7 +83,7 @@ def make_policy(name: str, budget: Budget | None, **settings) -> Policy | None:
             raise ValueError("policy none keeps everything; drop the budget, or name a policy")
         return None
     if name not in POLICIES:
-        raise ValueError(f"no policy is named {name!r}; there are none, {', '.join(POLICIES)}")
+        raise ValueError(f"no policy is named {shown(name)}; there are none, {', '.join(POLICIES)}")
     if budget is None and name in UNBOUNDED:
         budget = UNLIMITED
     if budget is None:

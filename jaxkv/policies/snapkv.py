@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxkv.checks import shown
 from jaxkv.compression.budget import MOST
 from jaxkv.compression.evict import Evict
 from jaxkv.compression.observation import LastQueries
@@ -42,13 +43,16 @@ class SnapKV(Method):
     shares: Shares = PerHead()
 
     def __post_init__(self) -> None:
-        if self.window is None or not 1 <= self.window <= MOST:
+        if self.window is None:  # all queries, as kv-compress would understand it
+            object.__setattr__(self, "window", 0)
+        super().__post_init__()
+        if not 1 <= self.window <= MOST:
+            given = shown(self.window)
             raise ValueError(
-                f"window must be at least 1 query and below 2**31, got {self.window or 0}; kv-compress can observe all"
+                f"window must be at least 1 query and below 2**31, got {given}; kv-compress can observe all"
             )
         if self.pool < 1 or self.pool % 2 == 0:
-            raise ValueError(f"pool must be odd and at least 1, got {self.pool}")
-        super().__post_init__()
+            raise ValueError(f"pool must be odd and at least 1, got {shown(self.pool)}")
 
     def parts(self) -> tuple[Scorer, Placement]:
         return PooledAttention(window=self.window, pool=self.pool), Evict(shares=self.shares)

@@ -30,7 +30,7 @@ def load_model(path: Path, dtype: DTypeLike = jnp.float32) -> Model:
         raise CheckpointError(f"{path} doesn't exist. Give the path of a .gguf file or of a checkpoint's directory.")
     if path.is_file():
         return load_gguf(path, dtype)
-    if orbax.family_in(path):
+    if orbax.family_in(path) or orbax.unfinished_parts(path):
         return orbax.restore(path, dtype)
     if any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json")):
         return load_safetensors(path, dtype)

@@ -23,6 +23,8 @@ from models.fields import Fields, read_json
 from models.layers import is_stacked
 
 _WEIGHTS = "weights"
+_MARKS = ("_CHECKPOINT_METADATA", "_METADATA")
+"""By one of these files a directory is Orbax's."""
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -46,11 +48,20 @@ def family_in(directory: Path) -> Family[Model] | None:
     return next((family for family in families.FAMILIES if (directory / family.config_file).exists()), None)
 
 
+def unfinished_parts(directory: Path) -> list[Path]:
+    """What a save that was broken off left there: weights without the config, which is written last."""
+    if family_in(directory):
+        return []
+    weights = directory / _WEIGHTS
+    whole = [weights] if any((weights / name).exists() for name in _MARKS) else []
+    return [*whole, *directory.glob(f"{_WEIGHTS}.orbax-checkpoint-tmp*")]
+
+
 def save(model: Model, directory: Path, *, tokenizer_from: Path | None = None) -> None:
     """Write a model that ``restore`` reads.
 
     Args:
-      directory: created; must not hold a checkpoint yet.
+      directory: created; must not hold a checkpoint yet. What is left there of a save that was broken off is replaced.
       tokenizer_from: a directory whose tokenizer files are copied along.
 
     Raises:
@@ -60,7 +71,8 @@ def save(model: Model, directory: Path, *, tokenizer_from: Path | None = None) -
         raise CheckpointError("the model's layers are stacked, expected one by one. Save it before `stack_layers`.")
     family = family_of_config(model.config)
     directory = directory.absolute()
-    if family_in(directory) or (directory / _WEIGHTS).exists():
+    unfinished = unfinished_parts(directory)
+    if family_in(directory) or ((directory / _WEIGHTS).exists() and directory / _WEIGHTS not in unfinished):
         raise CheckpointError(f"{directory} already holds a checkpoint. Choose another directory, or remove that one.")
     copied = [tokenizer_from / name for name in _TOKENIZER_FILES] if tokenizer_from is not None else []
     copied = [path for path in copied if path.is_file()]
@@ -70,14 +82,18 @@ def save(model: Model, directory: Path, *, tokenizer_from: Path | None = None) -
         )
 
     directory.mkdir(parents=True, exist_ok=True)
+    for part in unfinished:
+        shutil.rmtree(part)
     for path in copied:
         shutil.copy(path, directory)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(
             directory / _WEIGHTS, {".".join(path): leaf[...] for path, leaf in parameters_of(model).items()}
         )
-    # Last, so that an interrupted save isn't taken for a checkpoint.
-    (directory / family.config_file).write_text(json.dumps(asdict(model.config), indent=2) + "\n", encoding="utf-8")
+    # Last, and in one step, so that a save that is broken off isn't taken for a checkpoint.
+    part = directory / f"{family.config_file}.part"
+    part.write_text(json.dumps(asdict(model.config), indent=2) + "\n", encoding="utf-8")
+    part.replace(directory / family.config_file)
 
 
 def restore(directory: Path, dtype: DTypeLike = jnp.float32) -> Model:
@@ -88,6 +104,8 @@ def restore(directory: Path, dtype: DTypeLike = jnp.float32) -> Model:
     """
     directory = directory.absolute()
     family = family_in(directory)
+    if family is None and unfinished_parts(directory):
+        raise CheckpointError(f"{directory} holds a save that was broken off. Save the model there again.")
     if family is None:
         files = " or ".join(config_files())
         raise CheckpointError(f"{directory} has no {files}. Give the directory of a checkpoint that `save` wrote.")

@@ -24,7 +24,7 @@ def move_kvs(
     def step(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         pool, scores, positions = state
         at = i * MOVES_A_STEP
-        exists = at + jnp.arange(MOVES_A_STEP) < count
+        exists = at + jnp.arange(MOVES_A_STEP, dtype=jnp.int32) < count
         src = jnp.where(exists, lax.dynamic_slice(source, (at,), (MOVES_A_STEP,)), 0)
         dst = jnp.where(exists, lax.dynamic_slice(hole, (at,), (MOVES_A_STEP,)), 0)  # else the null block
 
@@ -44,8 +44,8 @@ def ranked_slots(marked: Array, block_table: Array, block_size: int) -> tuple[Ar
     """
     rows, kvs = marked.shape
     flat = marked.reshape(-1)
-    rank = jnp.cumsum(flat) - 1
-    slots = block_table[:, :, None] * block_size + jnp.arange(block_size)
+    rank = jnp.cumsum(flat, dtype=jnp.int32) - 1
+    slots = block_table[:, :, None] * block_size + jnp.arange(block_size, dtype=jnp.int32)
     size = -(-(rows * kvs // 2) // MOVES_A_STEP) * MOVES_A_STEP
     where = jnp.where(flat, rank, size)
     return jnp.zeros(size, jnp.int32).at[where].set(slots.reshape(-1), mode="drop"), rank[-1] + 1

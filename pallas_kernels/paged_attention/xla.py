@@ -36,13 +36,13 @@ def paged_attention(query: Array, raw: RawKVs, *, observe: Observe | None = None
         s = jnp.einsum("cgd,ctd->cgt", scaled.at[part.row].get(mode=IN_BOUNDS), kv[..., :head_dim])
         s = jnp.where(part.held[:, None], s, MASKED)
         if observe:
-            logits = lax.dynamic_update_slice(logits, s, (i * segments.step, 0, 0))
+            logits = lax.dynamic_update_slice_in_dim(logits, s, i * segments.step, axis=0)
         # A freed block keeps its old bytes, and 0 * NaN is NaN: V is masked too.
         value = jnp.where(part.held[..., None], kv[..., half : half + head_dim], 0.0)
         return softmax.add(part.row, s, part.held, lambda p: jnp.einsum("cgt,ctd->cgd", p, value)), logits
 
     kept = segments.most_steps * segments.step if observe else 0
-    start = Softmax.none(rows, group, head_dim=head_dim), jnp.zeros((kept, group, segment_kvs))
+    start = Softmax.none(rows, group, head_dim=head_dim), jnp.zeros((kept, group, segment_kvs), jnp.float32)
     softmax, logits = lax.fori_loop(0, segments.steps, attend, start)
     softmax = softmax.floored()
     output = softmax.normalised().reshape(batch, heads, head_dim).astype(query.dtype)
@@ -51,10 +51,10 @@ def paged_attention(query: Array, raw: RawKVs, *, observe: Observe | None = None
 
     def normalise(i: Array, masses: Array) -> Array:
         part = segments.part(i)
-        s = lax.dynamic_slice(logits, (i * segments.step, 0, 0), (segments.step, group, segment_kvs))
+        s = lax.dynamic_slice_in_dim(logits, i * segments.step, segments.step, axis=0)
         p = softmax.probabilities(part.row, s, part.held)
         return masses.at[part.row, part.segment].set(observe(p), mode="drop")  # but for a segment that doesn't exist
 
-    masses = jnp.zeros((rows, segments.row_segments, segment_kvs))
+    masses = jnp.zeros((rows, segments.row_segments, segment_kvs), jnp.float32)
     masses = lax.fori_loop(0, segments.steps, normalise, masses)
     return output, masses.reshape(batch, kv_heads, -1)[..., : max_blocks * block_size]

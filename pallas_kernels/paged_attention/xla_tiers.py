@@ -95,7 +95,7 @@ def _attend_tier(
 ) -> tuple[Softmax, Array]:
     """The softmax with a tier's KVs in it; and the logits, ``f32[steps, step, group, tokens]``, if they are kept."""
     _, group, head_dim = scaled.shape
-    logits = jnp.zeros((blocks_of.most_steps if keep else 0, blocks_of.step, group, tier.tokens))
+    logits = jnp.zeros((blocks_of.most_steps if keep else 0, blocks_of.step, group, tier.tokens), jnp.float32)
 
     def step(i: Array, carry: tuple[Softmax, Array]) -> tuple[Softmax, Array]:
         softmax, logits = carry
@@ -180,5 +180,5 @@ def _observe(
         index = index.at[part.row].min(jnp.where(here == lower[part.row], first, none), mode=IN_BOUNDS)
         return words, lower, index
 
-    start = (words, jnp.full(rows, jnp.inf), jnp.full(rows, none))
+    start = (words, jnp.full(rows, jnp.inf, jnp.float32), jnp.full(rows, none, jnp.int32))
     return lax.fori_loop(0, blocks_of.steps, step, start)

@@ -64,7 +64,7 @@ class Tiles(NamedTuple):
     def read(self, i: Array) -> tuple[Array, Array]:
         """K beside V ``[b, h, tile, 2 * half]`` of tile ``i`` and which of its slots hold a KV ``[b, h, tile]``."""
         pool, table, lengths = self.raw
-        held = i * self.kvs + jnp.arange(self.kvs) < lengths[..., None]
+        held = i * self.kvs + jnp.arange(self.kvs, dtype=jnp.int32) < lengths[..., None]
         blocks = lax.dynamic_slice_in_dim(table, i * self.blocks, self.blocks, axis=2)
         blocks = jnp.where(held[..., :: pool.shape[1]], blocks, 0)
         kv = read_rows(pool.at[blocks].get(mode=IN_BOUNDS)).reshape(*lengths.shape, self.kvs, pool.shape[2])
@@ -101,7 +101,7 @@ def attend_all(scaled: Array, key: Array, value: Array, tiles: Tiles) -> Softmax
     parts = []
     for start in range(0, length, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, length)
-        causal = jnp.arange(end) <= jnp.arange(start, end)[:, None]
+        causal = jnp.arange(end, dtype=jnp.int32) <= jnp.arange(start, end, dtype=jnp.int32)[:, None]
         own = attend(scaled[..., start:end, :], key[:, :, :end], value[:, :, :end], causal)
         before = Softmax(*(x[:, :, :, start:end] for x in cached))
         parts.append(merge(before, own))
@@ -140,6 +140,6 @@ def masses(scaled: Array, key: Array, whole: Softmax, tiles: Tiles, observe: Obs
             visible = visible & old[:, :, None]
         return lax.dynamic_update_slice_in_dim(masses, mass(kv[..., :head_dim], visible), i * tiles.kvs, axis=2)
 
-    on_cached = lax.fori_loop(0, tiles.resident, mass_of_tile, jnp.zeros((batch, heads, width)))
-    old = jnp.arange(length) <= rows[..., None] - observe.buffer  # [b, w, length]
+    on_cached = lax.fori_loop(0, tiles.resident, mass_of_tile, jnp.zeros((batch, heads, width), jnp.float32))
+    old = jnp.arange(length, dtype=jnp.int32) <= rows[..., None] - observe.buffer  # [b, w, length]
     return on_cached[..., :table_kvs], mass(key, old[:, None, None])

@@ -104,10 +104,10 @@ def read_tokens(pool: Array, blocks: Array, offsets: Array, tier: Segments, head
 
     fmt = tier.format
     (key_row, key_shift), (value_row, value_shift) = (locate(offsets, tier, n) for n in (fmt.key_bits, fmt.value_bits))
-    lines = jnp.arange(fmt.key_groups + fmt.value_groups + 2) * tier.tokens  # a value a token each
+    lines = jnp.arange(fmt.key_groups + fmt.value_groups + 2, dtype=jnp.int32) * tier.tokens  # a value a token each
     at = [
-        (key_row * head_dim)[:, None] + jnp.arange(head_dim),
-        (tier.value + value_row * head_dim)[:, None] + jnp.arange(head_dim),
+        (key_row * head_dim)[:, None] + jnp.arange(head_dim, dtype=jnp.int32),
+        (tier.value + value_row * head_dim)[:, None] + jnp.arange(head_dim, dtype=jnp.int32),
         (tier.key_meta + offsets)[:, None] + lines,
     ]
     # One gather: what is written afterwards then follows all that is read, and the pool need not be copied.

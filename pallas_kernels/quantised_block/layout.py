@@ -34,11 +34,11 @@ class Format:
 
     def __post_init__(self) -> None:
         for name in ("key_bits", "value_bits"):
-            if getattr(self, name) not in WIDTHS:
-                raise ValueError(f"{name} must be one of {WIDTHS}, got {getattr(self, name)}")
+            if type(getattr(self, name)) is not int or getattr(self, name) not in WIDTHS:
+                raise ValueError(f"{name} must be one of {WIDTHS}, got {getattr(self, name)!r:.60}")
         for name in ("key_groups", "value_groups"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a whole number, at least 1, got {getattr(self, name)!r:.60}")
 
     @classmethod
     def named(cls, name: str) -> Format:
@@ -53,7 +53,9 @@ class Format:
             key_groups, value_groups = (int(n) for n in groups.split(",")) if groups else (1, 1)
             return cls(key_bits=int(key), value_bits=int(value), key_groups=key_groups, value_groups=value_groups)
         except ValueError as error:
-            raise ValueError(f"a format is like K8V4 or K4V2/2,4, of {WIDTHS} bits, got {name!r}: {error}") from None
+            raise ValueError(
+                f"a format is like K8V4 or K4V2/2,4, of {WIDTHS} bits, got {name[:60]!r}: {error!s:.80}"
+            ) from None
 
     def __str__(self) -> str:
         groups = f"/{self.key_groups},{self.value_groups}" if (self.key_groups, self.value_groups) != (1, 1) else ""

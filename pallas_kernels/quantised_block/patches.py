@@ -40,7 +40,7 @@ def patches(tokens: Tokens, offsets: Array, tier: Segments) -> Patches:
     key = quantize(tokens.key, fmt.key_bits, fmt.key_groups)
     value = quantize(tokens.value, fmt.value_bits, fmt.value_groups)
     words, shifts = _places(offsets, tier, head_dim)
-    lane = jnp.arange(LANES) - (words % LANES)[..., None]
+    lane = jnp.arange(LANES, dtype=jnp.int32) - (words % LANES)[..., None]
 
     codes = jnp.stack([key.codes, value.codes], axis=1) << shifts[..., None]
     ones = jnp.array([2**fmt.key_bits - 1, 2**fmt.value_bits - 1], jnp.uint32) << shifts
@@ -71,7 +71,7 @@ def take(pool: Array, blocks: Array, offsets: Array, tier: Segments, head_dim: i
     words, shifts = _places(offsets, tier, head_dim)
     rows = blocks[:, None] * pool.shape[1] + words // LANES
     found = pool.reshape(-1, LANES).at[rows].get(mode="promise_in_bounds")
-    lane = jnp.arange(LANES) == (words % LANES)[..., None]
+    lane = jnp.arange(LANES, dtype=jnp.int32) == (words % LANES)[..., None]
     single = jnp.sum(jnp.where(lane[:, 2:], found[:, 2:], 0), axis=-1, dtype=jnp.uint32)
     key_meta, value_meta, score, position = jnp.split(
         single, [fmt.key_groups, fmt.key_groups + fmt.value_groups, single.shape[1] - 1], axis=1

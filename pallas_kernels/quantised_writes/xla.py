@@ -11,7 +11,7 @@ def write_kvs(
     pool: Array, key: Array, value: Array, positions: Array, blocks: Array, offsets: Array, layout: BlockLayout
 ) -> Array:
     """See ``api.write_kvs``."""
-    new = Tokens(key.astype(jnp.float32), value.astype(jnp.float32), jnp.zeros(blocks.shape), positions)
+    new = Tokens(key.astype(jnp.float32), value.astype(jnp.float32), jnp.zeros(blocks.shape, jnp.float32), positions)
     words = pool.reshape(pool.shape[0], -1)
     return write_tokens(words, blocks, offsets, new, layout.tiers[0]).reshape(pool.shape)
 

@@ -15,7 +15,8 @@ from jaxkv import KVCompress, MaxBytes, MaxTokens, Ratio, SamplingParams
 from jaxkv.batch.job import BatchJob
 from jaxkv.batch.lines import Broken, Job, digest, read_line
 from jaxkv.batch.progress import Progress
-from jaxkv.cli import main as cli
+from jaxkv.cli import commands as cli
+from jaxkv.cli.main import main
 from jaxkv.policies import SnapKV
 from jaxkv.requests import PromptRead
 
@@ -103,6 +104,70 @@ def test_openai_files_are_read(tmp_path):
     assert old.params.max_tokens == 3
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"n": 1, "stream": False, "frequency_penalty": 0, "presence_penalty": 0.0, "response_format": {"type": "text"}},
+        {"user": "somebody", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "logit_bias": {}},
+        {"tools": [], "tool_choice": "none", "parallel_tool_calls": True, "top_logprobs": 0, "stream_options": None},
+    ],
+)
+def test_fields_that_change_nothing_are_taken(more):
+    plain = {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]}
+    [usual, same] = (
+        read_line(json.dumps({"custom_id": "a", "body": body}).encode(), 1, SamplingParams())
+        for body in (plain, plain | more)
+    )
+    assert isinstance(same, Job)
+    assert (same.messages, same.params) == (usual.messages, usual.params)
+
+
+def test_messages_of_other_apis_are_taken_where_they_mean_the_same():
+    messages = [
+        {"role": "developer", "content": "S"},
+        {"role": "user", "content": "U", "name": "somebody"},
+        {"role": "assistant", "content": "A", "refusal": None, "tool_calls": [], "annotations": [], "audio": None},
+    ]
+    job = read_line(json.dumps({"custom_id": "a", "body": {"messages": messages}}).encode(), 1, SamplingParams())
+    assert job.messages == [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "U", "name": "somebody"},
+        {"role": "assistant", "content": "A"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "read"), [([1, 2, 3], [1, 2, 3]), ([[1, 2]], [1, 2]), (["a text"], "a text"), ([0], [0])]
+)
+def test_a_prompt_may_be_token_ids(given, read):
+    job = read_line(json.dumps({"prompt": given}).encode(), 1, SamplingParams())
+    assert (job.prompt, job.messages) == (read, None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "asked"),
+    [
+        ({"prompt": "x", "logprobs": True}, True),
+        ({"prompt": "x", "logprobs": 0}, True),
+        ({"prompt": "x", "logprobs": False}, False),
+        ({"prompt": "x", "logprobs": None}, False),
+        ({"messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 0}, True),
+    ],
+)
+def test_a_line_may_ask_for_log_probabilities(fields, asked):
+    job = read_line(json.dumps({"custom_id": "a", "body": fields}).encode(), 1, SamplingParams())
+    assert job.params.logprobs is asked
+
+
+def test_a_line_of_many_fields_is_read_in_no_time():
+    names = [f"field {i}" for i in range(30_000)]
+    line = "{" + ", ".join(f'"{name}": 1' for name in [*names, names[-1]]) + "}"
+    began = time.perf_counter()
+    broken = read_line(line.encode(), 1, SamplingParams())
+    assert time.perf_counter() - began < 1
+    assert broken.error == "the field 'field 29999' is there twice; give it once"
+
+
 BROKEN = [
     (b'{"prompt": "x"', None, "not JSON: Expecting ',' delimiter at column 15"),
     (b'{"id": 1, "prompt": "\xff"}', None, "not UTF-8: byte 0xff at offset 21"),
@@ -121,10 +186,17 @@ BROKEN = [
     ({"messages": []}, 7, "at least one message, got []"),
     ({"messages": "x"}, 7, 'at least one message, got "x"'),
     ({"messages": ["x"]}, 7, 'messages[0] must be an object with role and content, got "x"'),
-    ({"messages": [{"role": "robot", "content": "x"}]}, 7, 'role must be one of system, user, assistant, got "robot"'),
+    (
+        {"messages": [{"role": "robot", "content": "x"}]},
+        7,
+        "role must be one of system, developer, user, assistant, got",
+    ),
     ({"messages": [{"role": "user"}]}, 7, "messages[0].content must be a text, got null"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 7, "content may only hold"),
-    ({"messages": [{"role": "user", "content": "x", "name": "n"}]}, 7, 'unknown field "messages[0].name"'),
+    ({"messages": [{"role": "user", "content": "x", "naem": "n"}]}, 7, 'unknown field "messages[0].naem"'),
+    ({"messages": [{"role": "user", "content": "x", "name": 5}]}, 7, "messages[0].name must be a text, got 5"),
+    ({"messages": [{"role": ["user"], "content": "x"}]}, 7, "role must be one of system, developer, user, assistant"),
+    ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, 7, "messages[0].tool_calls isn't supported"),
     (
         {"prompt": "x", "max_token": 5, "temprature": 1},
         7,
@@ -145,7 +217,40 @@ BROKEN = [
     ({"prompt": "x", "stop": [""]}, 7, "none of them empty"),
     ({"custom_id": "c", "body": "x"}, "c", 'body must be an object, got "x"'),
     ({"custom_id": "c", "id": 1, "body": {"prompt": "x"}}, "c", 'unknown field "id"'),
-    ({"custom_id": "c", "body": {"prompt": "x", "n": 2}}, "c", 'unknown field "body.n"'),
+    ({"custom_id": "c", "body": {"prompt": "x", "n": 2}}, "c", "body.n must be 1, got 2; leave it out"),
+    ({"custom_id": "c", "body": {"prompt": "x", "n": True}}, "c", "body.n must be 1, got true"),
+    ({"custom_id": "c", "body": {"prompt": "x", "stream": True}}, "c", "body.stream must be false, got true"),
+    ({"custom_id": "c", "body": {"prompt": "x", "presence_penalty": 0.5}}, "c", "body.presence_penalty must be 0"),
+    (
+        {"custom_id": "c", "body": {"prompt": "x", "response_format": {"type": "json_object"}}},
+        "c",
+        'be {"type": "text"}',
+    ),
+    ({"custom_id": "c", "body": {"prompt": "x", "tools": [{"type": "f"}]}}, "c", "body.tools must be [], got"),
+    ({"custom_id": "c", "body": {"prompt": "x", "logit_bias": {"5": -100}}}, "c", "body.logit_bias must be {}, got"),
+    ({"custom_id": "c", "body": {"prompt": "x", "top_logprobs": 3}}, "c", "body.top_logprobs must be 0, got 3"),
+    ({"custom_id": "c", "body": {"prompt": "x", "logprobs": 5}}, "c", "logprobs must be true or false"),
+    ({"custom_id": "c", "body": {"messages": [{"role": "user", "content": "x"}], "logprobs": 0}}, "c", "logprobs must"),
+    (
+        {"custom_id": "c", "body": {"prompt": "x", "frequency_penlaty": 0}},
+        "c",
+        'unknown field "body.frequency_penlaty"',
+    ),
+    ({"prompt": "x", "n": 1}, 7, 'unknown field "n"'),
+    ({"prompt": []}, 7, "prompt must be one text or one list of token ids, got []"),
+    ({"prompt": ["a", "b"]}, 7, 'prompt must be one text or one list of token ids, got ["a", "b"]'),
+    ({"prompt": [1, -2]}, 7, "prompt must be one text or one list of token ids, got [1, -2]"),
+    ({"prompt": [1, True]}, 7, "prompt must be one text or one list of token ids, got [1, true]"),
+    ({"prompt": [1, 2**31]}, 7, "prompt must be one text or one list of token ids"),
+    ({"prompt": "x", "logprobs": "yes"}, 7, 'logprobs must be true or false, or with a prompt 0, got "yes"'),
+    ({"prompt": "x", "compression": "z" * 10**6, "ratio": 2}, 7, "no policy is named 'zzz"),
+    ({"prompt": "x", "compression": "leankv", "high": "z" * 10**6}, 7, "a format is like K8V4"),
+    ({"prompt": "x", "ratio": 10**4000}, 7, "ratio must be at least 1"),
+    ({"prompt": "x", "seed": 10**4000}, 7, "seed must be in [0, 2**32), got a number of 13288 bits"),
+    ({"prompt": "x", "sinks": 10**4000, "ratio": 2}, 7, "sinks must be below 2**31, got a number of"),
+    ({"id": ["z"] * 10**5, "prompt": "x"}, None, 'id must be a text or a number, got ["z", '),
+    ({f"field {i}": i for i in range(9999)}, 7, 'unknown field "field 0", "field 1", "field 2" and 9996 more; known'),
+    ({"prompt": "x", "z" * 10**6: 1}, 7, 'unknown field "zzz'),
     ({"custom_id": "c", "body": {"prompt": "x", "max_tokens": 1, "max_completion_tokens": 2}}, "c", "not both"),
 ]
 
@@ -194,7 +299,7 @@ def test_a_broken_line_says_what_is_wrong(line, name, error):
     assert isinstance(broken, Broken)
     assert (broken.line, broken.id) == (7, name)
     assert error in broken.error
-    assert len(broken.error) < 350
+    assert len(broken.error) < 400
 
 
 def test_the_job_goes_on_after_broken_and_refused_lines(tmp_path, capsys):
@@ -283,6 +388,23 @@ def test_zeros_that_a_lost_record_left_are_cut_off(tmp_path):
     output.write_bytes(whole + bytes(500))
     assert run_job(source, output) == 0
     assert output.read_bytes() == whole
+
+
+@pytest.mark.parametrize("between", [b"\r", b"\r\r", b"", b" ", b"\x85", "\u2028".encode()])
+def test_records_whose_line_ends_became_others_are_refused_and_left(tmp_path, between):
+    """Rather than cut off as one torn record."""
+    source, output = many(tmp_path, 4), tmp_path / "out.jsonl"
+    assert run_job(source, output) == 0
+    whole = output.read_bytes()
+    for changed in (whole.replace(b"\n", between), whole[:-1].replace(b"\n", between)):
+        output.write_bytes(changed)
+        with pytest.raises(ValueError, match="line 1 is no record of a batch job") as error:
+            run_job(source, output)
+        assert output.read_bytes() == changed
+        assert ("its lines end in CR alone: convert them to LF" in str(error.value)) == between.startswith(b"\r")
+    output.write_bytes(whole.replace(b"\n", b"\r\n"))  # as an editor on Windows leaves it
+    assert run_job(source, output) == 0
+    assert sorted(by_line(output)) == [1, 2, 3, 4]
 
 
 def test_the_output_of_another_job_is_refused_and_left_as_it_is(tmp_path):
@@ -404,14 +526,14 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
     source, output = many(tmp_path, 3), tmp_path / "out.jsonl"
     arguments = ["batch", "--model", "m", "--input", str(source), "--output", str(output)]
     options = ["--max-batch", "3", "--cache-memory", "2M", "--ratio", "4", "--max-tokens", "5", "--logprobs"]
-    assert cli.main([*arguments, *options]) == 0
+    assert main([*arguments, *options]) == 0
     assert (given["max_batch"], given["cache_memory"], given["compression"].budget.ratio) == (3, 2_000_000, 4)
     assert [r["logprobs"] for r in records(output)] == [[-0.5] * 5] * 3
     assert records(output)[0]["settings"] == {"model": "m", "ratio": 4.0, "max_tokens": 5, "logprobs": True}
     given.clear()
     capsys.readouterr()
-    assert cli.main([*arguments, *options, "--cache-memory", "3M"]) == 0
-    assert cli.main([*arguments, *options, "--ratio", "2"]) == 2
+    assert main([*arguments, *options, "--cache-memory", "3M"]) == 0
+    assert main([*arguments, *options, "--ratio", "2"]) == 2
     said = capsys.readouterr().err
     assert "was written with other settings: line" in said
     assert 'with {"ratio": 4.0}, not {"ratio": 2.0}; go on with those, or give another --output' in said
@@ -422,7 +544,7 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(FakeLLM, "run", stop)
     output.unlink()
-    assert cli.main(arguments) == 130
+    assert main(arguments) == 130
     capsys.readouterr()
     cases = [
         (["--input", str(tmp_path / "none"), "--output", str(output)], "can't read", "No such file"),
@@ -432,7 +554,7 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
         (["--input", str(source), "--output", "/dev/full"], "can't write /dev/full", "must be a regular file"),
     ]
     for files, *messages in cases:
-        assert cli.main(["batch", "--model", "m", *files]) == 2
+        assert main(["batch", "--model", "m", *files]) == 2
         error = capsys.readouterr().err
         assert error.startswith("jaxkv: ")
         assert all(m in error for m in messages), error

@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from jaxkv import LLM, SamplingParams
-from jaxkv.cli import main as cli
+from jaxkv.cli import commands as cli
 from jaxkv.cli.main import main
 from jaxkv.cli.options import byte_count
 
@@ -145,7 +145,7 @@ def test_what_is_no_byte_count_is_refused(text):
 
 
 def test_a_fault_of_ours_is_no_failed_line(monkeypatch, capsys):
-    def broken(options):
+    def broken(options, heed):
         raise RuntimeError("out of luck")
 
     monkeypatch.setattr(cli, "run_generate", broken)

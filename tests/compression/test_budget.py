@@ -12,7 +12,20 @@ from oracles.kv_compress import evict_count
 
 from jaxkv.cache import CacheConfig
 from jaxkv.compression.budget import Footprint
-from jaxkv.policies import KeepFraction, MaxBytes, MaxTokens, Ratio
+from jaxkv.compression.shares import PerHead
+from jaxkv.policies import (
+    Auto,
+    ExpectedAttention,
+    KeepFraction,
+    KVCompress,
+    KVzip,
+    LeanKV,
+    MaxBytes,
+    MaxTokens,
+    Mixed,
+    Ratio,
+    SnapKV,
+)
 
 HEADS = 4
 
@@ -99,3 +112,46 @@ def test_a_ratio_below_one_is_refused(ratio):
 def test_a_fraction_outside_zero_to_one_is_refused(fraction):
     with pytest.raises(ValueError, match="fraction kept must be in"):
         KeepFraction(fraction=fraction)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MaxBytes(size=1e9), "max_cache_bytes must be a whole number, got 1000000000.0"),
+        (lambda: MaxTokens(tokens=33.5), "max_cache_tokens must be a whole number, got 33.5"),
+        (lambda: MaxTokens(tokens=True), "max_cache_tokens must be a whole number, got True"),
+        (lambda: Ratio(ratio="8"), "ratio must be a number, got '8'"),
+        (lambda: Ratio(ratio=None), "ratio must be a number, got None"),
+        (lambda: KeepFraction(fraction="half"), "fraction must be a number, got 'half'"),
+        (lambda: KVCompress(budget=8), r"budget must be one, such as Ratio\(ratio=8\), got 8"),
+        (lambda: KVCompress(budget=Ratio(ratio=2), protected_window=32.5), "protected_window must be a whole number"),
+        (lambda: KVCompress(budget=Ratio(ratio=2), window=1.5), "window must be a whole number, got 1.5"),
+        (lambda: KVCompress(budget=Ratio(ratio=2), sinks="4"), "sinks must be a whole number, got '4'"),
+        (lambda: SnapKV(budget=Ratio(ratio=2), pool=5.0), "pool must be a whole number, got 5.0"),
+        (lambda: KVzip(budget=Ratio(ratio=2), power=0), "power must be at least 1"),
+        (lambda: ExpectedAttention(budget=Ratio(ratio=2), future=0), "future must be at least 1 position"),
+        (lambda: LeanKV(high_threshold="1"), "high_threshold must be a number, got '1'"),
+        (lambda: LeanKV(high="K8V4"), r"high must be a format, such as Format.named\('K8V4'\), got 'K8V4'"),
+        (lambda: Auto(budget=Ratio(ratio=2), unquantised_window=1), "unquantised_window must be true or false, got 1"),
+        (lambda: Auto(budget=Ratio(ratio=2), block_tokens=64.0), "block_tokens must be a whole number, got 64.0"),
+        (lambda: Mixed(budget=Ratio(ratio=2), scoring=Ratio(ratio=2)), "scoring must be a policy"),
+        (lambda: PerHead(floor="0.2"), "floor must be a number, got '0.2'"),
+        (lambda: config(batch=2.0), "batch must be a whole number, got 2.0"),
+        (lambda: config(dtype="int8"), "the cache's dtype must be float32 or bfloat16, got 'int8'"),
+        (lambda: config(dtype=jnp.float64), "the cache's dtype must be float32 or bfloat16"),
+        (lambda: config(memory=1e9), "memory must be a whole number, got 1000000000.0"),
+    ],
+)
+def test_values_of_another_type_are_refused_by_name(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_numbers_of_numpy_are_pythons_own():
+    policy = KVCompress(budget=MaxTokens(tokens=np.int64(64)), sinks=np.uint8(4))
+    assert policy == KVCompress(budget=MaxTokens(tokens=64), sinks=4)
+    assert {type(x) for x in (policy.budget.tokens, policy.sinks)} == {int}
+
+
+def config(*, batch=1, **sizes):
+    return CacheConfig.for_model(tiny.CONFIG, batch=batch, max_context=256, **sizes)

@@ -1,5 +1,7 @@
 """Prompts in, answers out: as the dense model would say, alone or in company, and with clear refusals."""
 
+import copy
+import pickle
 import weakref
 from dataclasses import replace
 
@@ -11,7 +13,7 @@ import tiny
 from flax import nnx
 
 from jaxkv import LLM, CacheConfig, KVCompress, MaxBytes, MaxTokens, Ratio, SamplingParams, init_cache, stats
-from jaxkv.requests import Finished, PromptRead
+from jaxkv.requests import Finished, PromptRead, Refused
 from models import Llama
 
 pytestmark = pytest.mark.once
@@ -231,6 +233,42 @@ def test_a_stream_left_half_way_leaves_the_model_usable(texts):
     assert after.token_ids == before.token_ids
 
 
+def changed(model, scale=-1.0):
+    """The state of a model with other weights."""
+    return jax.tree.map(lambda x: x * scale, nnx.state(model))
+
+
+@pytest.mark.parametrize("how", ["update", "one weight", "a part", "another model", "another dtype"])
+def test_each_call_answers_with_the_weights_that_the_model_has(how):
+    model = tiny.random_model()
+    llm = LLM(model)
+    [before] = llm.generate(PROMPTS[0], FREE)
+    match how:
+        case "update":
+            nnx.update(model, changed(model))
+        case "one weight":
+            model.norm.scale.set_value(-model.norm.scale[...])
+        case "a part":
+            model.layers[0].feed_forward = tiny.random_model().layers[1].feed_forward
+        case "another model":
+            llm.model = Llama(tiny.CONFIG, rngs=nnx.Rngs(3))
+        case "another dtype":
+            nnx.update(model, jax.tree.map(lambda x: (-x).astype(jnp.bfloat16), nnx.state(model)))
+    [after] = llm.generate(PROMPTS[0], FREE)
+    assert after.token_ids == LLM(llm.model).generate(PROMPTS[0], FREE)[0].token_ids
+    assert after.token_ids != before.token_ids
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda llm: pickle.loads(pickle.dumps(llm))])
+def test_a_copy_answers_the_same_and_shares_no_cache(copied):
+    llm = LLM(tiny.random_model())
+    [first] = llm.generate(PROMPTS[0], FREE)
+    other = copied(llm)
+    for each in (other, llm, other):
+        assert each.generate(PROMPTS[0], FREE)[0].token_ids == first.token_ids
+    assert other.engine is not llm.engine
+
+
 def test_nothing_in_nothing_out(llm):
     assert llm.generate([]) == []
 
@@ -404,8 +442,86 @@ def test_a_batch_of_none_is_refused():
 
 
 @pytest.mark.parametrize(
+    "kind", [np.array, jnp.array, tuple, lambda ids: list(np.array(ids)), lambda ids: [*jnp.array(ids)]]
+)
+def test_token_ids_of_any_kind_are_one_prompt_or_several(llm, kind):
+    ids, params = PROMPTS[0][:16], SamplingParams(max_tokens=np.int64(4), seed=np.uint8(3), temperature=np.float32(0))
+    [want] = llm.generate(ids, SamplingParams(max_tokens=4))
+    assert [a.token_ids for a in llm.generate(kind(ids), params)] == [want.token_ids]
+    assert [a.token_ids for a in llm.generate([kind(ids), kind(ids)], params)] == [want.token_ids] * 2
+    if kind in (np.array, jnp.array):
+        assert [a.token_ids for a in llm.generate(kind([ids, ids]), params)] == [want.token_ids] * 2
+
+
+def test_a_job_without_params_is_refused_and_the_others_go_on(llm):
+    events = list(llm.run([([1], {"max_tokens": 3}), (None, SamplingParams()), ([1], SamplingParams(max_tokens=2))]))
+    assert [e.request for e in events if isinstance(e, Refused)] == [0, 1]
+    assert [e.request for e in events if isinstance(e, Finished)] == [2]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params", "message"),
+    [
+        (5, None, "prompts must be a text, a list of token ids, or a list of either, got 5"),
+        (None, None, "prompts must be a text"),
+        ({1: 2}, None, "prompts must be a text"),
+        (np.array(3), None, "a prompt must be a text or a list of token ids"),
+        (np.array([], int), None, "the prompt is empty"),
+        (jnp.array([1.5]), None, "token ids must be whole numbers, got float32"),
+        ([[1, [2]]], None, "a prompt must be a text or a list of token ids"),
+        ([None], None, "a prompt must be a text or a list of token ids, got"),
+        ([1], {"max_tokens": 3}, r"params must be SamplingParams, .*, got \{'max_tokens': 3\}"),
+        ([1], [None], "params must be SamplingParams, .*, got None"),
+    ],
+)
+def test_what_is_no_prompt_or_no_params_is_refused(llm, prompts, params, message):
+    with pytest.raises(ValueError, match=message):
+        llm.generate(prompts, params)
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"dtype": "int8"}, "^dtype must be float32 or bfloat16, got 'int8'"),
+        ({"dtype": "no such"}, "^dtype must be float32 or bfloat16, got 'no such'"),
+        ({"cache_dtype": "int8"}, "cache_dtype must be float32 or bfloat16, got 'int8'"),
+        ({"cache_dtype": jnp.float64}, "cache_dtype must be float32 or bfloat16, got .*float64"),
+        ({"cache_dtype": np.uint16}, "cache_dtype must be float32 or bfloat16"),
+        ({"max_batch": 2.5}, "max_batch must be a whole number, got 2.5"),
+        ({"cache_memory": 5e8}, "cache_memory must be a whole number, got 500000000.0"),
+        ({"block_size": "16"}, "block_size must be a whole number, got '16'"),
+        ({"compression": "leankv"}, "compression must be a policy, or None for the full cache, got 'leankv'"),
+    ],
+)
+def test_settings_of_another_type_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LLM(tiny.MODEL, **settings)
+
+
+@pytest.mark.parametrize(("given", "kept"), [(None, ()), ("x", ("x",)), (["x", "y"], ("x", "y")), ([], ())])
+def test_stop_texts_may_be_none_one_or_several(given, kept):
+    assert hash(SamplingParams(stop=given)) == hash(SamplingParams(stop=kept))
+    assert SamplingParams(stop=given).stop == kept
+
+
+def test_numbers_of_numpy_become_pythons_own():
+    params = SamplingParams(max_tokens=np.int32(5), top_p=np.float64(0.5), logprobs=np.bool_(True))
+    assert [type(x) for x in (params.max_tokens, params.top_p, params.logprobs)] == [int, float, bool]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_tokens": 3.0}, "max_tokens must be a whole number, got 3.0"),
+        ({"max_tokens": None}, "max_tokens must be a whole number, got None"),
+        ({"top_k": True}, "top_k must be a whole number, got True"),
+        ({"seed": 10**5000}, "seed must be in .*, got a number of 16610 bits"),
+        ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
+        ({"temperature": None}, "temperature must be a number, got None"),
+        ({"logprobs": 2}, "logprobs must be true or false, got 2"),
+        ({"stop": 5}, "stop must be texts, none of them empty, got 5"),
+        ({"stop": b"x"}, "stop must be texts"),
+        ({"compression": "snapkv"}, "compression must be a policy"),
         ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import tiny
+from flax import nnx
 
 from jaxkv.engine import programs
 from jaxkv.engine.programs import ModelPrograms, program
@@ -57,3 +58,19 @@ def test_only_the_programs_used_last_are_kept(sums, monkeypatch):
 def test_the_model_outside_is_the_one_that_was_given(sums):
     sums.add(jnp.zeros(3), 1)
     assert sums.model is tiny.MODEL
+
+
+def test_weights_that_changed_are_taken_and_programs_are_kept_where_they_still_fit(sums):
+    model = tiny.random_model()
+    sums.refresh(model)
+    sums.add(jnp.zeros(3), 1)
+    before = sums._leaves
+    sums.refresh(model)
+    assert sums._leaves is before
+    nnx.update(model, jax.tree.map(lambda x: x + 1, nnx.state(model)))
+    sums.refresh(model)
+    sums.add(jnp.zeros(3), 1)
+    assert Sums.traced == 1
+    sums.refresh(tiny.random_model(dtype=jnp.bfloat16))
+    sums.add(jnp.zeros(3), 1)
+    assert Sums.traced == 2

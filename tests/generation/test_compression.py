@@ -312,3 +312,32 @@ def test_a_stop_token_ends_a_row_and_not_its_neighbours():
     other = free.tokens[1].tolist()
     until = other.index(stop) + 1 if stop in other else 20
     assert made.tokens[1, :until].tolist() == other[:until]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "changed"),
+    [([121, 0], {}), ([2**31 - 1, 5], {}), ([60, -1], {}), ([60, 5], {(0, 59): 101}), ([60, 5], {(1, 0): -1})],
+)
+def test_prompts_that_are_none_give_nan_and_no_tokens(lengths, changed):
+    """Lengths beyond the tokens' width, and tokens that the model hasn't."""
+    tokens, _ = tiny.padded([tiny.prompt(120), tiny.prompt(5)])
+    for at, token in changed.items():
+        tokens = tokens.at[at].set(token)
+    lengths = jnp.array(lengths, jnp.int32)
+    cache, logits = read(tiny.empty_cache(batch=2), tokens, lengths, None)
+    assert np.isnan(np.asarray(logits)).all()
+    assert int(cache.lengths.sum()) == int(cache.num_tokens.sum()) == 0
+    assert answer(tiny.empty_cache(batch=2), tokens, lengths, 4).counts.tolist() == [0, 0]
+
+
+def test_padding_may_be_anything():
+    tokens, lengths = tiny.padded([tiny.prompt(120), tiny.prompt(5)])
+    odd = jnp.where(jnp.arange(120) < lengths[:, None], tokens, -7)
+    made = [answer(tiny.empty_cache(batch=2), each, lengths, 4).tokens.tolist() for each in (tokens, odd)]
+    assert made[0] == made[1]
+
+
+@pytest.mark.parametrize(("tokens", "lengths"), [((2, 8), (1,)), ((1, 8), (2,)), ((8,), (2,)), ((2, 0), (2,))])
+def test_shapes_that_do_not_belong_together_are_refused(tokens, lengths):
+    with pytest.raises(ValueError, match=r"for a cache of 2 sequences expected tokens \[2, length\]"):
+        read(tiny.empty_cache(batch=2), jnp.zeros(tokens, jnp.int32), jnp.ones(lengths, jnp.int32), None)

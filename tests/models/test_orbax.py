@@ -54,6 +54,41 @@ def test_a_checkpoint_is_never_overwritten(tiny_model, tmp_path):
         save(tiny_model(), tmp_path / "saved")
 
 
+@pytest.mark.parametrize("when", ["while the weights are written", "before the config", "while the config is written"])
+def test_a_save_that_was_broken_off_is_said_and_replaced(when, tiny_model, tmp_path, monkeypatch):
+    """Killed, or out of disk: the next save there succeeds, and until then loading says what is wrong."""
+    directory = tmp_path / "saved"
+
+    def broken(*_, **__):
+        raise OSError("killed")
+
+    model = tiny_model()
+    with monkeypatch.context() as patch:
+        if when == "while the config is written":
+            patch.setattr(type(directory), "replace", broken)
+        else:
+            patch.setattr(type(directory), "write_text", broken)
+        with pytest.raises(OSError, match="killed"):
+            save(model, directory)
+    if when == "while the weights are written":
+        (directory / "weights").rename(directory / "weights.orbax-checkpoint-tmp")
+    for load in (load_model, restore):
+        with pytest.raises(CheckpointError, match=r"holds a save that was broken off\. Save the model there again"):
+            load(directory)
+    save(model, directory)
+    assert sorted(path.name for path in directory.iterdir())[-1] == "weights"
+    assert restore(directory).config == model.config
+
+
+def test_weights_that_are_somebody_elses_are_left(tiny_model, tmp_path):
+    mine = tmp_path / "weights" / "mine"
+    mine.parent.mkdir()
+    mine.write_text("not a checkpoint's")
+    with pytest.raises(CheckpointError, match="already holds a checkpoint"):
+        save(tiny_model(), tmp_path)
+    assert mine.read_text() == "not a checkpoint's"
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_damage_is_named(tiny_model, tmp_path):
     directory = tmp_path / "saved"

@@ -1,0 +1,153 @@
+"""What the commands do; all that is heavy is imported here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from jaxkv.cli.options import answer_settings
+from jaxkv.cli.plot import check_drawable, head_map
+from jaxkv.cli.terminal import can_say
+from jaxkv.llm import LLM, Prompt
+from jaxkv.policies import Policy, policy_from
+from jaxkv.report import as_dict, summary
+from jaxkv.requests import Completion, Event, Finished, PromptRead, SamplingParams, TextMade
+from jaxkv.words import SAMPLING
+from models.hub import cache_directory
+
+Heed = Callable[[Iterable[Event]], Iterable[Event]]
+"""Passes events on, and raises KeyboardInterrupt in between where Ctrl-C was heard."""
+
+
+def run_generate(options: argparse.Namespace, heed: Heed = iter) -> int:
+    if sys.stdout is None:
+        raise ValueError("standard output is closed, so the answer would be lost; send it somewhere: > answer.txt")
+    text, policy, params = read_prompt(options), policy_from(vars(options)), sampling_from(options)
+    if options.system is not None and not options.chat:
+        raise ValueError("--system needs --chat")
+    if options.plot is not None:
+        check_drawable(options.plot)
+    llm = load(options, policy)
+    prompt: Prompt = text
+    if options.chat:
+        system = [{"role": "system", "content": options.system}] if options.system is not None else []
+        prompt = llm.chat_prompt([*system, {"role": "user", "content": text}])
+
+    completion = answer(llm, prompt, params, quiet=options.json, heed=heed)
+    if options.json:
+        print(json.dumps(as_dict(completion)), flush=True)
+    else:
+        print(f"\n\n{summary(completion)}", file=sys.stderr)
+        if not can_say(completion.text):
+            print(
+                f"jaxkv: standard output is {sys.stdout.encoding}, which lacks letters of the answer: they became '?'; "
+                "set PYTHONIOENCODING=utf-8, or give --json",
+                file=sys.stderr,
+            )
+    if options.plot is not None:  # last: the answer is out, whatever a full disk does to the picture
+        head_map(completion.cache, options.plot)
+    return 0
+
+
+def run_batch(options: argparse.Namespace, heed: Heed = iter) -> int:
+    from jaxkv.batch.job import BatchJob  # locks files, which generate can do without where a system can't
+
+    policy, params = policy_from(vars(options)), sampling_from(options)
+    with BatchJob(
+        options.input, options.output, params, answer_settings(options), retry_failed=options.retry_failed
+    ) as job:
+        if not job.left:
+            return job.finish()
+        llm = load(options, policy, max_batch=options.max_batch, share_prefixes=options.share_prefixes)
+        return job.run(llm, max_context=options.max_context, heed=heed)
+
+
+def load(options: argparse.Namespace, policy: Policy | None, **settings: Any) -> LLM:
+    """The model that is asked for.
+
+    Raises:
+      ValueError: it can't be read, or JAX can't run here.
+    """
+    keep_compiled_programs()
+    check_platform()
+    return LLM(
+        options.model,
+        compression=policy,
+        cache_memory=options.cache_memory,
+        block_size=options.block_size,
+        dtype=options.dtype,
+        cache_dtype=options.cache_dtype,
+        **settings,
+    )
+
+
+def read_prompt(options: argparse.Namespace) -> str:
+    """The prompt's text.
+
+    Raises:
+      ValueError: the file can't be read, isn't UTF-8, or holds nothing.
+    """
+    if options.prompt is not None:
+        return options.prompt
+    path: Path = options.prompt_file
+    try:
+        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"can't read the prompt from {path}: {error.strerror}") from None
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}") from None
+    if not text.strip():
+        raise ValueError(f"{path} holds no text; the prompt must not be empty")
+    return text
+
+
+def sampling_from(options: argparse.Namespace) -> SamplingParams:
+    return SamplingParams(**{name: getattr(options, name) for name in SAMPLING})
+
+
+def answer(llm: LLM, prompt: Prompt, params: SamplingParams, *, quiet: bool, heed: Heed = iter) -> Completion:
+    """Generates with a progress bar for the prompt and, unless ``quiet``, the text as it comes."""
+    bar: tqdm | None = None
+    try:
+        for event in heed(llm.events([prompt], params)):
+            match event:
+                case PromptRead(tokens=tokens, total=total):
+                    bar = bar or tqdm(total=total, desc="reading the prompt", unit="tok", file=sys.stderr, leave=False)
+                    bar.update(tokens - bar.n)
+                case TextMade(text=text):
+                    if bar is not None:
+                        bar.close()
+                    if not quiet:
+                        print(text, end="", flush=True)
+                case Finished(completion=completion):
+                    return completion
+    finally:
+        if bar is not None:
+            bar.close()
+    raise AssertionError("a request ends with its Finished event")
+
+
+def keep_compiled_programs() -> None:
+    """Compiled programs go to the user's cache directory, so that a second run starts in seconds."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "programs"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def check_platform() -> None:
+    """Raises ValueError where JAX has nothing to run on."""
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        raise ValueError(f"JAX can't run with JAX_PLATFORMS={asked!r}: {error}; unset it") from None

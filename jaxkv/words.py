@@ -1,0 +1,36 @@
+"""The words of command lines and job files, with nothing heavy behind them: help is there at once."""
+
+DTYPES = ("float32", "bfloat16")
+"""Of weights, keys and values."""
+POLICIES = (
+    "kv-compress",
+    "kv-compress-full",
+    "snapkv",
+    "ada-kv",
+    "pyramidkv",
+    "h2o",
+    "streaming-llm",
+    "tova",
+    "knorm",
+    "keydiff",
+    "expected-attention",
+    "kvzip",
+    "auto",
+    "leankv",
+    "mixed",
+)
+BUDGETS = ("ratio", "max_cache_tokens", "max_cache_bytes")
+SETTINGS = {
+    "protected_window": "a whole number",
+    "sinks": "a whole number",
+    "window": "a whole number",
+    "compress_every": "a whole number",
+    "high_threshold": "a number",
+    "low_threshold": "a number",
+    "high": "a text",
+    "low": "a text",
+    "high_share": "a number",
+    "unquantised_window": "true or false",
+}
+"""What may be said of a policy beside its budget."""
+SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "logprobs")
