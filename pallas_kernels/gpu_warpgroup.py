@@ -57,6 +57,14 @@ def load(ref: Any, layout: Any, interpret: bool) -> Array:
     return plgpu.load(ref, *index, layout=layout, optimized=False)
 
 
+def store(ref: Any, value: Array, interpret: bool) -> None:
+    """From registers to the GPU's memory in whatever layout, though it fill no whole cache lines."""
+    if interpret or jax.__version_info__ < (0, 12):  # which has a function for it, and refuses the plain spelling
+        ref[...] = value
+    else:
+        plgpu.store(ref, value, optimized=False)
+
+
 def laid(x: Array, layout: Any, interpret: bool) -> Array:
     """The same values, laid out so over the threads."""
     return x if interpret else plgpu.layout_cast(x, layout)

@@ -2,6 +2,7 @@
 
 import gc
 import os
+from importlib.metadata import version
 
 import pytest
 from hypothesis import settings
@@ -9,8 +10,11 @@ from hypothesis import settings
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # a CUDA plugin without a driver is no error here
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what is tested is compiled here, and leaves no trace
-# Most of the tests' time is compiling, a third of which is spent on making tiny programs fast.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+# Most of the tests' time is compiling, much of it making tiny programs fast.
+QUICK = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+if version("jaxlib").startswith("0.10."):
+    QUICK.append("--xla_cpu_use_fusion_emitters=false")  # halves what is left; later versions have no such choice
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *QUICK])
 settings.register_profile("jaxkv", deadline=None, print_blob=True, max_examples=50)
 settings.load_profile("jaxkv")
 

@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gpu_warpgroup import MASKED, laid, load
+from pallas_kernels.gpu_warpgroup import MASKED, laid, load, store
 from pallas_kernels.paged_attention.gpu_segments import Segment
 
 SLAB = 8
@@ -56,7 +56,7 @@ def segment_kernel(interpret: bool) -> Callable[..., None]:
                 logits.append([jnp.where(held[r], jnp.sum(key * place(q, 1), axis=1), MASKED) for q in query])
                 for ref in logits_ref:
                     for g in heads:
-                        ref[part.row, g, pl.ds(start + r * SLAB, SLAB)] = logits[r][g]
+                        store(ref.at[part.row, g, pl.ds(start + r * SLAB, SLAB)], logits[r][g], interpret)
             # Each of the slab's places keeps a softmax of its own; they are joined after the last tile.
             new = maximum
             for r in slabs:
@@ -88,8 +88,8 @@ def segment_kernel(interpret: bool) -> Callable[..., None]:
             for g in heads:
                 highest = jnp.max(maximum[g], axis=0)
                 weight = jnp.exp2(maximum[g] - highest)
-                max_ref[segment, g] = highest
-                sum_ref[segment, g] = jnp.sum(total[g] * weight, axis=0)
-                out_ref[segment, g] = jnp.sum(output[g] * place(weight, 0), axis=0)
+                store(max_ref.at[segment, g], highest, interpret)
+                store(sum_ref.at[segment, g], jnp.sum(total[g] * weight, axis=0), interpret)
+                store(out_ref.at[segment, g], jnp.sum(output[g] * place(weight, 0), axis=0), interpret)
 
     return kernel

@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gpu_warpgroup import LANE, MASKED, ROWS, laid, load
+from pallas_kernels.gpu_warpgroup import LANE, MASKED, ROWS, laid, load, store
 
 TURN = 16
 """Segments that are loaded before the first is used: so many share one wait, and they fit the registers."""
@@ -95,11 +95,11 @@ def merge_kernel(axis: int, layout: Any, interpret: bool) -> Callable[..., None]
         turns = lax.div(end - first + TURN - 1, jnp.int32(TURN))
         output, highest, whole = lax.fori_loop(0, turns, add, nothing)
         whole = jnp.maximum(whole, jnp.finfo(jnp.float32).tiny)
-        whole_ref[(row, *mine)] = output / place(whole)
+        store(whole_ref.at[(row, *mine)], output / place(whole), interpret)
 
         @pl.when(part == 0)
         def _():
-            highest_ref[row] = highest
-            sum_ref[row] = whole
+            store(highest_ref.at[row], highest, interpret)
+            store(sum_ref.at[row], whole, interpret)
 
     return kernel

@@ -15,7 +15,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gpu_warpgroup import MASKED, iota, laid, load, product
+from pallas_kernels.gpu_warpgroup import MASKED, iota, laid, load, product, store
 from pallas_kernels.paged_attention.gpu_segments import Segment
 
 QUERIES = 8
@@ -61,7 +61,7 @@ def segment_kernel(scale: float, interpret: bool) -> Callable[..., None]:
             held = iota((tile, QUERIES), 0, interpret) < left
             logits = jnp.where(held, product(keys, q_smem, interpret, transpose="b") * scale, MASKED)
             for ref in logits_ref:
-                ref[part.row, pl.ds(start, tile)] = logits
+                store(ref.at[part.row, pl.ds(start, tile)], logits, interpret)
             new = jnp.maximum(maximum, jnp.max(logits, axis=0))
             decay = jnp.exp2(maximum - new)
             p = jnp.where(held, jnp.exp2(logits - down(new, tile)), 0.0)
@@ -87,8 +87,8 @@ def segment_kernel(scale: float, interpret: bool) -> Callable[..., None]:
                 laid(jnp.zeros((half, QUERIES), jnp.float32), LAYOUT, interpret),
             )
             maximum, total, output = part.stream(attend, carry)
-            max_ref[segment] = maximum
-            sum_ref[segment] = jnp.sum(total, axis=0)
-            out_ref[segment] = output
+            store(max_ref.at[segment], maximum, interpret)
+            store(sum_ref.at[segment], jnp.sum(total, axis=0), interpret)
+            store(out_ref.at[segment], output, interpret)
 
     return kernel

@@ -17,7 +17,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gpu_warpgroup import MASKED, ROWS, gather, iota, laid, load, product
+from pallas_kernels.gpu_warpgroup import MASKED, ROWS, gather, iota, laid, load, product, store
 from pallas_kernels.paged_attention.gpu_tensor_cores import QUERIES
 from pallas_kernels.quantised_block.layout import LANES, Segments
 from pallas_kernels.quantised_block.quantizer import unpack_meta
@@ -195,7 +195,7 @@ def segment_kernel(tier: Segments, head_dim: int, parts: int, from_right: bool, 
                 logits += dots * factor + across(sums[group], ROWS) * low
             logits = jnp.where(held, logits * scale, MASKED)
             for ref in logits_ref:
-                ref[part.place + block, pl.ds(i * ROWS, ROWS)] = logits
+                store(ref.at[part.place + block, pl.ds(i * ROWS, ROWS)], logits, interpret)
 
             maximum = jnp.maximum(softmax.maximum, jnp.max(logits, axis=0))
             decay = jnp.exp2(softmax.maximum - maximum)
@@ -240,13 +240,13 @@ def segment_kernel(tier: Segments, head_dim: int, parts: int, from_right: bool, 
             maximum = laid(jnp.full((QUERIES,), MASKED, jnp.float32), by_query, interpret)
             softmax = Softmax(maximum, zeros(ROWS), [zeros(ROWS) for _ in groups], [zeros(head_dim) for _ in groups])
             softmax = part.stream(over, softmax)
-            max_ref[segment] = softmax.maximum
-            sum_ref[segment] = jnp.sum(softmax.total, axis=0)
+            store(max_ref.at[segment], softmax.maximum, interpret)
+            store(sum_ref.at[segment], jnp.sum(softmax.total, axis=0), interpret)
             output = zeros(head_dim)
             group_of = lax.div(iota((head_dim, QUERIES), 0, interpret), jnp.int32(head_dim // fmt.value_groups))
             for group in groups:
                 mine = softmax.output[group] + across(jnp.sum(softmax.minima[group], axis=0), head_dim)
                 output = jnp.where(group_of == group, mine, output)
-            out_ref[segment] = output
+            store(out_ref.at[segment], output, interpret)
 
     return kernel

@@ -18,7 +18,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dispatch import choose
-from pallas_kernels.gpu_warpgroup import LANE, MASKED, ROWS, check_block_size, check_pool, iota, laid, product, tiled
+from pallas_kernels.gpu_warpgroup import (
+    LANE,
+    MASKED,
+    ROWS,
+    check_block_size,
+    check_pool,
+    iota,
+    laid,
+    product,
+    store,
+    tiled,
+)
 from pallas_kernels.kvs import RawKVs
 from pallas_kernels.prefill_attention.gpu_masses import masses
 from pallas_kernels.prefill_attention.types import ObservedQueries
@@ -190,7 +201,7 @@ def attend_kernel(group: int, scale: float, half: int, block_size: int, interpre
             )
             carry = lax.fori_loop(0, whole, lambda k, c: step(k, c, False), carry)
             output, maximum, total = lax.fori_loop(whole, steps, lambda k, c: step(k, c, True), carry)
-            lse_ref[b, head, mine] = maximum + jnp.log2(total)
+            store(lse_ref.at[b, head, mine], maximum + jnp.log2(total), interpret)
             smem[...] = (output / rows(total, half)).astype(smem.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(smem, out_ref.at[b, head, mine])

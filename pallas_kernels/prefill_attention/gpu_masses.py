@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gpu_warpgroup import LANE, ROWS, laid, load, product, tiled
+from pallas_kernels.gpu_warpgroup import LANE, ROWS, laid, load, product, store, tiled
 from pallas_kernels.prefill_attention.types import ObservedQueries
 
 
@@ -144,6 +144,6 @@ def mass_kernel(
                 return mass + jnp.sum(jnp.where(place <= limit, function(p), 0.0), axis=1)
 
             mass = laid(jnp.zeros((ROWS,), jnp.float32), plgpu.Layout.WGMMA.reduce(1), interpret)
-            mass_ref[b, head, keys] = lax.fori_loop(0, seen_ref.shape[2] // ROWS, add, mass)
+            store(mass_ref.at[b, head, keys], lax.fori_loop(0, seen_ref.shape[2] // ROWS, add, mass), interpret)
 
     return kernel
