@@ -2,25 +2,25 @@
 
 repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
-# find_python VERSION: prints the path of a Python of that version (3.11) that really runs, or fails.
+# find_python VERSION...: prints the path of a Python of the first of these versions (3.11) that really runs, or fails.
 find_python() {
-    local candidate
-    for candidate in "python$1" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1".*/bin/python; do
-        if "$candidate" -c "import sys, venv, ensurepip; sys.exit('%d.%d' % sys.version_info[:2] != '$1')" 2>/dev/null; then
-            echo "$candidate"
-            return 0
-        fi
+    local version candidate
+    for version in "$@"; do
+        for candidate in "python$version" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$version".*/bin/python; do
+            if "$candidate" -c "import sys, venv, ensurepip; sys.exit('%d.%d' % sys.version_info[:2] != '$version')" \
+                2>/dev/null; then
+                echo "$candidate"
+                return 0
+            fi
+        done
     done
     return 1
 }
 
-# find_any_python: the first of the versions that jaxkv supports.
+# find_any_python: the newest of those that jaxkv supports, on which the newest jax runs.
 find_any_python() {
-    local version
-    for version in 3.11 3.12; do
-        find_python "$version" && return 0
-    done
-    echo "jaxkv needs Python 3.11 or 3.12 with venv; none was found on PATH" >&2
+    find_python 3.14 3.13 3.12 3.11 && return 0
+    echo "jaxkv needs Python 3.11 to 3.14 with venv; none was found on PATH" >&2
     return 1
 }
 

@@ -1,6 +1,7 @@
 """Compiles for accelerators that aren't here, with their real compilers, and looks at what came out.
 
-TPU: needs ``libtpu`` beside jax (0.0.42.1 with jax 0.10.2, 0.0.48.1 with jax 0.11.2, which alone knows v7x).
+TPU: needs ``libtpu`` beside jax: 0.0.42.1 with jax 0.10.2, which doesn't know v7x; 0.0.48.1 with 0.11.2; 0.0.50.1 with
+0.12.0.1.
 """
 
 import importlib.util

@@ -1,33 +1,48 @@
 #!/usr/bin/env bash
-# Lint, types and all tests but the slow ones, with set-up: bash scripts/test.sh [PYTEST ARGUMENT...]
-# On Python 3.11 with jax 0.10.2, and those of the kernels and the core again on Python 3.12 with jax 0.11.2 where that
-# interpreter exists.
+# Lint, types and all tests but the slow ones, with set-up: bash scripts/test.sh [--all] [PYTEST ARGUMENT...]
+# All of it on the oldest jax (Python 3.11), and those of the kernels and the core again on the newest, with the newest
+# Python that is here; --all: also on a jax between. Where there is no Python 3.11, all of it on the newest.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 cd "$repo"
 
-first="${JAXKV_VENV:-$repo/.venv-test}"
-ran=""
-if python="$(find_python 3.11)"; then
-    ensure_venv "$first" "$python" "test,lint,reference" "jax==0.10.2" "jaxlib==0.10.2"
-    ensure_compilers "$first" 0.10.2 0.0.42.1
-    "$first/bin/ruff" check .
-    "$first/bin/ruff" format --check .
-    "$first/bin/pyright" --pythonpath "$first/bin/python"
-    "$first/bin/python" -m pytest -n 2 --dist worksteal -m "not slow" "$@"
-    ran="Python 3.11 with jax 0.10.2"
+between=""
+if [ "${1:-}" = --all ]; then
+    between=yes
+    shift
 fi
-if python="$(find_python 3.12)"; then
-    second="$first-312"
-    ensure_venv "$second" "$python" "test" "jax==0.11.2" "jaxlib==0.11.2"
-    ensure_compilers "$second" 0.11.2 0.0.48.1
-    kernels_and_core=(tests/kernels tests/aot tests/cache tests/compression tests/policies tests/generation tests/engine)
-    [[ "$*" != *tests/* ]] || kernels_and_core=()
-    "$second/bin/python" -m pytest -n 2 --dist worksteal -m "not slow and not once" "${kernels_and_core[@]}" "$@"
-    ran="${ran:+$ran, }Python 3.12 with jax 0.11.2"
-fi
-if [ -z "$ran" ]; then
-    echo "tests need Python 3.11 or 3.12; neither was found" >&2
+arguments=("$@")
+core=(tests/kernels tests/aot tests/cache tests/compression tests/policies tests/generation tests/engine)
+[[ "$*" != *tests/* ]] || core=()
+environments="${JAXKV_VENV:-$repo/.venv-test}"
+tested=""
+
+# test_on JAX LIBTPU PYTHON-VERSION...: on the first of the Pythons that is here, if any; the first time whole.
+test_on() {
+    local jax="$1" libtpu="$2" python venv
+    python="$(find_python "${@:3}")" || return 0
+    if [ -z "$tested" ]; then
+        venv="$environments"
+        ensure_venv "$venv" "$python" "test,lint,reference" "jax==$jax" "jaxlib==$jax"
+        ensure_compilers "$venv" "$jax" "$libtpu"
+        "$venv/bin/ruff" check .
+        "$venv/bin/ruff" format --check .
+        "$venv/bin/pyright" --pythonpath "$venv/bin/python"
+        "$venv/bin/python" -m pytest -n 2 --dist worksteal -m "not slow" "${arguments[@]}"
+    else
+        venv="$environments-$jax"
+        ensure_venv "$venv" "$python" "test" "jax==$jax" "jaxlib==$jax"
+        ensure_compilers "$venv" "$jax" "$libtpu"
+        "$venv/bin/python" -m pytest -n 2 --dist worksteal -m "not slow and not once" "${core[@]}" "${arguments[@]}"
+    fi
+    tested="${tested:+$tested, }$("$venv/bin/python" -c "import sys; print('Python %d.%d' % sys.version_info[:2])") with jax $jax"
+}
+
+test_on 0.10.2 0.0.42.1 3.11
+test_on 0.12.0.1 0.0.50.1 3.14 3.13 3.12
+[ -z "$between" ] || test_on 0.11.2 0.0.48.1 3.12
+if [ -z "$tested" ]; then
+    echo "tests need Python 3.11 to 3.14 with venv; none was found on PATH" >&2
     exit 1
 fi
-echo "tests passed on $ran"
+echo "tests passed on $tested"
