@@ -181,19 +181,21 @@ def whole_steps(model: LlamaConfig, chip: str) -> Iterator[Program]:
         yield Program(f"compression{name}", partial(compress, policy=policy), (cache,), pool, (0,))
 
 
-def programs(chip: str, name: str) -> Iterator[tuple[str, Program]]:
-    """What is compiled for a chip of a model: the model's name as printed, and the program."""
+def programs(chip: str, name: str, layers: int | None = None) -> Iterator[tuple[str, Program]]:
+    """What is compiled for a chip of a model: the model's name as printed, and the program. ``layers``: of its whole
+    steps; None: all."""
     model, memory = SHAPES[name], DEVICES[chip].memory
     for program in (*kernels(model), *(tiered_kernels(model) if name in TIERED else ())):
         yield name, program
     if name == WHOLE:
         half = memory < 20 * GIB  # 16 GB of weights don't fit
-        for program in whole_steps(half_of(model) if half else model, chip):
+        whole = replace(model, num_layers=layers or model.num_layers)
+        for program in whole_steps(half_of(whole) if half else whole, chip):
             yield name + (", half" if half else ""), program
 
 
-def compile_all(chip: str, name: str) -> Iterator[dict[str, Any]]:
-    for model, program in programs(chip, name):
+def compile_all(chip: str, name: str, layers: int | None = None) -> Iterator[dict[str, Any]]:
+    for model, program in programs(chip, name, layers):
         began = time.perf_counter()
         compiled = compile_for_tpu(chip, program.function, *program.arguments, donate=program.donate)
         pool = program.pool
@@ -222,13 +224,13 @@ def faults(row: dict[str, Any]) -> list[str]:
     return found
 
 
-def in_a_process(chip: str, name: str) -> list[dict[str, Any]]:
+def in_a_process(chip: str, name: str, layers: int | None = None) -> list[dict[str, Any]]:
     """``compile_all`` where it can't take this process with it.
 
     Raises:
       RuntimeError: the compiler failed; with what it said.
     """
-    command = [sys.executable, __file__, "--one", chip, name]
+    command = [sys.executable, __file__, "--one", chip, name, *(["--layers", str(layers)] if layers else [])]
     ended = subprocess.run(command, capture_output=True, text=True)
     if ended.returncode:
         raise RuntimeError(f"compiling {name} for {chip} failed: {ended.stderr[-3000:]}")
@@ -259,9 +261,10 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--json", help="write the rows to this file too")
     parser.add_argument("--one", nargs=2, metavar=("CHIP", "MODEL"), help="in this process, a JSON line a program")
+    parser.add_argument("--layers", type=int, help="of whole steps, where all take too long")
     options = parser.parse_args()
     if options.one:
-        for row in compile_all(*options.one):
+        for row in compile_all(*options.one, options.layers):
             print(json.dumps(row), flush=True)
         return
     rows = []
@@ -269,7 +272,7 @@ def main() -> None:
         if reason := why_not(chip):
             sys.exit(f"nothing can be compiled for {chip}: {reason}")
         for name in options.models:
-            rows += in_a_process(chip, name)
+            rows += in_a_process(chip, name, options.layers)
     print(f"jax {jax.__version__}: temporary / peak MiB; batch {BATCH}, {CONTEXT}-token tables, block {BLOCK_SIZE}\n")
     print(table(rows))
     if options.json:

@@ -15,6 +15,8 @@ CHIPS = ("v7x",) if jax.__version_info__ >= (0, 11) else ("v5e", "v5p", "v6e")
 MODELS = [name for name in compile_tpu.SHAPES if name != "mistral-7b"]  # which has Llama 3.1 8B's attention to the head
 SLOW = [("v6e", compile_tpu.WHOLE), *(("v5p", model) for model in MODELS if model != "smollm2-135m")]
 """The whole model, a minute or more, is compiled for the smallest chip and for that which jax 0.10 doesn't know."""
+LAYERS = {"v7x": 8}
+"""Of the whole model where they are unrolled, each like the others: all take minutes."""
 
 
 @pytest.mark.parametrize(
@@ -28,7 +30,7 @@ SLOW = [("v6e", compile_tpu.WHOLE), *(("v5p", model) for model in MODELS if mode
 def test_programs_update_the_pool_in_place_and_fit(chip, model):
     if reason := targets.why_not(chip):
         pytest.skip(reason)
-    rows = compile_tpu.in_a_process(chip, model)
+    rows = compile_tpu.in_a_process(chip, model, LAYERS.get(chip))
     assert len(rows) == 5 + 4 * (model == compile_tpu.WHOLE) + 3 * (model in compile_tpu.TIERED)
     for row in rows:
         assert compile_tpu.faults(row) == [], row
