@@ -1,11 +1,14 @@
 """What a refusal advises works when it is followed, at once."""
 
 import re
+from functools import cache
 
 import pytest
 import tiny
 
 from jaxkv import LLM, Auto, KVCompress, LeanKV, MaxTokens, Mixed, Ratio, SamplingParams
+
+pytestmark = pytest.mark.once
 
 POLICIES = {
     "full": None,
@@ -37,6 +40,7 @@ def test_a_long_answer_to_a_short_prompt_needs_no_setting(policy):
     assert refused(policy, 6, 480, None) is None
 
 
+@cache
 def refused(policy, prompt, answer, memory):
     """Why the answer was refused, or None where all its tokens came."""
     try:

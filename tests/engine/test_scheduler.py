@@ -14,6 +14,8 @@ from jaxkv.engine.scheduler import HORIZON, STEPS, STEPS_WHILE_READING, Join, Sc
 from jaxkv.engine.sequence import Sequence
 from jaxkv.requests import Refused, Request
 
+pytestmark = pytest.mark.once
+
 HEADS, SIZE = 4, 16
 ONCE = KVCompress(budget=Ratio(ratio=3), window=8, protected_window=8)
 AGAIN = KVCompress(budget=Ratio(ratio=3), window=8, protected_window=8, compress_every=12)

@@ -33,6 +33,8 @@ from models import Decoder
 from tests.examples import all_k8v4, last_queries
 from tests.models.granite import TINY_GRANITE, Granite
 
+pytestmark = pytest.mark.once
+
 LENGTHS = 200, 150
 STEPS = 12
 

@@ -28,6 +28,8 @@ from jaxkv.report import tier_mix
 from models.shapes import SHAPES
 from pallas_kernels.quantised_block import Format
 
+pytestmark = pytest.mark.once
+
 LAYERS, HEADS, KVS = 2, 2, 256
 SMALL = {"block_tokens": 8, "protected_window": 8}
 UNIFORM = LeanKV(high_threshold=0.0, low_threshold=0.0, high=Format.named("K8V8"), low=Format.named("K8V8"), **SMALL)
@@ -433,5 +435,5 @@ def test_a_cache_without_the_policys_blocks_is_refused():
 
 
 def test_a_memory_that_holds_no_quantised_block_is_refused():
-    with pytest.raises(ValueError, match="it must be at least"):
+    with pytest.raises(ValueError, match="give at least"):
         LLM(MODEL, compression=UNIFORM, cache_memory=100_000).generate(prompt(200), SamplingParams(max_tokens=8))
