@@ -32,7 +32,8 @@ def tiers_of(cache, row):
 
 def test_a_prompts_logits_do_not_depend_on_the_policy():
     tokens = padded([prompt(90)])
-    np.testing.assert_array_equal(read(empty(POLICY, 1), *tokens, POLICY)[1], read(empty(POLICY, 1), *tokens, None)[1])
+    with_policy, without = (read(empty(POLICY, 1), *tokens, policy)[1] for policy in (POLICY, None))
+    np.testing.assert_allclose(with_policy, without, rtol=1e-5, atol=1e-5)  # compiled apart: rounding may differ
 
 
 @pytest.mark.parametrize("length", [30, 120])
