@@ -13,6 +13,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref
 
+untyped: Any = plgpu
+"""For what jax 0.10 lacks, and what jax 0.12's types call abstract."""
 ROWS = 64
 """Rows of the left operand that one instruction of the tensor cores takes."""
 LANE = plgpu.LoweringSemantics.Lane
@@ -62,7 +64,7 @@ def store(ref: Any, value: Array, interpret: bool) -> None:
     if interpret or jax.__version_info__ < (0, 12):  # which has a function for it, and refuses the plain spelling
         ref[...] = value
     else:
-        plgpu.store(ref, value, optimized=False)
+        untyped.store(ref, value, optimized=False)
 
 
 def laid(x: Array, layout: Any, interpret: bool) -> Array:
@@ -79,7 +81,9 @@ def iota(shape: tuple[int, int], axis: int, interpret: bool) -> Array:
 
 def tiled(dtype: Any, interpret: bool) -> tuple[Any, ...]:
     """How the tensor cores want their operands in shared memory."""
-    return () if interpret else (plgpu.TilingTransform((8, 128 // dtype.itemsize)), plgpu.SwizzleTransform(128))
+    if interpret:
+        return ()
+    return untyped.TilingTransform((8, 128 // dtype.itemsize)), untyped.SwizzleTransform(128)
 
 
 def product(a: Any, b_ref: Any, interpret: bool, *, transpose: str = "", start: Array | None = None) -> Array:

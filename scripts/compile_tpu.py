@@ -264,7 +264,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="of whole steps, where all take too long")
     options = parser.parse_args()
     if options.one:
-        for row in compile_all(*options.one, options.layers):
+        for row in compile_all(*options.one, layers=options.layers):
             print(json.dumps(row), flush=True)
         return
     rows = []
