@@ -158,6 +158,16 @@ def test_a_budget_leaves_no_slot_of_its_blocks_empty(budget, low):
         assert not (home == LOW).any()
 
 
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00000, 0x7F800000, 0xFF800000])
+def test_scores_that_are_no_numbers_keep_what_is_protected_and_the_budget(bits):
+    held, rng = a_prompt(5, 250), np.random.default_rng(5)
+    scores = np.where(rng.random(held.scores.shape) < 0.3, np.uint32(bits).view(np.float32), held.scores)
+    for policy in mixed(4.0), LeanKV(budget=Ratio(ratio=4), high_threshold=1.0, low_threshold=0.1, **SMALL):
+        home = np.asarray(assign(policy, replace(held, scores=jnp.asarray(scores))).home)
+        assert (home[..., 243:250] == HIGH).all()
+        assert blocks_of(home, policy) <= room_of(policy, 250)
+
+
 def test_mixed_keeps_to_its_budget_where_some_kvs_are_low_already():
     policy, rng = mixed(2.0), np.random.default_rng(0)
     for seed in range(20):
