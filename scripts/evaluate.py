@@ -24,7 +24,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from evaluation.benchmark import Protocol, read_benchmark
 from evaluation.records import Journal, Key, Record, finished, table, write_json
-from evaluation.scoring import Runner
+from evaluation.scoring import Read, Runner
 from evaluation.suite import SUITES, generate
 from evaluation.tasks import Item, TaskSet, read_tasks
 from evaluation.writing import Writer
@@ -199,11 +199,20 @@ def evaluate(
     for task in tasks.tasks:
         for item in task.items:
             of_context[item.context_id].append((task.name, item))
+    observations = [observation_of(policy) for policy in policies.values()]
+    keep_back = max(64, *(each.count for each in observations if isinstance(each, LastQueries)), 0)
     with tqdm(total=len(policies) * len(of_context), unit="context", file=sys.stderr, disable=None) as bar:
-        for name, policy in policies.items():
-            for context, asked in of_context.items():
+        for context, asked in of_context.items():
+            tokens, shared = tasks.contexts[context], dict[object, Read]()
+            for name, policy in policies.items():
                 bar.set_postfix_str(name)
-                _ask_all(runner, name, policy, tasks.contexts[context], asked, ratios, journal)
+                left = [(r, task, item) for r in ([1.0] if policy is None else ratios) for task, item in asked]
+                left = [each for each in left if each[2].id not in journal.outcomes[name, *each[:2]]]
+                if left:
+                    read = shared.get(runner.config(policy)) or runner.read(tokens, policy, keep_back=keep_back)
+                    if read.prompt is None:
+                        shared[runner.config(policy)] = read
+                    _ask_all(runner, name, policy, read, left, journal)
                 if path is not None:
                     write_json(path, records(journal, tasks, policies, ratios))
                 bar.update()
@@ -213,30 +222,15 @@ def _ask_all(
     runner: Runner,
     name: str,
     policy: Policy | None,
-    context: tuple[int, ...],
-    asked: list[tuple[str, Item]],
-    ratios: list[float],
+    read: Read,
+    left: list[tuple[float, str, Item]],
     journal: Journal,
 ) -> None:
-    """All items of one context, at all ratios."""
-    ratios = [1.0] if policy is None else ratios
-    left = {
-        (ratio, task, item)
-        for ratio in ratios
-        for task, item in asked
-        if item.id not in journal.outcomes[name, ratio, task]
-    }
-    if not left:
-        return
-    observes = observation_of(policy)
-    window = observes.count if isinstance(observes, LastQueries) else 0
-    read = runner.read(context, policy, keep_back=max(64, window))
-    for told in dict.fromkeys(item.told for _, item in asked):
+    """Items of one context, by ratio and task."""
+    for told in dict.fromkeys(item.told for _, _, item in left):
         full, seconds = runner.scored(read, told, policy)
-        for ratio in ratios:
-            some = [(task, item) for task, item in asked if item.told == told and (ratio, task, item) in left]
-            if not some:
-                continue
+        for ratio in dict.fromkeys(ratio for ratio, _, item in left if item.told == told):
+            some = [(task, item) for at, task, item in left if item.told == told and at == ratio]
             some.sort(key=lambda pair: len(pair[1].question) + len(pair[1].answer))  # those read together are alike
             small, spent = (full, 0.0) if policy is None else runner.shrunk(full, policy, ratio)
             outcomes = runner.ask(small, [item for _, item in some], read=seconds, compress=spent)

@@ -3,15 +3,16 @@
 import jax.numpy as jnp
 from jax import Array, lax
 
-KEPT = jnp.iinfo(jnp.int32).max
-"""Sort key of what can't be evicted; above that of any score, +inf included."""
+FIRST, KEPT = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
+"""Sort keys of what comes before any score, and of what can't be taken: above that of any, +inf and NaN included."""
 
 
 def sort_keys(scores: Array) -> Array:
     """Integers in the order of the floats: they sort several times faster on CPU, and -0.0 and NaN have a place."""
     scores = jnp.where(scores == 0, 0.0, scores.astype(jnp.float32))  # XLA takes x + 0.0 for x, which -0.0 is not
     bits = lax.bitcast_convert_type(scores, jnp.int32)
-    return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+    keys = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+    return jnp.clip(keys, FIRST + 1, KEPT - 1)  # the NaN of GPUs has all bits set
 
 
 def take_cheapest(keys: Array, count: Array, ascending: Array | None = None) -> Array:

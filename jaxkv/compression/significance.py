@@ -15,6 +15,7 @@ from jaxkv.cache.moves import Goal
 from jaxkv.cache.state import PagedCache
 from jaxkv.cache.tables import HeadTables
 from jaxkv.compression.placement import Claim, Step, Worth
+from jaxkv.compression.ranking import KEPT, sort_keys, take_cheapest
 from jaxkv.compression.scorer import Scorer
 from jaxkv.compression.tiered import Tiered
 from pallas_kernels.paged_attention import Significance as KernelSignificance
@@ -32,7 +33,8 @@ class Significance(Tiered):
 
     Below ``low_threshold / N`` a prompt's KV goes, below ``high_threshold / N`` it is kept in the low tier, else in the
     high one (section 4; ``N`` tokens in the text). A decode step takes one of four actions in each head (the authors'
-    code; see ``step``). With a budget the thresholds are raised, both by one factor, until the blocks fit.
+    code; see ``step``). With a budget the thresholds are raised, both by one factor, until the blocks fit, and
+    what the thresholds themselves would have kept fills these.
     """
 
     high_threshold: float
@@ -86,7 +88,13 @@ class Significance(Tiered):
             return jnp.where(now.held, jnp.maximum(jnp.where(recent, HIGH, ideal), best), GONE)
 
         tables, most = cache.tiers.tables, self.room_in_tables(cache, room)
-        goal = home(_least_factor(lambda factor: _blocks(home(factor), tables) <= most))
+        wanted, rises = home(jnp.float32(1.0)), now.held & (now.home != LOW)
+
+        def within_budget() -> Array:
+            factor = _least_factor(lambda factor: _blocks(home(factor), tables, rises) <= most)
+            return _filled(home(factor), wanted != GONE, rises, relative, tables)
+
+        goal = lax.cond(_blocks(wanted, tables) <= most, lambda: wanted, within_budget)
         value = _worth(now.scores, since, tokens, self.window)
         return Goal(home=goal, positions=since, worth=value, raw_stays=False)
 
@@ -161,9 +169,25 @@ def _worth(scores: Array, since: Array, position: Array, window: int) -> Array:
     return jnp.where(age >= window, scores / jnp.maximum(age, 1).astype(jnp.float32), jnp.inf)
 
 
-def _blocks(home: Array, tables: HeadTables) -> Array:
+def _blocks(home: Array, tables: HeadTables, rises: Array | None = None) -> Array:
+    """Blocks that are needed, where ``rises`` is told once what it marks has filled the high ones."""
     counts = jnp.stack([jnp.sum(home == tier, axis=-1, dtype=jnp.int32) for tier in (HIGH, LOW)], axis=-1)
+    if rises is not None:
+        low = jnp.sum((home == LOW) & rises, axis=-1, dtype=jnp.int32)
+        risen = jnp.minimum(-counts[..., HIGH] % tables.kvs_a_block[HIGH], low)
+        counts += jnp.stack([risen, -risen], axis=-1)
     return jnp.sum(tables.num_blocks(counts), dtype=jnp.int32)
+
+
+def _filled(home: Array, stays: Array, rises: Array, relative: Array, tables: HeadTables) -> Array:
+    """``home`` with each head's last block of either tier filled by the most significant of what is worse off and
+    ``stays`` by the thresholds alone, since an empty slot saves nothing: first the high tier's, by what ``rises``."""
+    keys = sort_keys(-relative)
+    for tier, may in (HIGH, stays & rises), (LOW, stays):
+        spare = -jnp.sum(home == tier, axis=-1, dtype=jnp.int32) % tables.kvs_a_block[tier]
+        worse = jnp.where(may & (home > tier), keys, KEPT).reshape(-1, home.shape[-1])
+        home = jnp.where(take_cheapest(worse, spare.reshape(-1)).reshape(home.shape), tier, home)
+    return home
 
 
 def _least_factor(fits: Callable[[Array], Array]) -> Array:

@@ -13,7 +13,7 @@ from jaxkv.cache.moves import Goal
 from jaxkv.cache.state import PagedCache
 from jaxkv.compression.budget import in_blocks
 from jaxkv.compression.placement import Worth
-from jaxkv.compression.ranking import KEPT, sort_keys, take_cheapest
+from jaxkv.compression.ranking import FIRST, KEPT, sort_keys, take_cheapest
 from jaxkv.compression.tiered import Tiered
 
 
@@ -49,7 +49,7 @@ class TwoPrecisions(Tiered):
         exists &= ~stays
         protected &= ~stays
         rank = sort_keys(-worth.rank)  # the highest first
-        keys = jnp.where(exists, jnp.where(protected, jnp.iinfo(jnp.int32).min, rank), KEPT)
+        keys = jnp.where(exists, jnp.where(protected, FIRST, rank), KEPT)
         rises = exists & (now.home != LOW)  # what is in the low tier already is not brought back
 
         high_tokens, low_tokens = (tier.tokens for tier in self.layout(cache.raw.head_dim).tiers)

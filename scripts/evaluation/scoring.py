@@ -1,4 +1,4 @@
-"""A context is read once a policy, compressed from a copy of its cache once a ratio, and asked all its questions."""
+"""A context is read once, compressed from a copy of its cache once a policy and ratio, and asked all its questions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from evaluation.tasks import Item
 from jaxkv import CacheConfig, PagedCache, Policy, compress, init_cache, look_ahead, stats
 from jaxkv.engine.programs import Programs, program
 from jaxkv.generation.prefill import CHUNK
-from jaxkv.generation.prompt import PromptState
+from jaxkv.generation.prompt import PromptState, observation_of
 from models import Decoder
 
 ROWS = 8  # questions that are read together
@@ -50,7 +50,8 @@ class Read:
     """A context in the cache, up to what the items are told."""
 
     cache: PagedCache
-    prompt: PromptState
+    prompt: PromptState | None
+    """None: nothing was observed, so any policy may go on that observes nothing of it."""
     tokens: tuple[int, ...]
     """The whole context."""
     seen: int
@@ -92,10 +93,13 @@ class Runner(Programs):
         """Reads a context, but for its last ``keep_back`` tokens, which may be observed with what follows."""
         began, compiled = time.perf_counter(), self.compile_seconds
         seen = max(len(tokens) - keep_back, 0)
+        shared = observation_of(policy).shareable(len(tokens)) >= seen
         cache = init_cache(self.config(policy))
-        prompt = self.start(cache, 0, NEVER, policy, fresh=True)
-        cache, prompt = jax.block_until_ready(self._read(cache, prompt, tokens[:seen], policy))
+        by = None if shared else policy
+        prompt = self.start(cache, 0, NEVER, by, fresh=True)
+        cache, prompt = jax.block_until_ready(self._read(cache, prompt, tokens[:seen], by))
         seconds = time.perf_counter() - began - (self.compile_seconds - compiled)
+        prompt = None if shared else prompt
         return Read(cache=cache, prompt=prompt, tokens=tuple(tokens), seen=seen, seconds=seconds)
 
     def scored(self, read: Read, told: Sequence[int], policy: Policy | None) -> tuple[PagedCache, float]:
@@ -103,6 +107,7 @@ class Runner(Programs):
         began, compiled = time.perf_counter(), self.compile_seconds
         tokens = [*read.tokens, *told]
         cache, prompt = jax.tree.map(jnp.copy, (read.cache, read.prompt))  # the steps donate theirs
+        prompt = prompt or self.start(cache, 0, NEVER, policy, fresh=True)
         prompt = replace(prompt, end=jnp.array([len(tokens)]), lengths=jnp.array([len(tokens)]))
         cache, prompt = self._read(cache, prompt, tokens[read.seen :], policy)
         if policy is not None:
@@ -159,7 +164,8 @@ class Runner(Programs):
             some = items[at : at + ROWS]
             width = -(-max(len(i.question) + len(i.answer) for i in some) // 32) * 32
             longest = -(-max(len(i.answer) for i in some) // 8) * 8
-            tokens, places = np.zeros((ROWS, width), np.int32), np.full((ROWS, longest), -1, np.int32)
+            rows = ROWS if len(some) > 1 else 1  # few different shapes
+            tokens, places = np.zeros((rows, width), np.int32), np.full((rows, longest), -1, np.int32)
             for row, item in enumerate(some):
                 both = item.question + item.answer
                 tokens[row, : len(both)] = both

@@ -28,10 +28,19 @@ SUITES = {
     "quick": Suite(contexts=3, words=1250, facts=4, aware=1),
     "full": Suite(contexts=24, words=1250, facts=4, aware=2),
 }
+INSTRUCTION = (
+    "\n\nNow, answer the following question based on the above text, only give me the answer and do not output any "
+    "other words."
+)
+"""What LongBench's MultiFieldQA has between context and question."""
 
 
 def generate(name: str, tokenizer: Tokenizer, first_seed: int = 0) -> TaskSet:
-    """The tasks of a suite: words, numbers, and both with the question in the prompt; copying, continuing, turns."""
+    """The tasks of a suite: words, numbers, and both with the question in the prompt; copying, continuing, turns.
+
+    Asked before: the prompt ends with the question. Answer begun: with the answer's beginning, too. As in LongBench:
+    with "Answer:", and its instruction stands before the question.
+    """
     suite = SUITES[name]
     contexts: dict[str, tuple[int, ...]] = {}
     tasks: dict[str, list[Item]] = defaultdict(list)
@@ -50,9 +59,11 @@ def _add(
         return tuple(tokenizer.encode(text, add_special=special))
 
     def add(task: str, question: str, answer: tuple[int, ...], told: str = "") -> None:
-        told_ids = ids(told) if told else ()
+        asked, told_ids = ids(question) if question else (), ids(told) if told else ()
+        if not asked:  # the answer's first token, too, shall come from what is left
+            told_ids, asked = told_ids[:-1], told_ids[-1:]
         name = f"{key}/{len(tasks[task])}"
-        tasks[task].append(Item(id=name, context_id=key, question=ids(question), answer=answer, told=told_ids))
+        tasks[task].append(Item(id=name, context_id=key, question=asked, answer=answer, told=told_ids))
 
     cities = rng.sample(CITIES, 2 * suite.facts)
     words = [word_fact(city, rng) for city in cities[: suite.facts]]
@@ -64,7 +75,10 @@ def _add(
         for fact in facts:
             add(task, fact.question + fact.stem, ids(fact.answer))
         for fact in facts[: suite.aware]:
-            add(f"{task}, asked before", fact.stem, ids(fact.answer), told=fact.question)
+            answer, instructed = ids(fact.answer), f"{INSTRUCTION}{fact.question}\nAnswer:"
+            add(f"{task}, asked before", fact.stem, answer, told=fact.question)
+            add(f"{task}, answer begun", "", answer, told=fact.question + fact.stem)
+            add(f"{task}, as in LongBench", fact.stem.removeprefix("\nAnswer:"), answer, told=instructed)
     first, second = words[:2]
     turn = first.question + first.stem + first.answer + "."
     add("words, second turn", turn + second.question + second.stem, ids(second.answer))

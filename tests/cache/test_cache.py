@@ -34,6 +34,15 @@ def test_without_a_size_every_row_can_be_full():
     assert config.num_blocks == 1 + 3 * 4 * 7
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_dtype_that_was_asked_for_is_held(dtype):
+    cache = init_cache(CacheConfig.for_model(tiny.CONFIG, batch=2, max_context=64, dtype=dtype))
+    size = jnp.dtype(dtype).itemsize
+    assert cache.raw.pool.nbytes == cache.raw.pool.shape[0] * 16 * 2 * 16 * size
+    assert cache.raw.block_bytes == 16 * (2 * 16 * size + 8)  # a score and a position each
+    assert stats(cache).bytes_allocated == allocated(cache)
+
+
 def test_a_cache_of_bfloat16_keeps_what_bfloat16_keeps():
     """Also where it is kept as bits (``pallas_kernels.pool_values``)."""
     config = CacheConfig.for_model(tiny.CONFIG, batch=1, max_context=64, dtype=jnp.bfloat16)

@@ -1,5 +1,6 @@
 """Prompts that start alike: their prefix is read once, no answer changes, no block is lost, nobody waits for ever."""
 
+from dataclasses import replace
 from functools import cache
 
 import jax
@@ -119,6 +120,21 @@ def test_what_a_policy_observes_is_read_by_each_itself():
             [wanted] = apart.generate(*request((0, 24, i + 1, 4)))
             assert answers[i].token_ids == wanted.token_ids
             assert (answers[i].cache.blocks_per_head == wanted.cache.blocks_per_head).all()
+
+
+def test_full_and_compressed_requests_share_in_either_order():
+    llm, jobs = served("full cache", 150), [(0, 24, 1, 14), (0, 30, 2, 14)]
+    for kinds in ("full cache", "compressed again"), ("compressed again", "full cache"):
+        asked = zip(map(request, jobs), kinds, strict=True)
+        requests = [(prompt, replace(params, compression=POLICIES[kind])) for (prompt, params), kind in asked]
+        for event in llm.run(requests, max_context=CONTEXT):
+            tiny.assert_no_block_is_lost_or_shared(llm.engine.cache, llm.engine.prefixes)
+            if isinstance(event, Finished):
+                wanted = alone(kinds[event.request], jobs[event.request])
+                assert event.completion.token_ids == wanted.token_ids
+                assert event.completion.cache.blocks_held == wanted.cache.blocks_held
+                assert event.completion.cache_at_end.kvs_held == wanted.cache_at_end.kvs_held
+        assert llm.engine.borrowed_tokens == 256
 
 
 def test_sharing_can_be_turned_off():

@@ -16,7 +16,7 @@ from jaxkv.cache.contents import contents as read
 from jaxkv.cache.home import GONE, RAW
 from jaxkv.cache.moves import Goal, move, moves_of
 from jaxkv.compression.evict import plan_eviction
-from jaxkv.compression.ranking import sort_keys
+from jaxkv.compression.ranking import sort_keys, take_cheapest
 
 LAYERS, BATCH, HEADS, KVS, SIZE = 2, 2, 3, 96, 16
 
@@ -89,7 +89,10 @@ def with_floor(scores, evictable, floor):
     return evictable
 
 
-@pytest.mark.parametrize("special", [0.0, np.nan, -np.nan])
+GPUS_NAN, NEGATIVE_NAN = np.array([0x7FFFFFFF, 0xFFFFFFFF], np.uint32).view(np.float32)
+
+
+@pytest.mark.parametrize("special", [0.0, np.nan, -np.nan, GPUS_NAN, NEGATIVE_NAN, np.inf, -np.inf])
 @given(seed=st.integers(0, 2**32 - 1), share=st.floats(0, 2))
 def test_neither_ties_nor_nan_break_a_promise(special, seed, share):
     rng, scores, evictable, lengths = case(seed, ties=True)
@@ -212,6 +215,13 @@ def test_keys_sort_as_the_floats_do():
     assert (np.diff(keys) >= 0).all()
     assert keys[3] == keys[4]
     assert keys[-1] < np.iinfo(np.int32).max
+
+
+def test_what_is_no_number_has_a_key_between_what_comes_first_and_what_stays():
+    values = np.array([GPUS_NAN, np.nan, np.inf, -np.inf, -np.nan, NEGATIVE_NAN], np.float32)
+    keys = np.asarray(sort_keys(jnp.asarray(values)))
+    assert ((keys > np.iinfo(np.int32).min) & (keys < np.iinfo(np.int32).max)).all()
+    assert take_cheapest(jnp.asarray(keys)[None], jnp.array([6])).all()
 
 
 @given(seed=st.integers(0, 2**32 - 1))

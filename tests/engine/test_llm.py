@@ -304,6 +304,8 @@ def test_the_caches_dtype_may_differ_from_the_weights():
     assert len(answer.token_ids) == 6
     block = 16 * (2 * 16 * 2 + 8)
     assert half.engine.cache.raw.block_bytes == block
+    assert answer.cache.bytes_allocated == sum(leaf.nbytes for leaf in jax.tree.leaves(half.engine.cache))
+    assert half.engine.cache.raw.pool.dtype.itemsize == 2
     assert answer.cache.bytes_held < answer.cache.blocks_held * (block + 100)
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_lean_kv import compressed, empty, read, shrink, step, tier_tokens
 from tiny import CONFIG, MODEL, answers, assert_no_block_is_lost_or_shared, by_position, dense_run, padded, prompt
 
-from jaxkv import LLM, KVCompress, MaxBytes, MaxTokens, Ratio, SamplingParams, stats
+from jaxkv import LLM, KVCompress, MaxBytes, MaxTokens, Ratio, SamplingParams, Unlimited, stats
 from jaxkv.cache import CacheConfig, init_cache
 from jaxkv.cache.config import TierConfig
 from jaxkv.cache.contents import Contents
@@ -136,6 +136,38 @@ def test_a_budget_in_bytes_is_never_passed(kind, seed, ratio, tokens):
     assert (home[..., tokens - 7 : tokens] == HIGH).all()
     if kind == "mixed":
         assert blocks_of(home, policy) == most or (home[..., :tokens] != GONE).all()
+
+
+@pytest.mark.parametrize(("budget", "low"), [(Ratio(ratio=6), 0.0), (Ratio(ratio=6), 0.1), (None, 0.1)])
+def test_a_budget_leaves_no_slot_of_its_blocks_empty(budget, low):
+    """The least one, a block a head, keeps more than the window, and each the most significant of its head."""
+    policy = LeanKV(high_threshold=1.0, low_threshold=low, block_tokens=8, protected_window=3)
+    least = MaxBytes(size=LAYERS * HEADS * policy.placement.layout(16).block_bytes)
+    policy = replace(policy, budget=budget or least)
+    held = a_prompt(11, 250)
+    home, wanted = (np.asarray(assign(each, held).home) for each in (policy, replace(policy, budget=Unlimited())))
+    assert blocks_of(home, policy) <= room_of(policy, 250) < blocks_of(wanted, policy)
+    tokens = [tier.tokens for tier in policy.placement.layout(16).tiers]
+    gone = (home == GONE) & (wanted != GONE)
+    for layer, head in np.ndindex(LAYERS, HEADS):
+        for tier in (HIGH, LOW):
+            assert (home[layer, 0, head] == tier).sum() % tokens[tier] == 0 or not gone[layer, 0, head].any()
+        mean = np.asarray(held.scores)[layer, 0, head, :247] / np.minimum(250 - np.arange(247), 64)
+        ranked = home[layer, 0, head, :247][np.argsort(-mean)]
+        assert (np.diff(ranked) >= 0).all()  # first high ones, then low ones, then those that are gone
+    if policy.budget is least:
+        assert ((home == HIGH).sum(-1) == 8).all()
+        assert not (home == LOW).any()
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00000, 0x7F800000, 0xFF800000])
+def test_scores_that_are_no_numbers_keep_what_is_protected_and_the_budget(bits):
+    held, rng = a_prompt(5, 250), np.random.default_rng(5)
+    scores = np.where(rng.random(held.scores.shape) < 0.3, np.uint32(bits).view(np.float32), held.scores)
+    for policy in mixed(4.0), LeanKV(budget=Ratio(ratio=4), high_threshold=1.0, low_threshold=0.1, **SMALL):
+        home = np.asarray(assign(policy, replace(held, scores=jnp.asarray(scores))).home)
+        assert (home[..., 243:250] == HIGH).all()
+        assert blocks_of(home, policy) <= room_of(policy, 250)
 
 
 def test_mixed_keeps_to_its_budget_where_some_kvs_are_low_already():
