@@ -16,8 +16,10 @@ from jax.typing import DTypeLike
 from jaxkv.cache import CacheConfig, PagedCache, init_cache
 from jaxkv.checks import check_dtype, number, shown
 from jaxkv.engine import Engine, sequence
+from jaxkv.engine.costs import Costs
 from jaxkv.engine.programs import Programs
 from jaxkv.engine.prompt_plan import Unservable, plan_prompt
+from jaxkv.engine.schedule import Latency, Schedule, Throughput
 from jaxkv.policies import Policy
 from jaxkv.requests import Completion, Event, Finished, Refused, Request, SamplingParams, TextMade, check_unicode
 from models import Decoder, Tokenizer, load_model, load_tokenizer, resolve, stack_layers
@@ -41,6 +43,8 @@ class LLM:
       block_size: token slots a block; None: what suits the platform's kernels.
       max_batch: sequences that are decoded together.
       share_prefixes: whether a prefix with which several prompts begin is read once, and held once while uncompressed.
+      schedule: what goes first where prompts wait while others are answered; None: ``Latency()`` for a single prompt,
+        else ``Throughput()``.
       dtype: of weights; None: float32 on a CPU, else bfloat16.
       cache_dtype: of K and V in the cache; None: as ``dtype``.
 
@@ -59,6 +63,7 @@ class LLM:
         block_size: int | None = None,
         max_batch: int = 16,
         share_prefixes: bool = True,
+        schedule: Schedule | None = None,
         dtype: DTypeLike | None = None,
         cache_dtype: DTypeLike | None = None,
     ):
@@ -66,6 +71,8 @@ class LLM:
             raise ValueError(f"max_batch must be at least 1, got {shown(max_batch)}")
         if compression is not None and not isinstance(compression, Policy):
             raise ValueError(f"compression must be a policy, or None for the full cache, got {shown(compression)}")
+        if schedule is not None and not isinstance(schedule, Schedule):
+            raise ValueError(f"schedule must be Throughput() or Latency(), or None, got {shown(schedule)}")
         for value, name in ((dtype, "dtype"), (cache_dtype, "cache_dtype")):
             if value is not None:
                 check_dtype(value, name)
@@ -84,10 +91,12 @@ class LLM:
         self.compression = compression and compression.for_model(self.model.sizes)
         self.block_size = default_block_size() if block_size is None else number(block_size, "block_size")
         self.max_batch = number(max_batch, "max_batch")
-        self.share_prefixes = share_prefixes
+        self.share_prefixes, self.schedule = share_prefixes, schedule
         self._cache: tuple[CacheConfig, PagedCache] | None = None
         """That of the latest call which came to its end."""
         self._programs: Programs | None = None
+        self._costs = Costs()
+        """Of the programs, for a cache of the sizes that it has now."""
         self.engine: Engine | None = None
         """Of the latest call."""
 
@@ -150,7 +159,8 @@ class LLM:
         for i, planned in enumerate(sequences):
             if isinstance(planned.plan, Unservable):
                 raise _of_prompt(planned.plan.reason, i, len(prompts))
-        for event in self._serve(sequences, config):
+        usual = Latency() if len(sequences) == 1 else Throughput()
+        for event in self._serve(sequences, config, usual):
             if isinstance(event, Refused):
                 raise _of_prompt(event.error, event.request, len(prompts))
             yield event
@@ -183,16 +193,25 @@ class LLM:
                 else:
                     yield made
 
-        yield from self._serve(sequences(), config)
+        yield from self._serve(sequences(), config, Throughput())
 
-    def _serve(self, sequences: Iterable[sequence.Sequence | Refused], config: CacheConfig) -> Iterator[Event]:
+    def _serve(
+        self, sequences: Iterable[sequence.Sequence | Refused], config: CacheConfig, usual: Schedule
+    ) -> Iterator[Event]:
         """Answers them with the cache that is left of an earlier call, or a new one, of these sizes."""
         if self._programs is None or self._programs.stop_tokens != self._ends():
             self._programs = Programs(self.model, self._ends())
         self._programs.refresh(self.model)  # its weights may have been updated since the call before
         kept, self._cache = self._cache, None
         cache = init_cache(config) if kept is None else kept[1]
-        self.engine = engine = Engine(self._programs, config, cache, share_prefixes=self.share_prefixes)
+        self.engine = engine = Engine(
+            self._programs,
+            config,
+            cache,
+            share_prefixes=self.share_prefixes,
+            schedule=self.schedule or usual,
+            costs=self._costs,
+        )
         del kept, cache
         yield from engine.run(sequences)
         self._cache = (config, engine.cache)  # only now: what is cut short leaves a cache that is not empty
@@ -255,6 +274,7 @@ class LLM:
         if config is None or config.batch != rows or longest > config.max_context:
             # An old cache goes before there is a new one, and isn't memory that is taken; so does a call's cut short.
             self._cache = self.engine = None
+            self._costs = Costs()
             config = self._new_config(rows, _rounded_up(longest))
         if self.compression is not None:
             self.compression.check(config)

@@ -69,7 +69,7 @@ class Ours:
             self.prefill(row)
 
     def compress(self, row: int) -> None:
-        self.cache = jax.block_until_ready(self.programs.compress_row(self.cache, row, 0, self.policy))
+        self.cache = jax.block_until_ready(self.programs.compress_rows(self.cache, row, 0, self.policy))
 
     def decode(self) -> None:
         last, limits = jnp.zeros(self.batch, jnp.int32), jnp.full(self.batch, STEPS)

@@ -78,7 +78,7 @@ class Reader(Programs):
         tiers = TierConfig(layout=layout, num_blocks=blocks)
         cache = replace(cache, quantised=init_cache(replace(config, num_blocks=2, tiers=tiers)).quantised)
         for row in range(config.batch):
-            cache = self.compress_row(cache, row, 0, policy)
+            cache = self.compress_rows(cache, row, 0, policy)
         return cache
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -44,17 +44,55 @@ class CacheStats:
     """Bits of K and V held over those of the full cache at 16 bits, as papers count: no scales, scores or slack."""
 
 
+class Counts(NamedTuple):
+    """How much each head of a cache holds: all that differs between two of the same shapes."""
+
+    raw: Any
+    """``i32[layers, batch, kv_heads]``: unquantised KVs."""
+    quantised: Any
+    """``i32[layers, batch, kv_heads, 2]``: KVs of each precision; None: there are no quantised blocks."""
+    tokens: Any
+    """``i32[batch]``: of the text."""
+    free: Any
+    """``i32[]``: unquantised blocks."""
+    quantised_free: Any
+    """``i32[]``; None: there are none."""
+
+    @classmethod
+    def of(cls, cache: PagedCache) -> Counts:
+        """On the device; ``jax.device_get`` reads them back at once."""
+        raw, store = cache.raw, cache.quantised
+        tables = None if isinstance(store, NoStore) else store.tables
+        return cls(
+            raw=raw.lengths,
+            quantised=None if tables is None else tables.lengths,
+            tokens=cache.num_tokens,
+            free=raw.tables.free.count,
+            quantised_free=None if tables is None else tables.free.count,
+        )
+
+    def row(self, row: int) -> Counts:
+        """Those of one row of the batch."""
+        one = slice(row, row + 1)
+        quantised = None if self.quantised is None else self.quantised[:, one]
+        return self._replace(raw=self.raw[:, one], quantised=quantised, tokens=self.tokens[one])
+
+
 def stats(cache: PagedCache) -> CacheStats:
     """Reads the cache's sizes back to the host."""
-    raw = cache.raw
-    lengths, tokens, free = jax.device_get((raw.lengths, cache.num_tokens, raw.tables.free.count))
+    return stats_of(cache, jax.device_get(Counts.of(cache)))
+
+
+def stats_of(cache: PagedCache, counts: Counts) -> CacheStats:
+    """From what was read back; of the cache only the shapes matter."""
+    raw, lengths, tokens = cache.raw, counts.raw, counts.tokens
     layers, batch, kv_heads = lengths.shape
     size = raw.block_size
     blocks = -(-lengths // size)
     kvs_full = int(tokens.sum()) * layers * kv_heads
     blocks_full = int((-(-tokens // size)).sum()) * layers * kv_heads
     row_bytes = batch * raw.tables.row_bytes + nbytes((cache.num_tokens, cache.shared))
-    tiers = _of_tiers(cache.quantised)
+    tiers = _of_tiers(cache.quantised, counts.quantised)
     kvs, slots = int(lengths.sum()) + sum(tiers.kvs), int(blocks.sum()) * size + tiers.slots
     bits = 32 * int(lengths.sum()) + tiers.bits
     per_head = (blocks + tiers.blocks).sum(1)
@@ -69,7 +107,7 @@ def stats(cache: PagedCache) -> CacheStats:
         kvs_full=kvs_full,
         blocks_held=int(per_head.sum()),
         blocks_full=blocks_full,
-        blocks_free=int(free),
+        blocks_free=int(counts.free),
         block_size=size,
         blocks_per_head=per_head,
         fragmentation=1 - kvs / slots if slots else 0.0,
@@ -90,16 +128,16 @@ class _Tiers(NamedTuple):
     """Of blocks and tables."""
 
 
-def _of_tiers(store: QuantisedStore | NoStore) -> _Tiers:
+def _of_tiers(store: QuantisedStore | NoStore, lengths: np.ndarray) -> _Tiers:
     if isinstance(store, NoStore):
         return _Tiers()
-    lengths, layout = jax.device_get(store.tables.lengths), store.layout
-    blocks = np.asarray(store.tables.num_blocks(lengths))
+    layout, kvs_a_block = store.layout, np.array(store.tables.kvs_a_block)
+    blocks = -(-lengths // kvs_a_block)
     high, low = (int(n) for n in lengths.sum((0, 1, 2)))
     return _Tiers(
         kvs=(high, low),
         blocks=blocks.sum(-1),
-        slots=int((blocks * np.array(store.tables.kvs_a_block)).sum()),
+        slots=int((blocks * kvs_a_block).sum()),
         bits=high * layout.high.bits + low * layout.low.bits,
         nbytes=int(blocks.sum()) * layout.block_bytes + lengths.shape[1] * store.row_bytes,
     )

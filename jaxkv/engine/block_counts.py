@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
+from jax import Array
 
 from jaxkv.cache import CacheConfig, PagedCache
+from jaxkv.cache.stats import Counts
 from jaxkv.policies import Policy
 
 
@@ -45,15 +47,18 @@ class BlockCounts:
             self.quantised_kvs = np.array([tier.tokens for tier in config.tiers.layout.tiers], np.int32)
             self.total += Blocks(quantised=config.tiers.num_blocks - 1)
         self.free = self.total
+        empty = np.zeros(heads, np.int32)
+        self.seen = Counts(raw=empty, quantised=None, tokens=np.zeros(config.batch, np.int32), free=0, quantised_free=0)
+        """All that was read back."""
 
-    def look(self, cache: PagedCache) -> None:
-        """Reads back what the heads hold and what is free."""
-        stores = [cache.raw] if cache.layout is None else [cache.raw, cache.tiers]
-        (lengths, free), *quantised = jax.device_get([(s.tables.lengths, s.tables.free.count) for s in stores])
-        self.raw_lengths, self.free = lengths[..., 0], Blocks(raw=int(free))
-        for lengths, free in quantised:
-            self.quantised_lengths = lengths
-            self.free += Blocks(quantised=int(free))
+    def look(self, cache: PagedCache, *also: Array) -> list[np.ndarray]:
+        """Reads back what the heads hold and what is free, and other arrays with that."""
+        self.seen, fetched = jax.device_get((Counts.of(cache), list(also)))
+        self.raw_lengths, self.free = self.seen.raw, Blocks(raw=int(self.seen.free))
+        if self.seen.quantised is not None:
+            self.quantised_lengths = self.seen.quantised
+            self.free += Blocks(quantised=int(self.seen.quantised_free))
+        return fetched
 
     def held(self, row: int) -> Blocks:
         """Blocks of a row, those of a prefix included."""

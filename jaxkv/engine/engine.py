@@ -1,12 +1,13 @@
 """Continuous batching under a hard memory bound: requests join and leave between dispatches of many decode steps.
 
 A fixed number of rows share one pool. A request joins when its whole prompt fits beside what the running ones may soon
-need; one prompt is read at a time, a chunk between two dispatches, so nobody stalls. A prompt that is larger than the
-pool is read in parts, each compressed before the next (``engine.prompt_plan``); a prefix with which several begin is
-read once and kept as long as there is room (``engine.prefixes``). Where the pool would run dry, sequences that have
-outgrown their budget are compressed again, if their policy does that at all; then the youngest is
-put back to the head of the queue. It is read again later and its tokens are replayed through the same steps, so its
-answer and its cache are what they would have been alone. The oldest always goes on, so every trace comes to an end.
+need; short prompts are read together, a long one a chunk at a time; whether the others go on between its chunks is the
+schedule's choice (``engine.schedule``). A prompt that is larger than the pool is read in parts, each compressed before
+the next (``engine.prompt_plan``); a prefix with which several begin is read once and kept as long as there is room
+(``engine.prefixes``). Where the pool would run dry, sequences that have outgrown their budget are compressed again, if
+their policy does that at all; then the youngest is put back to the head of the queue. It is read again later and its
+tokens are replayed through the same steps, so its answer and its cache are what they would have been alone. The oldest
+always goes on, so every trace comes to an end.
 
 ``engine.scheduler`` decides all that; here it is carried out.
 """
@@ -22,12 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.cache import CacheConfig, PagedCache
-from jaxkv.cache.stats import CacheStats, stats
+from jaxkv.cache.stats import CacheStats, stats_of
+from jaxkv.engine.costs import Costs, Work
 from jaxkv.engine.prefixes import SharedPrefix
 from jaxkv.engine.programs import Programs
-from jaxkv.engine.reading import PromptInProgress
+from jaxkv.engine.reading import PromptInProgress, Reading
 from jaxkv.engine.sampling import replaying_sampler_for, sampler_for
-from jaxkv.engine.scheduler import STEPS, Join, Scheduler, Wait
+from jaxkv.engine.schedule import STEPS, Schedule
+from jaxkv.engine.scheduler import Join, Scheduler, Wait
 from jaxkv.engine.sequence import Sequence
 from jaxkv.generation.prompt import observation_of
 from jaxkv.policies import Policy
@@ -43,16 +46,29 @@ class Engine:
       config: the cache's sizes; its batch is the number of rows.
       cache: an empty one; given away.
       share_prefixes: whether prompts that start alike are looked for, and read once.
+      schedule: what goes first; None: whatever lets most be decoded together.
+      costs: what the model's passes and steps took so far; noted here.
     """
 
-    def __init__(self, programs: Programs, config: CacheConfig, cache: PagedCache, *, share_prefixes: bool = True):
+    def __init__(
+        self,
+        programs: Programs,
+        config: CacheConfig,
+        cache: PagedCache,
+        *,
+        share_prefixes: bool = True,
+        schedule: Schedule | None = None,
+        costs: Costs | None = None,
+    ):
         self.programs, self.config, self.cache = programs, config, cache
-        self.scheduler = Scheduler(config, share_prefixes=share_prefixes)
+        self.scheduler = Scheduler(config, share_prefixes=share_prefixes, schedule=schedule, costs=costs)
         self.rows, self.prefixes, self.counts = self.scheduler.rows, self.scheduler.prefixes, self.scheduler.counts
+        self._one_row = jax.eval_shape(lambda cache: cache.rows(jnp.zeros(1, jnp.int32)), cache)
+        """The shapes of a cache of one row."""
         self.prompt_tokens = self.borrowed_tokens = 0
         """Tokens of prompts read, and those borrowed instead."""
-        self.decode_steps = self.decoded = 0
-        """Steps run, and tokens that they made, replayed ones included."""
+        self.passes = self.decode_steps = self.decoded = 0
+        """Passes over prompts, decode steps, and tokens that the steps made, replayed ones included."""
         self.decode_seconds = 0.0
         """Without compiling."""
 
@@ -75,6 +91,8 @@ class Engine:
             yield from self._admit()
             if scheduler.reading is not None:
                 yield from self._read_chunk(scheduler.reading)
+                if not scheduler.schedule.alternates:
+                    continue
             if scheduler.running:
                 yield from self._decode()
             elif scheduler.reading is None and not scheduler.queue and ended:
@@ -82,7 +100,7 @@ class Engine:
                 return
 
     def _admit(self) -> Iterator[Event]:
-        """Begins to read the first in the queue, where there is a row and room for its prompt."""
+        """Begins to read the first in the queue, where there is a row and room for its prompt, or several with it."""
         match self.scheduler.next():
             case Refused() as refused:
                 self.scheduler.queue.popleft()
@@ -91,90 +109,109 @@ class Engine:
                 self._cut(cut)
             case Join() as join:
                 self._cut(join.cut)
-                prompt, share = self.scheduler.join(join), join.share
+                reading, share = self.scheduler.join(join), join.prompts[0].share
                 if share.prefix is not None:
                     blocks = share.borrow_tokens // self.config.block_size
-                    self.cache = self.programs.attach(self.cache, prompt.row, share.prefix.prefix, blocks)
+                    self.cache = self.programs.attach(self.cache, reading.prompts[0].row, share.prefix.prefix, blocks)
                     self._look()
                 self.borrowed_tokens += share.borrow_tokens
-                self._begin_part(prompt)
-                yield PromptRead(request=prompt.sequence.index, tokens=prompt.read, total=prompt.total)
+                self._begin_part(reading)
+                for prompt in reading.prompts:
+                    yield PromptRead(request=prompt.sequence.index, tokens=prompt.read, total=prompt.total)
 
-    def _begin_part(self, prompt: PromptInProgress) -> None:
-        policy, fresh = prompt.sequence.request.policy, prompt.read < prompt.part
-        prompt.state = self.programs.start(self.cache, prompt.row, prompt.part_length, policy, fresh=fresh)
+    def _begin_part(self, reading: Reading) -> None:
+        fresh = all(prompt.read < prompt.part for prompt in reading.prompts)
+        lengths = reading.part_lengths
+        reading.state = self.programs.start(self.cache, reading.rows, lengths, reading.policy, fresh=fresh)
 
-    def _read_chunk(self, prompt: PromptInProgress) -> Iterator[Event]:
-        """The next chunk of the prompt; after a part's last, compression; after the prompt's, first the first token."""
-        row, sequence, policy = prompt.row, prompt.sequence, prompt.sequence.request.policy
-        with self._timed("prefill", [sequence]):
-            tokens, count = prompt.next_chunk()
-            self.cache, prompt.state = self.programs.chunk(self.cache, prompt.state, row, tokens, count, policy)
-            jax.block_until_ready(prompt.state.hidden)
-        prompt.read += count
-        self.prompt_tokens += count
-        if prompt.read == prompt.lend_tokens:
-            self.cache, prefix = self.programs.detach(self.cache, row)
-            self.prefixes.lend(row, prompt.ids[: prompt.read], jax.device_get(prefix))
-        yield PromptRead(request=sequence.index, tokens=prompt.read, total=prompt.total)
-        if not prompt.part_is_read:
+    def _read_chunk(self, reading: Reading) -> Iterator[Event]:
+        """The next chunk; after a part's last, compression; after the prompts', first the first tokens."""
+        policy, first = reading.policy, reading.prompts[0]
+        with self._timed("prefill", reading.sequences) as seconds:
+            tokens, counts = reading.next_chunk()
+            self.cache, reading.state = self.programs.chunk(
+                self.cache, reading.state, reading.rows, tokens, counts, policy, reading.shape.length
+            )
+            jax.block_until_ready(reading.state.hidden)
+        self.scheduler.costs.note(Work(reading.shape, policy), seconds["prefill"], seconds["compile"])
+        self.passes += 1
+        for prompt, count in reading.of_prompts(counts):
+            prompt.read += count
+            self.prompt_tokens += count
+        if first.read == first.lend_tokens:
+            self.cache, prefix = self.programs.detach(self.cache, first.row)
+            self.prefixes.lend(first.row, first.ids[: first.read], jax.device_get(prefix))
+        for prompt in reading.prompts:
+            yield PromptRead(request=prompt.sequence.index, tokens=prompt.read, total=prompt.total)
+        if not first.part_is_read:
             self._look()
             return
         if observation_of(policy).rereads:
-            self._reread(prompt)
-        if prompt.read == prompt.total:
-            yield from self._finish_prompt(prompt)
+            self._reread(reading)
+        if first.read == first.total:
+            yield from self._finish_prompts(reading)
         else:
-            yield from self._finish_part(prompt)
+            yield from self._finish_part(reading, first)
 
-    def _reread(self, prompt: PromptInProgress) -> None:
+    def _reread(self, reading: Reading) -> None:
         """Reads the part that ends here once more, for a policy that scores by what that attends to."""
-        policy = prompt.sequence.request.policy
+        policy, length = reading.policy, reading.shape.length
         assert policy is not None
-        with self._timed("prefill", [prompt.sequence]):
-            for tokens, count in prompt.part_again():
-                prompt.state = self.programs.reread(self.cache, prompt.state, prompt.row, tokens, count, policy)
-            jax.block_until_ready(prompt.state)
+        with self._timed("prefill", reading.sequences):
+            for tokens, counts in reading.part_again():
+                reading.state = self.programs.reread(
+                    self.cache, reading.state, reading.rows, tokens, counts, policy, length
+                )
+            jax.block_until_ready(reading.state)
 
-    def _finish_part(self, prompt: PromptInProgress) -> Iterator[Event]:
+    def _finish_part(self, reading: Reading, prompt: PromptInProgress) -> Iterator[Event]:
         """Compresses what is read to what the whole prompt's budget leaves, and begins the next part."""
-        policy = prompt.sequence.request.policy
+        policy = reading.policy
         assert policy is not None
-        self.cache = self.programs.score(self.cache, prompt.state, prompt.row, policy)
-        self._compress(prompt.row, tokens=prompt.total)
+        self.cache = self.programs.score(self.cache, reading.state, reading.rows, policy)
+        self._compress([prompt.row], tokens=prompt.total)
         if error := self.scheduler.parts_too_large(prompt):
-            self._leave(prompt.row)
+            self._leave([prompt.row])
             yield Refused(request=prompt.sequence.index, error=error)
             return
-        self._begin_part(prompt)
+        self._begin_part(reading)
 
-    def _finish_prompt(self, prompt: PromptInProgress) -> Iterator[Event]:
-        row, sequence = prompt.row, prompt.sequence
-        policy, sampler = sequence.request.policy, sampler_for([sequence.request.params])
-        with self._timed("prefill", [sequence]):
-            if policy is not None and self.prefixes.give_up(row):
-                self.cache = self.programs.own(self.cache, row)
-            self.cache, token, logprob = self.programs.finish(self.cache, prompt.state, row, sampler, policy)
-            first, logprob = int(token[0]), float(logprob[0])
+    def _finish_prompts(self, reading: Reading) -> Iterator[Event]:
+        """The first tokens, from the full caches, and compression; who can't be answered leaves."""
+        policy, rows = reading.policy, [prompt.row for prompt in reading.prompts]
+        params = [sequence.request.params for sequence in reading.sequences]
+        sampler = sampler_for([*params, *params[:1] * (reading.shape.rows - len(params))])
+        with self._timed("prefill", reading.sequences):
+            if policy is not None and self.prefixes.give_up(rows[0]):
+                self.cache = self.programs.own(self.cache, rows[0])
+            self.cache, *made = self.programs.finish(self.cache, reading.state, reading.rows, sampler, policy)
+            tokens, logprobs = self._look(*made)
         self.scheduler.reading = None
         if policy is not None:
-            self._compress(row)
-        self._look()
-        sequence.cache = self._stats(row)
-        if error := self.scheduler.too_large(row):
-            self._leave(row)
-            yield Refused(request=sequence.index, error=error)
-            return
-        yield from self._accept(row, [first], [logprob])
+            self._compress(rows, among=reading.rows)
+        for at, (row, sequence) in enumerate(zip(rows, reading.sequences, strict=True)):
+            sequence.cache = self._stats(row)
+            if error := self.scheduler.too_large(row):
+                self._leave([row])
+                yield Refused(request=sequence.index, error=error)
+            else:
+                yield from self._accept({row: (tokens[at : at + 1], logprobs[at : at + 1])})
 
-    def _compress(self, row: int, tokens: int = 0) -> None:
-        """To the budget of the tokens that it has seen, or of so many where those are more."""
-        sequence = self.scheduler.sequence(row)
-        policy = sequence.request.policy
+    def _compress(self, rows: list[int], tokens: int = 0, among: np.ndarray | None = None) -> None:
+        """To the budgets of the tokens that they have seen, or of so many where those are more.
+
+        Args:
+          rows: of one policy.
+          tokens: of each.
+          among: ``i32[n]`` these rows and others, for which there is a program; None: just these.
+        """
+        policy = self.scheduler.sequence(rows[0]).request.policy
         assert policy is not None
-        with self._timed("compress", [sequence]):
-            self.cache = jax.block_until_ready(self.programs.compress_row(self.cache, row, tokens, policy))
-        self._look()
+        among = np.array(rows, np.int32) if among is None else among
+        with self._timed("compress", map(self.scheduler.sequence, rows)):
+            select, tokens_of_each = np.arange(len(among)) < len(rows), np.full(len(among), tokens, np.int32)
+            self.cache = self.programs.compress_rows(self.cache, among, tokens_of_each, policy, select)
+            self._look()
 
     def _decode(self) -> Iterator[Event]:
         """As many steps for all running rows as the pool surely serves; makes room first where that is none."""
@@ -187,44 +224,54 @@ class Engine:
 
     def _decode_rows(self, rows: list[int], steps: int, policy: Policy | None) -> Iterator[Event]:
         """One dispatch, for rows whose policies do the same in decoding."""
-        decoding = {row: self.scheduler.sequence(row) for row in rows}
-        pending, limits = np.zeros(len(self.rows), np.int32), np.zeros(len(self.rows), np.int32)
-        for row, sequence in decoding.items():
-            pending[row], limits[row] = sequence.pending, min(steps, sequence.tokens_left)
-        anyone = decoding[rows[0]]
-        with self._timed("decode", decoding.values()) as seconds:
-            sampler = replaying_sampler_for([decoding.get(row, anyone) for row in range(len(self.rows))])
-            made = self.programs.decode(self.cache, pending, limits, sampler, STEPS, policy)
+        sequences = [self.scheduler.sequence(row) for row in rows]
+        work = self.scheduler.work(rows, policy)
+        among = self.scheduler.with_others(rows, work.size)
+        if work.size == len(self.rows):  # all in their own order: nothing is gathered
+            among, place = None, rows
+        else:
+            place = list(range(len(rows)))
+        pending, limits = np.zeros(work.size, np.int32), np.zeros(work.size, np.int32)
+        each = sequences[:1] * work.size
+        for at, sequence in zip(place, sequences, strict=True):
+            pending[at], limits[at], each[at] = sequence.pending, min(steps, sequence.tokens_left), sequence
+        stops = np.array([bool(sequence.ends) for sequence in each])
+        with self._timed("decode", sequences) as seconds:
+            sampler = replaying_sampler_for(each)
+            made = self.programs.decode(self.cache, pending, limits, sampler, STEPS, policy, among, stops)
             self.cache = made.cache
-            tokens, logprobs, counts = jax.device_get((made.tokens, made.logprobs, made.counts))
-            self._look()
+            tokens, logprobs, counts = self._look(made.tokens, made.logprobs, made.counts)
+        run = int(counts.max())
+        self.scheduler.costs.note(work, seconds["decode"] / max(run, 1), seconds["compile"])
+        self.scheduler.note_decoding(seconds["decode"])
         self.decode_seconds += seconds["decode"]
-        self.decode_steps += int(counts.max())
+        self.decode_steps += run
         self.decoded += int(counts.sum())
-        for row in rows:
-            count = counts[row]
-            if count == 0:
-                raise RuntimeError("the pool ran dry while decoding, though blocks were kept free; please report this")
-            yield from self._accept(row, tokens[row, :count].tolist(), logprobs[row, :count].tolist())
+        if not counts[place].all():
+            raise RuntimeError("the pool ran dry while decoding, though blocks were kept free; please report this")
+        yield from self._accept(
+            {row: (tokens[at, : counts[at]], logprobs[at, : counts[at]]) for row, at in zip(rows, place, strict=True)}
+        )
 
-    def _accept(self, row: int, tokens: list[int], logprobs: list[float]) -> Iterator[Event]:
-        sequence = self.scheduler.sequence(row)
-        if not np.all(np.isfinite(logprobs)):
-            self._leave(row)
-            error = "the model's logits are not finite: its weights are damaged, or too large for their dtype"
-            yield Refused(request=sequence.index, error=error)
-            return
-        try:
-            made = list(sequence.take(tokens, logprobs))
-        except TokenizerError as error:
-            self._leave(row)
-            yield Refused(request=sequence.index, error=str(error))
-            return
-        yield from made
-        if sequence.finish_reason is not None:
-            at_end = self._stats(row)
-            self._leave(row)
-            yield sequence.finished(at_end)
+    def _accept(self, made: dict[int, tuple[np.ndarray, np.ndarray]]) -> Iterator[Event]:
+        """Takes the tokens and log probabilities that rows have made; those that end leave together."""
+        ended: list[int] = []
+        for row, (tokens, logprobs) in made.items():
+            sequence, error = self.scheduler.sequence(row), None
+            try:
+                if not np.all(np.isfinite(logprobs)):
+                    error = "the model's logits are not finite: its weights are damaged, or too large for their dtype"
+                else:
+                    yield from list(sequence.take(tokens.tolist(), logprobs.tolist()))
+            except TokenizerError as what:
+                error = str(what)
+            if error is not None:
+                yield Refused(request=sequence.index, error=error)
+            elif sequence.finish_reason is not None:
+                yield sequence.finished(self._stats(row))
+            if error is not None or sequence.finish_reason is not None:
+                ended.append(row)
+        self._leave(ended)
 
     def _make_room(self) -> None:
         """Drops unused prefixes; else compresses what has outgrown its budget; else puts the youngest back."""
@@ -233,20 +280,22 @@ class Engine:
         if not self.counts.free <= before:
             return
         for row in self.scheduler.whom_to_compress_again():
-            self._compress(row)
+            self._compress([row])
         if not self.counts.free <= before:
             return
         row = self.scheduler.whom_to_put_back()
         self.scheduler.put_back(row)
-        self._release(row)
+        self._release([row])
 
-    def _leave(self, row: int) -> None:
-        self.scheduler.leave(row)
-        self._release(row)
+    def _leave(self, rows: list[int]) -> None:
+        for row in rows:
+            self.scheduler.leave(row)
+        self._release(rows)
 
-    def _release(self, row: int) -> None:
-        self.cache = self.programs.release(self.cache, np.arange(len(self.rows)) == row)
-        self._look()
+    def _release(self, rows: list[int]) -> None:
+        if rows:
+            self.cache = self.programs.release(self.cache, np.isin(np.arange(len(self.rows)), rows))
+            self._look()
 
     def _cut(self, prefixes: Iterable[SharedPrefix]) -> None:
         """Gives back what of these nobody borrows."""
@@ -256,11 +305,11 @@ class Engine:
             self._look()
 
     def _stats(self, row: int) -> CacheStats:
-        return stats(self.cache.rows(jnp.array([row])))
+        return stats_of(self._one_row, self.counts.seen.row(row))
 
-    def _look(self) -> None:
-        """Reads back what the heads hold and what is free."""
-        self.counts.look(self.cache)
+    def _look(self, *also: jax.Array) -> list[np.ndarray]:
+        """Reads back what the heads hold and what is free, and other arrays, in one transfer."""
+        return self.counts.look(self.cache, *also)
 
     @contextmanager
     def _timed(self, phase: str, sequences: Iterable[Sequence]) -> Iterator[dict[str, float]]:

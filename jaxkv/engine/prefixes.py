@@ -67,6 +67,8 @@ class Prefixes:
         much: then the other saves more than this one reads again.
         """
         mine = request.prompt[: readable(request)]
+        if len(mine) < LEAST_SHARED:
+            return Share()
         borrow = [self._whole(_common(shared.tokens, mine)) for shared in self._all]
         most = max(borrow, default=0)
         lend = self._whole(max((_common(mine, other.prompt[: readable(other)]) for other in waiting), default=0))

@@ -19,7 +19,7 @@ from jaxkv.cache import prefix
 from jaxkv.cache.prefix import Prefix
 from jaxkv.cache.state import PagedCache
 from jaxkv.cache.state import release as release_rows
-from jaxkv.generation.compress import compress as compress_rows
+from jaxkv.generation.compress import compress
 from jaxkv.generation.decode import Decoded
 from jaxkv.generation.decode import decode as decode_rows
 from jaxkv.generation.prefill import finish_prompt, prefill_chunk, reread_chunk
@@ -127,7 +127,8 @@ def program(
 
 
 class Programs(ModelPrograms):
-    """Prompt chunks, compression and decoding, for one row, ``i32[]``, of the batch or for all of it."""
+    """Prompt chunks, compression and decoding, for some rows of the batch, ``i32[n]``, each of them once; a single row
+    may be told as a number."""
 
     def __init__(self, model: Decoder, stop_tokens: tuple[int, ...] = ()):
         super().__init__(model)
@@ -135,60 +136,68 @@ class Programs(ModelPrograms):
 
     @program(static=("policy", "fresh"))
     def start(
-        self, cache: PagedCache, row: ArrayLike, length: ArrayLike, policy: Policy | None, *, fresh: bool = False
+        self, cache: PagedCache, rows: ArrayLike, lengths: ArrayLike, policy: Policy | None, *, fresh: bool = False
     ) -> PromptState:
-        """Begins a prompt, or a part of one, of ``length`` tokens; ``fresh``: in a row that holds nothing quantised."""
-        return start_prompt(self.model, cache.rows(_one(row)), _one(length), policy, fresh=fresh)
+        """Begins prompts, or parts of them, of ``i32[n]`` lengths; ``fresh``: in rows that hold nothing quantised."""
+        return start_prompt(self.model, cache.rows(_each(rows)), _each(lengths), policy, fresh=fresh)
 
-    @program(donate=("cache", "prompt"), static=("policy",))
+    @program(donate=("cache", "prompt"), static=("policy", "length"))
     def chunk(
         self,
         cache: PagedCache,
         prompt: PromptState,
-        row: ArrayLike,
+        rows: ArrayLike,
         tokens: ArrayLike,
-        count: ArrayLike,
+        counts: ArrayLike,
         policy: Policy | None,
+        length: int | None = None,
     ) -> tuple[PagedCache, PromptState]:
-        """Reads a chunk, ``i32[1, chunk]``."""
-        part = cache.rows(_one(row))
-        part, prompt = prefill_chunk(self.model, part, prompt, jnp.asarray(tokens), _one(count), policy)
-        return cache.with_rows(part, _one(row)), prompt
+        """Reads a chunk of each prompt; see ``prefill_chunk``."""
+        part = cache.rows(_each(rows))
+        tokens, counts = jnp.asarray(tokens), _each(counts)
+        part, prompt = prefill_chunk(self.model, part, prompt, tokens, counts, policy, length=length)
+        return cache.with_rows(part, _each(rows)), prompt
 
-    @program(donate=("prompt",), static=("policy",))
+    @program(donate=("prompt",), static=("policy", "length"))
     def reread(
         self,
         cache: PagedCache,
         prompt: PromptState,
-        row: ArrayLike,
+        rows: ArrayLike,
         tokens: ArrayLike,
-        count: ArrayLike,
+        counts: ArrayLike,
         policy: Policy,
+        length: int | None = None,
     ) -> PromptState:
-        """Reads a chunk once more, after the prompt or its part, for a policy that wants it; nothing is cached."""
-        part = cache.rows(_one(row))
-        return reread_chunk(self.model, part, prompt, jnp.asarray(tokens), _one(count), policy)
+        """Reads a chunk once more, after the prompts or their parts, for a policy that wants it; nothing is cached."""
+        part, tokens, counts = cache.rows(_each(rows)), jnp.asarray(tokens), _each(counts)
+        return reread_chunk(self.model, part, prompt, tokens, counts, policy, length=length)
 
     @program(donate=("cache",), static=("policy",))
     def finish(
-        self, cache: PagedCache, prompt: PromptState, row: ArrayLike, sampler: Sampler, policy: Policy | None
+        self, cache: PagedCache, prompt: PromptState, rows: ArrayLike, sampler: Sampler, policy: Policy | None
     ) -> tuple[PagedCache, Array, Array]:
-        """Ends a prompt: the cache, the first token and its log probability, ``[1]`` each."""
-        part, logits = finish_prompt(self.model, cache.rows(_one(row)), prompt, policy)
-        token = sampler(logits, part.num_tokens)
-        return cache.with_rows(part, _one(row)), token, logprobs_of(logits, token)
+        """Ends prompts: the cache, the first tokens and their log probabilities, ``[n]`` each."""
+        part, logits = finish_prompt(self.model, cache.rows(_each(rows)), prompt, policy)
+        tokens = sampler(logits, part.num_tokens)
+        return cache.with_rows(part, _each(rows)), tokens, logprobs_of(logits, tokens)
 
     @program(donate=("cache",), static=("policy",))
-    def score(self, cache: PagedCache, prompt: PromptState, row: ArrayLike, policy: Policy) -> PagedCache:
-        """Ends a part of a prompt, with nothing said."""
-        return cache.with_rows(score_prompt(self.model, cache.rows(_one(row)), prompt, policy), _one(row))
+    def score(self, cache: PagedCache, prompt: PromptState, rows: ArrayLike, policy: Policy) -> PagedCache:
+        """Ends parts of prompts, with nothing said."""
+        part = score_prompt(self.model, cache.rows(_each(rows)), prompt, policy)
+        return cache.with_rows(part, _each(rows))
 
     @program(donate=("cache",), static=("policy",))
-    def compress_row(self, cache: PagedCache, row: ArrayLike, tokens: ArrayLike, policy: Policy) -> PagedCache:
-        """Compresses one row to the budget of what it has seen, or of so many tokens if those are more."""
-        part = cache.rows(_one(row))
-        part = compress_rows(part, policy, tokens=jnp.maximum(_one(tokens), part.num_tokens))
-        return cache.with_rows(part, _one(row))
+    def compress_rows(
+        self, cache: PagedCache, rows: ArrayLike, tokens: ArrayLike, policy: Policy, select: ArrayLike | None = None
+    ) -> PagedCache:
+        """Compresses rows, of them those selected, ``bool[n]``, to the budgets of what they have seen, or of so many
+        tokens, ``i32[n]``, if those are more."""
+        part = cache.rows(_each(rows))
+        tokens = jnp.maximum(_each(tokens), part.num_tokens)
+        part = compress(part, policy, None if select is None else jnp.asarray(select), tokens=tokens)
+        return cache.with_rows(part, _each(rows))
 
     @program(donate=("cache",), static=("steps", "policy"))
     def decode(
@@ -199,18 +208,23 @@ class Programs(ModelPrograms):
         sampler: Sampler,
         steps: int,
         policy: Policy | None,
+        rows: ArrayLike | None = None,
+        stops: ArrayLike | None = None,
     ) -> Decoded:
-        """Up to ``steps`` tokens for every row."""
-        return decode_rows(
+        """Up to ``steps`` tokens for every row, or for some; arguments and results are of these. See ``decode``."""
+        part = cache if rows is None else cache.rows(_each(rows))
+        made = decode_rows(
             self.model,
-            cache,
+            part,
             jnp.asarray(tokens),
             jnp.asarray(limits),
             steps=steps,
             sampler=sampler,
             policy=policy,
             stop_tokens=self.stop_tokens,
+            stops=None if stops is None else jnp.asarray(stops),
         )
+        return made if rows is None else made._replace(cache=cache.with_rows(made.cache, _each(rows)))
 
     @program(donate=("cache",))
     def release(self, cache: PagedCache, finished: ArrayLike) -> PagedCache:
@@ -238,6 +252,6 @@ class Programs(ModelPrograms):
         return prefix.cut(cache, shared, jnp.asarray(blocks))
 
 
-def _one(value: ArrayLike) -> Array:
-    """``i32[1]``."""
-    return jnp.reshape(jnp.asarray(value, jnp.int32), 1)
+def _each(value: ArrayLike) -> Array:
+    """``i32[n]``."""
+    return jnp.reshape(jnp.asarray(value, jnp.int32), -1)

@@ -1,4 +1,4 @@
-"""A prompt that is being read: in parts, and each part in chunks."""
+"""Prompts that are being read: one in parts, and each part in chunks; or several short ones together, at once."""
 
 from __future__ import annotations
 
@@ -9,11 +9,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxkv.engine.block_counts import Blocks
+from jaxkv.engine.costs import PassShape
 from jaxkv.engine.sequence import Sequence
 from jaxkv.generation.prefill import CHUNK
+from jaxkv.policies import Policy
 
 if TYPE_CHECKING:
     from jaxkv.generation.prefill import PromptState
+
+LONGEST_TOGETHER = CHUNK // 2
+"""Tokens of a prompt that is read with others at most: of longer ones, one fills a chunk nearly as well."""
+SMALLEST_TOGETHER = 64
+"""Tokens that a prompt is counted as at least."""
 
 
 @dataclass(kw_only=True)
@@ -30,13 +37,6 @@ class PromptInProgress:
     """The first that become a prefix once they are read; 0: none do."""
     most: Blocks
     """That its row holds until it is compressed, what it borrows and lends included."""
-    chunk: int = field(init=False)
-    """Tokens of a chunk, the last one padded: one program serves all."""
-    state: PromptState = field(init=False)
-    """Of its present part; the engine's."""
-
-    def __post_init__(self) -> None:
-        self.chunk = _chunk_size(self.part_length)
 
     @property
     def ids(self) -> np.ndarray:
@@ -56,26 +56,85 @@ class PromptInProgress:
     def part_is_read(self) -> bool:
         return self.read == self.total or self.read % self.part == 0
 
-    def next_chunk(self) -> tuple[np.ndarray, int]:
-        """``i32[1, chunk]`` and how many of them are real; it ends where the part does, or what is lent."""
+    @property
+    def next_ids(self) -> np.ndarray:
+        """The tokens from here to the end of the part, or of what is lent."""
         stop = min((self.read // self.part + 1) * self.part, self.total)
-        if self.read < self.lend_tokens:
-            stop = self.lend_tokens
-        return _padded(self.ids[self.read : stop], self.chunk)
+        return self.ids[self.read : self.lend_tokens if self.read < self.lend_tokens else stop]
 
-    def part_again(self) -> Iterator[tuple[np.ndarray, int]]:
+
+@dataclass(kw_only=True)
+class Reading:
+    """What is read now: one prompt, or several whole ones of the same policy in one pass."""
+
+    prompts: list[PromptInProgress]
+    shape: PassShape
+    rows: np.ndarray
+    """``i32[shape.rows]``: the prompts' rows first, then others, of which nothing is read."""
+    state: PromptState = field(init=False)
+    """Of the present part; the engine's."""
+
+    @property
+    def policy(self) -> Policy | None:
+        return self.prompts[0].sequence.request.policy
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return [prompt.sequence for prompt in self.prompts]
+
+    @property
+    def part_lengths(self) -> np.ndarray:
+        """``i32[shape.rows]``."""
+        return self._of_rows([prompt.part_length for prompt in self.prompts])
+
+    def next_chunk(self) -> tuple[np.ndarray, np.ndarray]:
+        """``i32[1, tokens]``, and how many of each row are in it, ``i32[shape.rows]``."""
+        ids = [prompt.next_ids[: self.shape.tokens] for prompt in self.prompts]
+        return self._padded(ids, self.shape.tokens)
+
+    def part_again(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Chunks of the whole part that was just read, which don't follow from what was borrowed."""
-        size = _chunk_size(self.part)
-        for at in range((self.read - 1) // self.part * self.part, self.read, size):
-            yield _padded(self.ids[at : self.read], size)
+        if self.shape.length is not None:
+            yield self._padded([prompt.ids for prompt in self.prompts], self.shape.tokens)
+            return
+        [prompt] = self.prompts
+        size = chunk_size(prompt.part)
+        for at in range((prompt.read - 1) // prompt.part * prompt.part, prompt.read, size):
+            yield self._padded([prompt.ids[at : min(at + size, prompt.read)]], size)
+
+    def of_prompts(self, values: np.ndarray) -> Iterator[tuple[PromptInProgress, int]]:
+        """The prompts, each with its row's value."""
+        return zip(self.prompts, values.tolist(), strict=False)
+
+    def _of_rows(self, values: list[int]) -> np.ndarray:
+        return np.array([*values, *[0] * (self.shape.rows - len(values))], np.int32)
+
+    def _padded(self, ids: list[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray]:
+        tokens, together = np.zeros((1, size), np.int32), np.concatenate(ids)
+        tokens[0, : len(together)] = together
+        return tokens, self._of_rows([len(each) for each in ids])
 
 
-def _chunk_size(tokens: int) -> int:
+def shape_alone(tokens: int) -> PassShape:
+    """Of the chunks of a prompt, or a part, of so many tokens."""
+    return PassShape(chunk_size(tokens))
+
+
+def shape_together(lengths: list[int], rows: int) -> PassShape | None:
+    """Of a pass over several prompts, of which there is a row for each; None: they don't go into one."""
+    tokens, longest = sum(lengths), max(lengths)
+    if tokens > CHUNK or longest > LONGEST_TOGETHER:
+        return None
+    size = max(_power_of_two(tokens), 2 * SMALLEST_TOGETHER)
+    length = max(_power_of_two(longest), SMALLEST_TOGETHER)
+    most = min(2 * size // length, rows)
+    return PassShape(size, most, length) if len(lengths) <= most else None
+
+
+def chunk_size(tokens: int) -> int:
+    """Tokens of a chunk, the last one padded: one program serves all of a prompt."""
     return min(CHUNK, -(-tokens // 64) * 64)
 
 
-def _padded(ids: np.ndarray, size: int) -> tuple[np.ndarray, int]:
-    """The first of these tokens, ``i32[1, size]``, and how many are real."""
-    tokens, count = np.zeros((1, size), np.int32), min(len(ids), size)
-    tokens[0, :count] = ids[:count]
-    return tokens, count
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()

@@ -3,35 +3,45 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
 
 from jaxkv.cache.config import CacheConfig
 from jaxkv.engine.block_counts import BlockCounts, Blocks
+from jaxkv.engine.costs import Costs, PassShape, Work
 from jaxkv.engine.prefixes import AHEAD, Prefixes, Share, SharedPrefix
-from jaxkv.engine.prompt_plan import PromptPlan, Unservable, more_memory
-from jaxkv.engine.reading import PromptInProgress
-from jaxkv.engine.sequence import Sequence
+from jaxkv.engine.prompt_plan import PromptPlan, Unservable, blocks_between_parts, more_memory
+from jaxkv.engine.reading import PromptInProgress, Reading, shape_alone, shape_together
+from jaxkv.engine.schedule import STEPS, Schedule, Throughput
+from jaxkv.engine.sequence import Sequence as Answer
 from jaxkv.policies import Policy
 from jaxkv.requests import Refused
 
-STEPS = 16
-"""Decode steps in one dispatch: what a stream waits for."""
-STEPS_WHILE_READING = 4
-"""The same between two chunks of a prompt: the sooner it is read, the more are decoded together."""
 HORIZON = 4 * STEPS
-"""Tokens that each running sequence must still have room for when another joins; else it would soon be put back."""
+"""Tokens that an answer is expected to go on for at least, where it isn't sooner at its limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Join:
-    """The first in the queue gets a row, and its prompt is read."""
+class Joining:
+    """A request gets a row, and its prompt is read."""
 
+    sequence: Answer
     row: int
     plan: PromptPlan
     share: Share
     takes: Blocks
     """That it allocates until it is compressed; what it borrows isn't among them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Join:
+    """The first in the queue is read, perhaps with others that wait."""
+
+    prompts: tuple[Joining, ...]
+    shape: PassShape
     cut: tuple[SharedPrefix, ...] = ()
     """Prefixes whose unused blocks go before."""
 
@@ -45,25 +55,41 @@ class Wait:
 
 
 class Scheduler:
-    """The rows of a cache, and what waits for one. Decisions change nothing; ``join``, ``leave`` and the like do.
+    """The rows of a cache, and what waits for one. Decisions change nothing, but they note what programs that aren't
+    compiled would have saved; ``join``, ``leave`` and the like do.
 
     Args:
       config: the cache's sizes; its batch is the number of rows.
       share_prefixes: whether prompts that start alike are looked for, and read once.
+      schedule: what goes first.
+      costs: what was seen of earlier runs with the same model.
     """
 
-    def __init__(self, config: CacheConfig, *, share_prefixes: bool = True):
+    def __init__(
+        self,
+        config: CacheConfig,
+        *,
+        share_prefixes: bool = True,
+        schedule: Schedule | None = None,
+        costs: Costs | None = None,
+    ):
         self.config, self.share_prefixes = config, share_prefixes
+        self.schedule, self.costs = schedule or Throughput(), costs or Costs()
         self.counts = BlockCounts(config)
         self.prefixes = Prefixes(config.block_size)
-        self.rows: list[Sequence | None] = [None] * config.batch
-        self.queue: deque[Sequence] = deque()
-        self.reading: PromptInProgress | None = None
+        self.rows: list[Answer | None] = [None] * config.batch
+        self.queue: deque[Answer] = deque()
+        self.reading: Reading | None = None
         self.joined = self.preemptions = 0
+        self.idle = 0.0
+        """Seconds of decoding, since somebody joined, that rows stood idle which those who wait could have had; of all
+        rows together one second a second."""
+        self.stopped = self.stopped_tokens = 0
+        """Answers that ended before their limits, and their tokens."""
         self.locked = False
         """After a preemption nobody joins until somebody leaves: else the two would take turns for ever."""
 
-    def sequence(self, row: int) -> Sequence:
+    def sequence(self, row: int) -> Answer:
         """That of a row that is taken."""
         sequence = self.rows[row]
         assert sequence is not None
@@ -71,9 +97,9 @@ class Scheduler:
 
     @property
     def running(self) -> list[int]:
-        """Rows that decode: all taken but the one whose prompt is being read."""
-        reading = self.reading.row if self.reading is not None else None
-        return [row for row, sequence in enumerate(self.rows) if sequence is not None and row != reading]
+        """Rows that decode: all taken but those whose prompts are being read."""
+        reading = [] if self.reading is None else [prompt.row for prompt in self.reading.prompts]
+        return [row for row, sequence in enumerate(self.rows) if sequence is not None and row not in reading]
 
     @property
     def wants_requests(self) -> bool:
@@ -83,45 +109,46 @@ class Scheduler:
     def next(self) -> Join | Wait | Refused:
         """What to do about the first in the queue; it joins where its whole prompt fits beside what others soon need.
 
-        One prompt is read at a time.
+        Others that wait join with it, where their prompts go into the same pass of the model and that costs less.
         """
         if not self.queue or self.reading is not None or self.locked:
             return Wait()
         sequence, running = self.queue[0], self.running
-        plan, policy = sequence.plan, sequence.request.policy
+        plan = sequence.plan
         if isinstance(plan, Unservable):
             return Refused(request=sequence.index, error=plan.reason)
         if None not in self.rows:
             return Wait()
-        row, share = self.rows.index(None), self._share(sequence, plan)
-        takes = self._takes(sequence, plan, share)
-        need = takes + self._growth(running, HORIZON)
-        if policy is None and running:
-            need += Blocks(raw=self.config.full_blocks(min(HORIZON, sequence.request.limit)))
-        if need <= self.counts.free:
-            return Join(row=row, plan=plan, share=share, takes=takes)
-        cut = self.prefixes.unused(but=share.prefix)
-        if need <= self.counts.free + self._freed_by(cut):
-            return Join(row=row, plan=plan, share=share, takes=takes, cut=cut)
-        # Where nobody runs, nothing but prefixes is in its way, also the one that it would have shared.
-        return Wait(cut=cut if running else self.prefixes.unused())
+        first = self._joining(sequence, plan, self.rows.index(None))
+        need, cut = first.takes, ()
+        for row in running:
+            need += self._growth([row], self.expected(self.sequence(row)))
+        if running:
+            need += self._soon(first)
+        if not need <= self.counts.free:
+            cut = self.prefixes.unused(but=first.share.prefix)
+            if not need <= self.counts.free + self._freed_by(cut):
+                # Where nobody runs, nothing but prefixes is in its way, also the one that it would have shared.
+                return Wait(cut=cut if running else self.prefixes.unused())
+        prompts, shape = self._together(first, self.counts.free + self._freed_by(cut) - need)
+        if running and not self.schedule.joins(self.idle, self._saved_by_waiting(prompts)):
+            return Wait()
+        return Join(prompts=prompts, shape=shape, cut=cut)
 
-    def join(self, join: Join) -> PromptInProgress:
-        """The first in the queue gets its row."""
-        sequence, share = self.queue.popleft(), join.share
-        self.rows[join.row] = sequence
-        self.joined += 1
-        sequence.begin(order=self.joined)
-        self.prefixes.borrow(join.row, share)
-        self.reading = PromptInProgress(
-            row=join.row,
-            sequence=sequence,
-            part=join.plan.part,
-            read=share.borrow_tokens,
-            lend_tokens=share.lend_tokens,
-            most=join.takes + Blocks(raw=self.config.full_blocks(share.borrow_tokens)),
+    def join(self, join: Join) -> Reading:
+        """Those who join get their rows."""
+        self.idle, rows = 0.0, [joining.row for joining in join.prompts]
+        self.reading = Reading(
+            prompts=[self._begin(joining) for joining in join.prompts],
+            shape=join.shape,
+            rows=self.with_others(rows, join.shape.rows),
         )
         return self.reading
+
+    def with_others(self, rows: Sequence[int], width: int) -> np.ndarray:
+        """``i32[width]``: these rows, and then as many others as it takes, each once."""
+        others = (row for row in range(len(self.rows)) if row not in rows)
+        return np.array([*rows, *islice(others, width - len(rows))], np.int32)
 
     def too_large(self, row: int) -> str | None:
         """Why an answer can't be given to a prompt that is read and compressed; None where it can."""
@@ -157,7 +184,11 @@ class Scheduler:
 
     def steps(self) -> int:
         """Decode steps of all running rows that the pool surely serves in one dispatch; 0: it must have room first."""
-        running, steps = self.running, STEPS if self.reading is None else STEPS_WHILE_READING
+        running, reading = self.running, self.reading
+        step = sum(self.costs.of(self.work(rows, policy)) for policy, rows in self.dispatches())
+        chunk = 0.0 if reading is None else self.costs.of(Work(reading.shape, reading.policy))
+        soonest = min(self.sequence(row).tokens_left for row in running) if self.queue else None
+        steps = self.schedule.steps(step or None, chunk, soonest)
         while steps and not self._growth(running, steps) + self._unread() <= self.counts.free:
             steps //= 2
         return steps
@@ -169,6 +200,31 @@ class Scheduler:
             policy = self.sequence(row).request.policy
             alike.setdefault(policy if policy is not None and policy.acts_in_decoding else None, []).append(row)
         return alike.items()
+
+    def work(self, rows: Sequence[int], policy: Policy | None) -> Work:
+        """A decode step of so many rows at least: the next power of two of them, or more where that is compiled."""
+        batch = len(self.rows)
+        least = Work(min(1 << (len(rows) - 1).bit_length(), batch), policy)
+        wider = [work for work in self.costs.seen if work.policy == policy and work.is_step and work.size >= len(rows)]
+        if not wider:
+            return least
+        best = min(wider, key=self.costs.of)
+        return least if least != best and self.costs.prefers(least, [best]) else best
+
+    def note_decoding(self, seconds: float) -> None:
+        """Rows have been decoded for so long, while others stood idle."""
+        self.idle += seconds * min(self.rows.count(None), len(self.queue)) / len(self.rows)
+
+    def expected(self, sequence: Answer) -> int:
+        """Tokens, about, that an answer will still hold memory for: more join only where there is room for these, or
+        somebody would soon be put back and read again."""
+        policy, left = sequence.request.policy, sequence.tokens_left
+        if sequence.ends:  # as long as others were
+            usual = self.stopped_tokens // self.stopped if self.stopped else 0
+            left = min(left, max(usual - sequence.replayed, HORIZON))
+        if policy is not None and policy.compress_every is not None:
+            left = min(left, max(policy.compress_every, HORIZON))
+        return left
 
     def whom_to_compress_again(self) -> list[int]:
         """Running rows that may have outgrown their budgets."""
@@ -189,29 +245,107 @@ class Scheduler:
 
     def leave(self, row: int) -> None:
         """A row is free."""
-        if self.reading is not None and self.reading.row == row:
+        if self.reading is not None and self.reading.prompts[0].row == row:
             self.reading = None
+        sequence = self.sequence(row)
+        if sequence.finish_reason == "stop":
+            self.stopped += 1
+            self.stopped_tokens += len(sequence.token_ids)
         self.prefixes.give_up(row)
         self.rows[row] = None
         self.locked = False
 
-    def _share(self, sequence: Sequence, plan: PromptPlan) -> Share:
+    def _begin(self, joining: Joining) -> PromptInProgress:
+        sequence, share = joining.sequence, joining.share
+        self.queue.remove(sequence)
+        self.rows[joining.row] = sequence
+        self.joined += 1
+        sequence.begin(order=self.joined)
+        self.prefixes.borrow(joining.row, share)
+        return PromptInProgress(
+            row=joining.row,
+            sequence=sequence,
+            part=joining.plan.part,
+            read=share.borrow_tokens,
+            lend_tokens=share.lend_tokens,
+            most=joining.takes + Blocks(raw=self.config.full_blocks(share.borrow_tokens)),
+        )
+
+    def _joining(self, sequence: Answer, plan: PromptPlan, row: int) -> Joining:
+        share = self._share(sequence, plan)
+        return Joining(sequence=sequence, row=row, plan=plan, share=share, takes=self._takes(sequence, plan, share))
+
+    def _soon(self, joining: Joining) -> Blocks:
+        """What it will take beyond what its prompt does, until it ends."""
+        policy, tokens = joining.sequence.request.policy, self.expected(joining.sequence)
+        if policy is None:
+            return Blocks(raw=self.config.full_blocks(tokens))
+        if policy.placement.quantises_decoding:
+            assert self.config.tiers is not None
+            return Blocks(quantised=self.config.heads * self.config.tiers.full_blocks(tokens))
+        kept = blocks_between_parts(self.config, policy, len(joining.sequence.request.prompt))
+        return Blocks(raw=max(kept + self.config.full_blocks(tokens) - joining.takes.raw, 0))
+
+    def _together(self, first: Joining, free: Blocks) -> tuple[tuple[Joining, ...], PassShape]:
+        """Who is read with the first in the queue, in one pass, and its shape; free: what is left beside the first."""
+        rows = [row for row, taken in enumerate(self.rows) if taken is None]
+        policy, prompts, shape = first.sequence.request.policy, [first], None
+        free -= Blocks() if self.running else self._soon(first)
+        for sequence in self._packable(first):
+            if len(prompts) == len(rows):
+                break
+            assert isinstance(sequence.plan, PromptPlan)
+            more = self._joining(sequence, sequence.plan, rows[len(prompts)])
+            need = more.takes + self._soon(more)
+            wider = shape_together([each.plan.part for each in (*prompts, more)], len(self.rows))
+            if wider is not None and more.share == Share() and need <= free:
+                free, shape = free - need, wider
+                prompts.append(more)
+        alone = shape_alone(min(first.plan.part, len(first.sequence.request.prompt) - first.share.borrow_tokens))
+        each = [Work(shape_alone(joining.plan.part), policy) for joining in prompts]
+        if shape is None or not self.costs.prefers(Work(shape, policy), each):
+            return (first,), alone
+        return tuple(prompts), shape
+
+    def _packable(self, first: Joining) -> Iterator[Answer]:
+        """Those who wait behind the first, as many as would go into one pass with it were there rows and room."""
+        request, lengths = first.sequence.request, [first.plan.part]
+        if first.share != Share() or first.plan.part < len(request.prompt):
+            return
+        for sequence in islice(self.queue, 1, None):
+            plan, other = sequence.plan, sequence.request
+            if isinstance(plan, Unservable) or other.policy != request.policy or plan.part < len(other.prompt):
+                continue
+            if shape_together([*lengths, plan.part], len(self.rows)) is not None:
+                lengths.append(plan.part)
+                yield sequence
+
+    def _saved_by_waiting(self, prompts: tuple[Joining, ...]) -> float:
+        """Seconds, if these are read with as many others as wait and fit into a pass, rather than now."""
+        policy = prompts[0].sequence.request.policy
+        if not any(work.packs and work.policy == policy for work in self.costs.seen):
+            return 0.0
+        most, read = 1 + sum(1 for _ in self._packable(prompts[0])), len(prompts)
+        for_want_of_rows = read == self.rows.count(None) < most
+        return self.costs.overhead * (1 - read / most) if for_want_of_rows else 0.0
+
+    def _share(self, sequence: Answer, plan: PromptPlan) -> Share:
         """What is read in parts shares nothing; what is compressed lends where the pool holds the copy, too."""
         request = sequence.request
         if not self.share_prefixes or plan.part < len(request.prompt):
             return Share()
-        share = self.prefixes.share_for(request, (other.request for other in list(self.queue)[1:]))
+        share = self.prefixes.share_for(request, (other.request for other in self.queue if other is not sequence))
         copied = self.config.full_blocks(share.lend_tokens) if request.policy is not None else 0
         return share if plan.peak_blocks + copied <= self.counts.total.raw else Share()
 
-    def _takes(self, sequence: Sequence, plan: PromptPlan, share: Share) -> Blocks:
+    def _takes(self, sequence: Answer, plan: PromptPlan, share: Share) -> Blocks:
         request = sequence.request
         if request.policy is None:
             return Blocks(raw=plan.peak_blocks - self.config.full_blocks(share.borrow_tokens))
         copied = self.config.full_blocks(share.lend_tokens)
         return Blocks(raw=plan.peak_blocks + copied) + self.counts.compressed(request.policy, len(request.prompt))
 
-    def _growth(self, rows: list[int], tokens: int) -> Blocks:
+    def _growth(self, rows: Iterable[int], tokens: int) -> Blocks:
         """What these rows allocate for at most so many more tokens each."""
         total = Blocks()
         for row in rows:
@@ -220,8 +354,11 @@ class Scheduler:
         return total
 
     def _unread(self) -> Blocks:
-        """What the rest of the prompt being read, and its compression, may still take."""
-        return Blocks() if self.reading is None else self.reading.most - self.counts.held(self.reading.row)
+        """What the rest of the prompts being read, and their compression, may still take."""
+        left = Blocks()
+        for prompt in [] if self.reading is None else self.reading.prompts:
+            left += prompt.most - self.counts.held(prompt.row)
+        return left
 
     def _freed_by(self, cut: Iterable[SharedPrefix]) -> Blocks:
         return Blocks(raw=self.config.heads * sum(shared.blocks - shared.in_use for shared in cut))

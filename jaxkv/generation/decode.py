@@ -82,6 +82,7 @@ def decode(
     sampler: Sampler | None = None,
     policy: Policy | None = None,
     stop_tokens: tuple[int, ...] = (),
+    stops: Array | None = None,
 ) -> Decoded:
     """Many decode steps in one dispatch, with allocation, and where the policy wants it compression, inside.
 
@@ -95,6 +96,7 @@ def decode(
       sampler: how to choose tokens; None: greedily.
       policy: what compresses sequences that have grown; static.
       stop_tokens: end a row; static.
+      stops: ``bool[batch]`` rows that they end; None: all.
     """
     sampler = Greedy() if sampler is None else sampler
     batch, tokens, limits = tokens.shape[0], tokens.astype(jnp.int32), limits.astype(jnp.int32)
@@ -109,7 +111,8 @@ def decode(
         new, logprob = _choose(sampler, logits, cache.num_tokens)
         new, logprob = jnp.where(made.active, new, 0), jnp.where(made.active, logprob, 0.0)
         counts = made.counts + made.active.astype(jnp.int32)
-        active = made.active & (counts < limits) & ~_is_any(new, stop_tokens)
+        stopped = _is_any(new, stop_tokens) if stops is None else _is_any(new, stop_tokens) & stops
+        active = made.active & (counts < limits) & ~stopped
         cache = _compress_grown(cache, policy, made.active)  # also what ends here: it may only end its dispatch
         made = Decoded(
             cache=cache,

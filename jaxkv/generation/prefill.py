@@ -13,10 +13,11 @@ from jax import Array, lax
 
 from jaxkv.cache.state import PagedCache
 from jaxkv.compression.policy import Policy
+from jaxkv.generation.packing import Packing
 from jaxkv.generation.passes import LookAhead, ReadChunk
 from jaxkv.generation.prompt import PromptState, start_prompt
 from jaxkv.generation.scoring import score_prompt
-from models.interface import Decoder
+from models.interface import Attend, Decoder, State
 
 CHUNK = 512
 """Tokens of a prompt that go through the model at once."""
@@ -96,24 +97,64 @@ def _are_sound(tokens: Array, lengths: Array, vocab: int) -> Array:
 
 
 def prefill_chunk(
-    model: Decoder, cache: PagedCache, prompt: PromptState, tokens: Array, counts: Array, policy: Policy | None
+    model: Decoder,
+    cache: PagedCache,
+    prompt: PromptState,
+    tokens: Array,
+    counts: Array,
+    policy: Policy | None,
+    *,
+    length: int | None = None,
 ) -> tuple[PagedCache, PromptState]:
-    """Reads one chunk, ``i32[batch, chunk]``, of which the first ``i32[batch]`` counts are real. Both states are
-    donated."""
-    chunk = ReadChunk(model, cache, prompt, tokens.shape[1], counts, policy)
-    state, hidden = model(tokens, chunk.positions, chunk.attend, chunk.state)
+    """Reads one chunk of each prompt. Both states are donated.
+
+    Args:
+      model: the model.
+      cache: of the prompts' rows.
+      prompt: what is known of them so far.
+      tokens: ``i32[batch, chunk]``, of which the first ``i32[batch]`` counts are real; with a length ``i32[1, chunk]``,
+        in which the real ones of all prompts lie one after the other.
+      counts: tokens of each prompt in it.
+      policy: whose scores to record.
+      length: tokens of a prompt at most; static.
+    """
+    packing = None if length is None else Packing(counts, tokens.shape[1], length)
+    chunk = ReadChunk(model, cache, prompt, tokens.shape[1] if length is None else length, counts, policy)
+    state, hidden = _run(model, tokens, chunk.positions, chunk.attend, chunk.state, packing)
     return chunk.end(state, hidden)
 
 
 def reread_chunk(
-    model: Decoder, cache: PagedCache, prompt: PromptState, tokens: Array, counts: Array, policy: Policy
+    model: Decoder,
+    cache: PagedCache,
+    prompt: PromptState,
+    tokens: Array,
+    counts: Array,
+    policy: Policy,
+    *,
+    length: int | None = None,
 ) -> PromptState:
-    """Reads a chunk as if it followed the prompt, only to see what it attends to: nothing of it is cached."""
-    place = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    """Reads a chunk as if it followed the prompt, only to see what it attends to: nothing of it is cached.
+
+    Arguments as for ``prefill_chunk``.
+    """
+    packing = None if length is None else Packing(counts, tokens.shape[1], length)
+    shape = counts.shape[0], tokens.shape[1] if length is None else length
+    place = jnp.arange(shape[1], dtype=jnp.int32)
     rows = jnp.where((place < counts[:, None]) & prompt.granted, place, -1)
-    look = LookAhead(cache, tokens.shape, fresh=prompt.fresh, mass=prompt.mass, rows=rows, policy=policy)
-    mass, _ = model(tokens, look.positions, look.attend, look.state)
+    look = LookAhead(cache, shape, fresh=prompt.fresh, mass=prompt.mass, rows=rows, policy=policy)
+    mass, _ = _run(model, tokens, look.positions, look.attend, look.state, packing)
     return replace(prompt, mass=mass)
+
+
+def _run(
+    model: Decoder, tokens: Array, positions: Array, attend: Attend[State], state: State, packing: Packing | None
+) -> tuple[State, Array]:
+    """The state and what the model makes of each row's tokens, ``[batch, length, hidden]``."""
+    if packing is None:
+        return model(tokens, positions, attend, state)
+    state, hidden = model(tokens, packing.pack(positions), packing.attend(attend), state)
+    return state, packing.unpack(hidden)
 
 
 def look_ahead(model: Decoder, cache: PagedCache, tokens: Array) -> Array:

@@ -13,6 +13,7 @@ import jaxkv.engine.scheduler
 from jaxkv import LLM, KVCompress, MaxTokens, Ratio, SamplingParams
 from jaxkv.cache import CacheConfig
 from jaxkv.engine.prefixes import AHEAD
+from jaxkv.engine.schedule import Latency
 from jaxkv.requests import Finished, PromptRead, Refused, TextMade
 
 pytestmark = pytest.mark.once
@@ -31,7 +32,7 @@ MEMORY = CacheConfig.for_model(tiny.CONFIG, batch=4, max_context=256).bytes_with
 def rash():
     """Requests join with no thought of the next dispatch, so that the pool does run dry."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jaxkv.engine.scheduler, "HORIZON", 1)
+        patch.setattr(jaxkv.engine.scheduler.Scheduler, "expected", lambda self, sequence: 1)
         yield
 
 
@@ -43,11 +44,9 @@ EARLY: set[int] = set()
 def early():
     compress = jaxkv.engine.Engine._compress
 
-    def noted(self, row, tokens=0):
-        sequence = self.scheduler.sequence(row)
-        if sequence.replayed:
-            EARLY.add(sequence.index)
-        compress(self, row, tokens)
+    def noted(self, rows, *args, **settings):
+        EARLY.update(sequence.index for sequence in map(self.scheduler.sequence, rows) if sequence.replayed)
+        compress(self, rows, *args, **settings)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jaxkv.engine.Engine, "_compress", noted)
@@ -177,7 +176,7 @@ def test_freed_memory_is_another_requests():
 
 
 def test_running_requests_go_on_while_a_prompt_is_read(monkeypatch):
-    llm = LLM(tiny.MODEL, max_batch=2)
+    llm = LLM(tiny.MODEL, max_batch=2, schedule=Latency())
     monkeypatch.setattr(jaxkv.engine.reading, "CHUNK", 64)
     long = tiny.prompt(tiny.CONFIG.max_context - 60, 7).tolist()
     jobs = [(tiny.prompt(5).tolist(), SamplingParams(max_tokens=300, ignore_eos=True)), (long, SamplingParams())]

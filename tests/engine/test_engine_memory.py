@@ -25,13 +25,13 @@ def serve(policy, count: int, memory: int):
     for event in llm.run(iter(jobs), max_context=256):
         engine = llm.engine
         if compressions == 0:
-            counted, original = [], engine.programs.compress_row
+            counted, original = [], engine.programs.compress_rows
 
             def count_and_compress(*args, counted=counted, original=original):
-                counted.append(args[1])
+                counted.extend(args[1][args[-1]])
                 return original(*args)
 
-            engine.programs.compress_row, compressions = count_and_compress, 1
+            engine.programs.compress_rows, compressions = count_and_compress, 1
         if isinstance(event, Finished):
             done[event.request] = event.completion
         elif isinstance(event, TextMade):

@@ -10,7 +10,8 @@ from jaxkv.cache import TierConfig
 from jaxkv.cache.prefix import Prefix
 from jaxkv.engine.block_counts import BlockCounts, Blocks
 from jaxkv.engine.prompt_plan import plan_prompt
-from jaxkv.engine.scheduler import HORIZON, STEPS, STEPS_WHILE_READING, Join, Scheduler, Wait
+from jaxkv.engine.schedule import FEW_STEPS, STEPS, Latency, Throughput
+from jaxkv.engine.scheduler import HORIZON, Join, Scheduler, Wait
 from jaxkv.engine.sequence import Sequence
 from jaxkv.requests import Refused, Request
 
@@ -37,9 +38,10 @@ def sequence(config, length, tokens=10, policy=None, index=0, begins=()):
 class Pool:
     """What an engine does to the counts, without a cache: blocks are only numbers here."""
 
-    def __init__(self, config, *, share_prefixes=True):
+    def __init__(self, config, *, share_prefixes=True, schedule=None, costs=None):
         self.config = config
-        self.scheduler = Scheduler(config, share_prefixes=share_prefixes)
+        self.scheduler = Scheduler(config, share_prefixes=share_prefixes, schedule=schedule, costs=costs)
+        self.steps = 0
         self.counts, self.refused, self.ended = self.scheduler.counts, [], []
 
     def look(self):
@@ -77,17 +79,26 @@ class Pool:
                 self.cut(cut)
             case Join() as join:
                 self.cut(join.cut)
-                assert join.takes <= self.counts.free
-                prompt = self.scheduler.join(join)
-                self.grow(prompt.row, prompt.read)
+                assert sum((joining.takes for joining in join.prompts), Blocks()) <= self.counts.free
+                reading = self.scheduler.join(join)
+                assert reading.rows[: len(reading.prompts)].tolist() == [prompt.row for prompt in reading.prompts]
+                assert len(set(reading.rows)) == len(reading.rows) == reading.shape.rows
+                for prompt in reading.prompts:
+                    self.grow(prompt.row, prompt.read)
 
     def read(self):
-        prompt, scheduler = self.scheduler.reading, self.scheduler
-        policy, row = prompt.sequence.request.policy, prompt.row
-        tokens, count = prompt.next_chunk()
-        np.testing.assert_array_equal(tokens[0, :count], prompt.ids[prompt.read : prompt.read + count])
-        self.grow(row, count)
-        prompt.read += count
+        reading, scheduler = self.scheduler.reading, self.scheduler
+        tokens, counts = reading.next_chunk()
+        expected = [prompt.ids[prompt.read : prompt.read + count] for prompt, count in reading.of_prompts(counts)]
+        np.testing.assert_array_equal(tokens[0, : counts.sum()], np.concatenate(expected))
+        for prompt, count in reading.of_prompts(counts):
+            self.grow(prompt.row, count)
+            prompt.read += count
+        [*others, prompt] = reading.prompts
+        policy, row = reading.policy, prompt.row
+        if others:
+            assert all(each.read == each.total <= reading.shape.length for each in reading.prompts)
+            assert all(each.sequence.request.policy == policy for each in others)
         if prompt.read == prompt.lend_tokens:
             scheduler.prefixes.lend(
                 row, prompt.ids[: prompt.read], Prefix(table=np.zeros(0), blocks=prompt.read // SIZE)
@@ -95,19 +106,20 @@ class Pool:
             self.look()
         if not prompt.part_is_read:
             return
-        if policy is not None:
-            scheduler.prefixes.give_up(row)
+        for each in [] if policy is None else reading.prompts:
+            scheduler.prefixes.give_up(each.row)
             self.look()
-            self.compress(row, prompt.total)
+            self.compress(each.row, each.total)
         if prompt.read < prompt.total:
             assert scheduler.parts_too_large(prompt) is None
             return
         scheduler.reading = None
-        if scheduler.too_large(row) is not None:
-            self.refused.append(prompt.sequence.index)
-            self.leave(row)
-            return
-        self.take(row, 1)
+        for each in reading.prompts:
+            if scheduler.too_large(each.row) is not None:
+                self.refused.append(each.sequence.index)
+                self.leave(each.row)
+            else:
+                self.take(each.row, 1)
 
     def take(self, row, tokens):
         sequence = self.scheduler.sequence(row)
@@ -121,6 +133,7 @@ class Pool:
         if steps == 0:
             self.make_room()
             return
+        self.steps += max(min(steps, self.scheduler.sequence(row).tokens_left) for row in self.scheduler.running)
         for row in self.scheduler.running:
             tokens = min(steps, self.scheduler.sequence(row).tokens_left)
             self.grow(row, tokens)
@@ -152,6 +165,8 @@ class Pool:
             self.admit()
             if self.scheduler.reading is not None:
                 self.read()
+                if not self.scheduler.schedule.alternates:
+                    continue
             if self.scheduler.running:
                 self.decode()
             elif self.scheduler.reading is None and not self.scheduler.queue and not waiting:
@@ -165,10 +180,16 @@ JOB = st.tuples(
 
 
 @settings(max_examples=150)
-@given(jobs=st.lists(JOB, min_size=1, max_size=8), blocks=st.integers(30, 160), share=st.booleans())
-def test_every_trace_ends_and_nothing_is_promised_twice(jobs, blocks, share):
-    sizes = config(blocks)
-    pool = Pool(sizes, share_prefixes=share)
+@given(
+    jobs=st.lists(JOB, min_size=1, max_size=8),
+    blocks=st.integers(30, 160),
+    rows=st.integers(1, 5),
+    share=st.booleans(),
+    schedule=st.sampled_from([Throughput(), Latency()]),
+)
+def test_every_trace_ends_and_nothing_is_promised_twice(jobs, blocks, rows, share, schedule):
+    sizes = config(blocks, rows)
+    pool = Pool(sizes, share_prefixes=share, schedule=schedule)
     pool.run(
         sequence(sizes, length, tokens, policy, index, DOCUMENT[:begins])
         for index, (length, tokens, policy, begins) in enumerate(jobs)
@@ -179,7 +200,7 @@ def test_every_trace_ends_and_nothing_is_promised_twice(jobs, blocks, share):
 
 
 def test_the_pool_does_run_dry_and_the_youngest_is_put_back(monkeypatch):
-    monkeypatch.setattr("jaxkv.engine.scheduler.HORIZON", 1)
+    monkeypatch.setattr(Scheduler, "expected", lambda self, sequence: 1)
     sizes = config(44)
     pool = Pool(sizes)
     pool.run(sequence(sizes, 60, 50, index=i) for i in range(3))
@@ -198,7 +219,8 @@ def joined(pool, *sequences):
 
 
 def test_a_request_waits_until_it_fits_beside_what_the_others_soon_need():
-    grows = HEADS * HORIZON // SIZE
+    tokens = 100 + (-100 % SIZE)
+    grows = HEADS * tokens // SIZE
     for spare, decision in ((-1, Wait), (0, Join)):
         sizes = config(2 * (HEADS * 2 + grows) + spare)
         pool = Pool(sizes)
@@ -213,7 +235,8 @@ def test_a_decision_changes_nothing():
     scheduler.queue.extend(sequence(sizes, 20, index=i, begins=DOCUMENT) for i in range(2))
     first, again = scheduler.next(), scheduler.next()
     assert first == again
-    assert (first.row, first.share.lend_tokens) == (0, 160)
+    [joining] = first.prompts
+    assert (joining.row, joining.share.lend_tokens) == (0, 160)
     assert scheduler.rows == [None] * 3
     assert len(scheduler.queue) == 2
 
@@ -258,8 +281,9 @@ def test_unused_prefixes_go_where_one_would_have_to_wait():
     while scheduler.reading is not None:
         pool.read()
     assert [shared.blocks for shared in scheduler.prefixes] == [10]
-    borrowing = scheduler.next()
-    assert (borrowing.share.borrow_tokens, borrowing.takes, borrowing.cut) == (160, Blocks(raw=HEADS), ())
+    decision = scheduler.next()
+    [borrowing] = decision.prompts
+    assert (borrowing.share.borrow_tokens, borrowing.takes, decision.cut) == (160, Blocks(raw=HEADS), ())
     scheduler.queue.clear()
     scheduler.queue.append(sequence(sizes, 400, index=2))
     [shared] = scheduler.prefixes
@@ -280,11 +304,12 @@ def test_fewer_steps_where_the_pool_serves_no_more():
 
 def test_few_steps_while_a_prompt_is_read():
     sizes = config(200)
-    pool = Pool(sizes)
-    joined(pool, sequence(sizes, 20, 100))
-    pool.scheduler.queue.append(sequence(sizes, 20, index=1))
-    pool.admit()
-    assert pool.scheduler.steps() == STEPS_WHILE_READING
+    for schedule, steps in ((Latency(), FEW_STEPS), (Throughput(), STEPS)):
+        pool = Pool(sizes, schedule=schedule)
+        joined(pool, sequence(sizes, 20, 100))
+        pool.scheduler.queue.append(sequence(sizes, 20, index=1))
+        pool.admit()
+        assert pool.scheduler.steps() == steps
 
 
 def test_rows_whose_policies_do_nothing_in_decoding_go_together():
@@ -364,15 +389,16 @@ def test_growth_of_tiers_is_the_worst_that_tokens_can_do(high, low, sizes, token
 def test_chunks_cover_a_prompt_part_by_part(total, part):
     pool = Pool(config(400))
     pool.scheduler.queue.append(sequence(pool.config, total))
-    prompt = pool.scheduler.join(pool.scheduler.next())
+    reading = pool.scheduler.join(pool.scheduler.next())
+    [prompt] = reading.prompts
     prompt.part, ends, seen = part, [], []
     while prompt.read < total:
-        tokens, count = prompt.next_chunk()
+        tokens, [count] = reading.next_chunk()
         seen.extend(tokens[0, :count])
         prompt.read += count
         if prompt.part_is_read:
             ends.append(prompt.read)
-            again = [t for tokens, count in prompt.part_again() for t in tokens[0, :count]]
+            again = [t for tokens, [count] in reading.part_again() for t in tokens[0, :count]]
             assert again == seen[(len(ends) - 1) * part :]
     assert seen == prompt.ids.tolist()
     assert ends == [*range(part, total, part), total]

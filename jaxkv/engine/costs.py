@@ -1,0 +1,91 @@
+"""What passes and steps were seen to cost, and whether another program is worth compiling."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class PassShape(NamedTuple):
+    """Of a pass of the model over prompts: one program each."""
+
+    tokens: int
+    """That go through the model, padding included."""
+    rows: int = 1
+    length: int | None = None
+    """Tokens of a prompt at most, where those of several lie one after the other; None: one prompt's chunk."""
+
+
+class Work(NamedTuple):
+    """Something that is run by one compiled program, again and again."""
+
+    shape: PassShape | int
+    """Of a pass; of a decode step, its rows."""
+    policy: Hashable = None
+
+    @property
+    def is_step(self) -> bool:
+        return isinstance(self.shape, int)
+
+    @property
+    def packs(self) -> bool:
+        """Whether it is a pass over several prompts."""
+        return isinstance(self.shape, PassShape) and self.shape.length is not None
+
+    @property
+    def size(self) -> int:
+        """Tokens that go through the model."""
+        return self.shape if isinstance(self.shape, int) else self.shape.tokens
+
+
+@dataclass(kw_only=True)
+class Costs:
+    """Seconds that things took lately, and what is expected of others from them."""
+
+    seen: dict[Work, float] = field(default_factory=dict)
+    """Of a pass or of a step, without compiling. What is here is compiled."""
+    compiling: float = 0.0
+    """Of a program, on average."""
+    compiled: int = 0
+    """Programs that this is the average of."""
+    missed: dict[Work, float] = field(default_factory=dict)
+    """What programs that aren't compiled would have saved so far."""
+
+    def note(self, work: Work, seconds: float, compiling: float = 0.0) -> None:
+        """A pass, or a step on average, took so long, after compiling for so long."""
+        before = self.seen.get(work)
+        self.seen[work] = seconds if before is None else (3 * before + seconds) / 4
+        if compiling > 0:
+            self.compiled += 1
+            self.compiling += (compiling - self.compiling) / self.compiled
+
+    def of(self, work: Work) -> float:
+        """Seconds, where not seen, in proportion to those of the nearest size of the same kind; 0: none was seen."""
+        if work in self.seen:
+            return self.seen[work]
+        like = [other for other in self.seen if other.is_step == work.is_step]
+        if not like:
+            return 0.0
+        nearest = min(like, key=lambda other: (abs(other.size - work.size), other.policy != work.policy))
+        return self.seen[nearest] * work.size / nearest.size
+
+    def prefers(self, one: Work, others: Iterable[Work]) -> bool:
+        """Whether one program is better run than several others, one after the other.
+
+        Where only it would have to be compiled, it is once it would have saved by now what compiling takes: so what is
+        lost, by compiling in vain or too late, is never more than twice what was needed.
+        """
+        others = list(others)
+        if not self.seen:  # nothing is known, so by size
+            return one.size <= sum(other.size for other in others)
+        saves = sum(map(self.of, others)) - self.of(one)
+        if one in self.seen or saves <= 0 or not set(others) <= self.seen.keys():
+            return saves > 0
+        self.missed[one] = self.missed.get(one, 0.0) + saves
+        return self.missed[one] >= self.compiling
+
+    @property
+    def overhead(self) -> float:
+        """Seconds of a pass that don't depend on its tokens, about: those of the shortest step."""
+        return min((seconds for work, seconds in self.seen.items() if work.is_step), default=0.0)
