@@ -50,6 +50,9 @@ from jaxkv.policies import StreamingLLM as StreamingLLM
 from jaxkv.policies import Unlimited as Unlimited
 
 # Host: prompts in, answers out
+from jaxkv.engine.schedule import Latency as Latency
+from jaxkv.engine.schedule import Schedule as Schedule
+from jaxkv.engine.schedule import Throughput as Throughput
 from jaxkv.llm import LLM as LLM
 from jaxkv.requests import Completion as Completion
 from jaxkv.requests import SamplingParams as SamplingParams

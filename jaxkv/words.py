@@ -19,6 +19,8 @@ POLICIES = (
     "leankv",
     "mixed",
 )
+SCHEDULES = ("throughput", "latency")
+"""What goes first where prompts wait while others are answered."""
 BUDGETS = ("ratio", "max_cache_tokens", "max_cache_bytes")
 SETTINGS = {
     "protected_window": "a whole number",

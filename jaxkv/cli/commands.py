@@ -16,13 +16,15 @@ from tqdm import tqdm
 from jaxkv.cli.options import answer_settings
 from jaxkv.cli.plot import check_drawable, head_map
 from jaxkv.cli.terminal import can_say
+from jaxkv.engine.schedule import Latency, Schedule, Throughput
 from jaxkv.llm import LLM, Prompt
 from jaxkv.policies import Policy, policy_from
 from jaxkv.report import as_dict, summary
 from jaxkv.requests import Completion, Event, Finished, PromptRead, SamplingParams, TextMade
-from jaxkv.words import SAMPLING
+from jaxkv.words import SAMPLING, SCHEDULES
 from models.hub import cache_directory
 
+SCHEDULE: dict[str, Schedule] = dict(zip(SCHEDULES, (Throughput(), Latency()), strict=True))
 Heed = Callable[[Iterable[Event]], Iterable[Event]]
 """Passes events on, and raises KeyboardInterrupt in between where Ctrl-C was heard."""
 
@@ -85,6 +87,7 @@ def load(options: argparse.Namespace, policy: Policy | None, **settings: Any) ->
         block_size=options.block_size,
         dtype=options.dtype,
         cache_dtype=options.cache_dtype,
+        schedule=None if options.schedule is None else SCHEDULE[options.schedule],
         **settings,
     )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxkv.version import __version__
-from jaxkv.words import BUDGETS, DTYPES, POLICIES, SAMPLING, SETTINGS
+from jaxkv.words import BUDGETS, DTYPES, POLICIES, SAMPLING, SCHEDULES, SETTINGS
 
 ANSWER = ("model", "dtype", "cache_dtype", "block_size", "max_context", "compression", *BUDGETS, *SETTINGS, *SAMPLING)
 """Options that a batch job's answers depend on."""
@@ -61,6 +61,12 @@ def add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--cache-memory", type=byte_count, metavar="BYTES", help="for the whole cache: 500M, 2G, …")
     command.add_argument("--block-size", type=int, help="token slots a block (default: 16; 64 on a TPU)")
     command.add_argument("--dtype", choices=DTYPES, help="of weights (default: float32 on a CPU, else bfloat16)")
+    command.add_argument(
+        "--schedule",
+        choices=SCHEDULES,
+        help="what goes first: prompts that wait (the default of batch), or that nobody waits long for more text "
+        "(of generate)",
+    )
     command.add_argument("--cache-dtype", choices=DTYPES, help="of the unquantised cache (default: as --dtype)")
 
 

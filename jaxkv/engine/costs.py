@@ -73,17 +73,22 @@ class Costs:
     def prefers(self, one: Work, others: Iterable[Work]) -> bool:
         """Whether one program is better run than several others, one after the other.
 
-        Where only it would have to be compiled, it is once it would have saved by now what compiling takes: so what is
-        lost, by compiling in vain or too late, is never more than twice what was needed.
+        Where only one of the two ways would have to be compiled, it is once it would have saved by now what compiling
+        takes: so what is lost, by compiling in vain or too late, is never more than twice what was needed.
         """
         others = list(others)
-        if not self.seen:  # nothing is known, so by size
-            return one.size <= sum(other.size for other in others)
+        new = {other for other in others if other not in self.seen}
         saves = sum(map(self.of, others)) - self.of(one)
-        if one in self.seen or saves <= 0 or not set(others) <= self.seen.keys():
-            return saves > 0
-        self.missed[one] = self.missed.get(one, 0.0) + saves
-        return self.missed[one] >= self.compiling
+        if (one in self.seen) == (not new):
+            return saves > 0 or not self.seen
+        if one in self.seen:
+            return saves >= 0 or not self._pays(new.pop(), -saves)
+        return saves > 0 and self._pays(one, saves)
+
+    def _pays(self, work: Work, saves: float) -> bool:
+        """Whether what isn't compiled would have saved enough, with what it would now."""
+        self.missed[work] = self.missed.get(work, 0.0) + saves
+        return self.missed[work] >= self.compiling
 
     @property
     def overhead(self) -> float:
