@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -67,12 +68,16 @@ class BlockCounts:
             quantised=_filled(self.quantised_lengths[:, row], self.quantised_kvs),
         )
 
-    def growth(self, row: int, policy: Policy | None, tokens: int) -> Blocks:
-        """What a row allocates at most for so many more tokens."""
-        if policy is not None and policy.placement.quantises_decoding:
-            return Blocks(quantised=_most_new(self.quantised_lengths[:, row], self.quantised_kvs, tokens))
-        lengths, size = self.raw_lengths[:, row], self.config.block_size
-        return Blocks(raw=_filled(lengths + tokens, size) - _filled(lengths, size))
+    def growth(self, rows: Sequence[int], policies: Sequence[Policy | None], tokens: Sequence[int]) -> Blocks:
+        """What rows allocate at most for so many more tokens each."""
+        quantise = np.array([policy is not None and policy.placement.quantises_decoding for policy in policies], bool)
+        where, more = np.array(rows, np.int32), np.array(tokens, np.int32)
+        lengths, size = self.raw_lengths[:, where[~quantise]], self.config.block_size
+        raw = _filled(lengths + more[~quantise][:, None], size) - _filled(lengths, size)
+        if not quantise.any():
+            return Blocks(raw=raw)
+        lengths, more = self.quantised_lengths[:, where[quantise]], more[quantise][:, None]
+        return Blocks(raw=raw, quantised=_most_new(lengths, self.quantised_kvs, more))
 
     def compressed(self, policy: Policy | None, tokens: int) -> Blocks:
         """Quantised blocks that a prompt of so many tokens may take when it is compressed, or all that there are."""
@@ -89,14 +94,14 @@ class BlockCounts:
         return tokens is not None and self.held(row).raw > self.config.full_blocks(tokens)
 
 
-def _most_new(lengths: np.ndarray, sizes: np.ndarray, tokens: int) -> int:
-    """Blocks that so many more KVs a head open at most, whichever of the two tiers each goes to.
+def _most_new(lengths: np.ndarray, sizes: np.ndarray, tokens: np.ndarray) -> int:
+    """Blocks that so many more KVs a head, ``i32[batch, 1]``, open at most, whichever of the two tiers each goes to.
 
     Once a block of either tier is begun, another costs as many KVs as fill one of the tier of smaller blocks: so the
     worst is that tier alone, or one block of the other first.
     """
 
-    def opened(tier: int, kvs: np.ndarray | int) -> np.ndarray:
+    def opened(tier: int, kvs: np.ndarray) -> np.ndarray:
         held, size = lengths[..., tier], sizes[tier]
         return -(-(held + kvs) // size) - -(-held // size)
 

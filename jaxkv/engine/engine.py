@@ -195,7 +195,7 @@ class Engine:
                 self._leave([row])
                 yield Refused(request=sequence.index, error=error)
             else:
-                yield from self._accept({row: (tokens[at : at + 1], logprobs[at : at + 1])})
+                yield from self._accept([row], [at], tokens[:, None], logprobs[:, None], np.ones_like(tokens))
 
     def _compress(self, rows: list[int], tokens: int = 0, among: np.ndarray | None = None) -> None:
         """To the budgets of the tokens that they have seen, or of so many where those are more.
@@ -249,20 +249,21 @@ class Engine:
         self.decoded += int(counts.sum())
         if not counts[place].all():
             raise RuntimeError("the pool ran dry while decoding, though blocks were kept free; please report this")
-        yield from self._accept(
-            {row: (tokens[at, : counts[at]], logprobs[at, : counts[at]]) for row, at in zip(rows, place, strict=True)}
-        )
+        yield from self._accept(rows, place, tokens, logprobs, counts)
 
-    def _accept(self, made: dict[int, tuple[np.ndarray, np.ndarray]]) -> Iterator[Event]:
-        """Takes the tokens and log probabilities that rows have made; those that end leave together."""
+    def _accept(
+        self, rows: list[int], place: list[int], tokens: np.ndarray, logprobs: np.ndarray, counts: np.ndarray
+    ) -> Iterator[Event]:
+        """Takes what rows have made, the first ``counts`` of ``tokens[place]``; those that end leave together."""
         ended: list[int] = []
-        for row, (tokens, logprobs) in made.items():
-            sequence, error = self.scheduler.sequence(row), None
+        finite, made, said = np.isfinite(logprobs).all(-1).tolist(), tokens.tolist(), logprobs.tolist()
+        for row, at in zip(rows, place, strict=True):
+            sequence, count, error = self.scheduler.sequence(row), int(counts[at]), None
             try:
-                if not np.all(np.isfinite(logprobs)):
+                if not finite[at]:
                     error = "the model's logits are not finite: its weights are damaged, or too large for their dtype"
                 else:
-                    yield from list(sequence.take(tokens.tolist(), logprobs.tolist()))
+                    yield from list(sequence.take(made[at][:count], said[at][:count]))
             except TokenizerError as what:
                 error = str(what)
             if error is not None:

@@ -121,10 +121,8 @@ class Scheduler:
             return Wait()
         first = self._joining(sequence, plan, self.rows.index(None))
         need, cut = first.takes, ()
-        for row in running:
-            need += self._growth([row], self.expected(self.sequence(row)))
         if running:
-            need += self._soon(first)
+            need += self._soon(first) + self._growth_by(running, [self.expected(self.sequence(row)) for row in running])
         if not need <= self.counts.free:
             cut = self.prefixes.unused(but=first.share.prefix)
             if not need <= self.counts.free + self._freed_by(cut):
@@ -345,13 +343,12 @@ class Scheduler:
         copied = self.config.full_blocks(share.lend_tokens)
         return Blocks(raw=plan.peak_blocks + copied) + self.counts.compressed(request.policy, len(request.prompt))
 
-    def _growth(self, rows: Iterable[int], tokens: int) -> Blocks:
+    def _growth(self, rows: Sequence[int], tokens: int) -> Blocks:
         """What these rows allocate for at most so many more tokens each."""
-        total = Blocks()
-        for row in rows:
-            sequence = self.sequence(row)
-            total += self.counts.growth(row, sequence.request.policy, min(tokens, sequence.tokens_left))
-        return total
+        return self._growth_by(rows, [min(tokens, self.sequence(row).tokens_left) for row in rows])
+
+    def _growth_by(self, rows: Sequence[int], tokens: Sequence[int]) -> Blocks:
+        return self.counts.growth(rows, [self.sequence(row).request.policy for row in rows], tokens)
 
     def _unread(self) -> Blocks:
         """What the rest of the prompts being read, and their compression, may still take."""

@@ -75,22 +75,21 @@ class Sequence:
             self.replayed += again
             self.pending = self.token_ids[self.replayed - 1]
             tokens, logprobs = tokens[again:], logprobs[again:]
-        before = len(self.token_ids)
+        before, end = len(self.token_ids), next((at for at, token in enumerate(tokens) if token in self.ends), None)
         stopped_by_text = False
-        for token, logprob in zip(tokens, logprobs, strict=True):
-            if token in self.ends:
-                self.finish_reason = "stop"
-                break
-            self.pending = token
-            self.replayed += 1
-            self.token_ids.append(token)
-            self.logprobs.append(logprob)
-            if self.stream is not None:
+        if end is not None:
+            self.finish_reason, tokens = "stop", tokens[:end]
+        if self.stream is not None:
+            for at, token in enumerate(tokens, 1):
                 self.text += self.stream.push(token)
-                stopped_by_text = self._cut_at_stop()
-                if stopped_by_text:
-                    self.finish_reason = "stop"
+                if self._cut_at_stop():
+                    self.finish_reason, stopped_by_text, tokens = "stop", True, tokens[:at]
                     break
+        if tokens:
+            self.pending = tokens[-1]
+            self.replayed += len(tokens)
+            self.token_ids += tokens
+            self.logprobs += logprobs[: len(tokens)]
         if self.finish_reason is None and self.tokens_left == 0:
             self.finish_reason = "length"
         if self.finish_reason and self.stream is not None and not stopped_by_text:

@@ -201,7 +201,7 @@ def test_blocks_fit_where_both_kinds_do(a, b):
 def test_growth_is_what_so_many_more_tokens_allocate(length, tokens):
     counts = BlockCounts(config(400))
     counts.raw_lengths[:, 1] = length
-    before, more = counts.held(1), counts.growth(1, ONCE, tokens)
+    before, more = counts.held(1), counts.growth([1], [ONCE], [tokens])
     counts.raw_lengths[:, 1] += tokens
     assert before + more == counts.held(1) == Blocks(raw=HEADS * -(-(length + tokens) // SIZE))
 
@@ -217,7 +217,7 @@ def test_growth_of_tiers_is_the_worst_that_tokens_can_do(high, low, sizes, token
     counts = BlockCounts(config(400, tiers=TierConfig(layout=layout, num_blocks=100)))
     counts.quantised_kvs = np.array(sizes)
     counts.quantised_lengths[:, 1] = high, low
-    held, worst = counts.held(1), counts.growth(1, LeanKV(), tokens)
+    held, worst = counts.held(1), counts.growth([1], [LeanKV()], [tokens])
     grown = []
     for more in range(tokens + 1):
         counts.quantised_lengths[:, 1] = high + more, low + tokens - more
