@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from targets import DEVICES, Device, abstract_cache, compile_for_tpu, sizes, why_not
+from targets import DEVICES, TPUS, Device, abstract_cache, compile_for_tpu, sizes, why_not
 
 from jaxkv.generation.decode import decode_step
 from models import Llama, LlamaConfig
@@ -232,7 +232,7 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=["llama-3.1-8b", "llama-3.2-1b"])
-    parser.add_argument("--devices", nargs="+", choices=list(DEVICES), default=list(DEVICES))
+    parser.add_argument("--devices", nargs="+", choices=list(DEVICES), default=[*TPUS, "h200"])
     parser.add_argument("--context", type=int, default=16_384, help="tokens a sequence")
     parser.add_argument("--ratios", nargs="+", type=float, default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--figure", help="draw tokens/s and batch over ratio into this file")

@@ -54,12 +54,17 @@ class BlockCounts:
 
     def look(self, cache: PagedCache, *also: Array) -> list[np.ndarray]:
         """Reads back what the heads hold and what is free, and other arrays with that."""
-        self.seen, fetched = jax.device_get((Counts.of(cache), list(also)))
+        seen, fetched = jax.device_get((Counts.of(cache), list(also)))
+        self.take(seen)
+        return fetched
+
+    def take(self, seen: Counts) -> None:
+        """What was read back in another way."""
+        self.seen = seen
         self.raw_lengths, self.free = self.seen.raw, Blocks(raw=int(self.seen.free))
         if self.seen.quantised is not None:
             self.quantised_lengths = self.seen.quantised
             self.free += Blocks(quantised=int(self.seen.quantised_free))
-        return fetched
 
     def held(self, row: int) -> Blocks:
         """Blocks of a row, those of a prefix included."""

@@ -25,6 +25,7 @@ import numpy as np
 from jaxkv.cache import CacheConfig, PagedCache
 from jaxkv.cache.stats import CacheStats, stats_of
 from jaxkv.engine.costs import Costs, Work
+from jaxkv.engine.dispatch import Dispatch
 from jaxkv.engine.prefixes import SharedPrefix
 from jaxkv.engine.programs import Programs
 from jaxkv.engine.reading import PromptInProgress, Reading
@@ -63,6 +64,8 @@ class Engine:
         self.programs, self.config, self.cache = programs, config, cache
         self.scheduler = Scheduler(config, share_prefixes=share_prefixes, schedule=schedule, costs=costs)
         self.rows, self.prefixes, self.counts = self.scheduler.rows, self.scheduler.prefixes, self.scheduler.counts
+        self._looks, self._received = 0, 0.0
+        """How often the counts were read back by themselves, and when steps were last received."""
         self._one_row = jax.eval_shape(lambda cache: cache.rows(jnp.zeros(1, jnp.int32)), cache)
         """The shapes of a cache of one row."""
         self.prompt_tokens = self.borrowed_tokens = 0
@@ -128,12 +131,13 @@ class Engine:
         """The next chunk; after a part's last, compression; after the prompts', first the first tokens."""
         policy, first = reading.policy, reading.prompts[0]
         with self._timed("prefill", reading.sequences) as seconds:
-            tokens, counts = reading.next_chunk()
+            shape = self.scheduler.next_shape(reading)
+            tokens, counts = reading.next_chunk(shape)
             self.cache, reading.state = self.programs.chunk(
-                self.cache, reading.state, reading.rows, tokens, counts, policy, reading.shape.length
+                self.cache, reading.state, reading.rows, tokens, counts, policy, shape.length
             )
             jax.block_until_ready(reading.state.hidden)
-        self.scheduler.costs.note(Work(reading.shape, policy), seconds["prefill"], seconds["compile"])
+        self.scheduler.costs.note(Work(shape, policy), seconds["prefill"], seconds["compile"])
         self.passes += 1
         for prompt, count in reading.of_prompts(counts):
             prompt.read += count
@@ -220,43 +224,89 @@ class Engine:
             self._make_room()
             return
         for policy, rows in self.scheduler.dispatches():
-            yield from self._decode_rows(rows, steps, policy)
+            sent = self._send(rows, steps, policy)
+            while sent is not None:
+                ahead = self.scheduler.steps_ahead(sent.rows, sent.steps)
+                following = self._send(sent.rows, ahead, policy, after=sent) if ahead else None
+                yield from self._receive(sent)
+                sent = following
 
-    def _decode_rows(self, rows: list[int], steps: int, policy: Policy | None) -> Iterator[Event]:
-        """One dispatch, for rows whose policies do the same in decoding."""
+    def _send(self, rows: list[int], steps: int, policy: Policy | None, *, after: Dispatch | None = None) -> Dispatch:
+        """Sends decode steps to the device, for rows whose policies do the same in decoding.
+
+        Args:
+          rows: who is decoded.
+          steps: tokens of each at most.
+          policy: what it does in decoding.
+          after: steps for the same rows which were sent before and not yet received; these go on from there.
+        """
+        began, compiled = time.perf_counter(), self.programs.compile_seconds
         sequences = [self.scheduler.sequence(row) for row in rows]
-        work = self.scheduler.work(rows, policy)
-        among = self.scheduler.with_others(rows, work.size)
-        if work.size == len(self.rows):  # all in their own order: nothing is gathered
-            among, place = None, rows
-        else:
-            place = list(range(len(rows)))
+        work = self.scheduler.work(rows, policy) if after is None else after.work
+        whole = work.size == len(self.rows)  # all in their own order: nothing is gathered
+        place = rows if whole else list(range(len(rows)))
         pending, limits = np.zeros(work.size, np.int32), np.zeros(work.size, np.int32)
-        each = sequences[:1] * work.size
+        each, made = sequences[:1] * work.size, 0 if after is None else after.steps
         for at, sequence in zip(place, sequences, strict=True):
-            pending[at], limits[at], each[at] = sequence.pending, min(steps, sequence.tokens_left), sequence
-        stops = np.array([bool(sequence.ends) for sequence in each])
-        with self._timed("decode", sequences) as seconds:
-            sampler = replaying_sampler_for(each)
-            made = self.programs.decode(self.cache, pending, limits, sampler, STEPS, policy, among, stops)
-            self.cache = made.cache
-            tokens, logprobs, counts = self._look(made.tokens, made.logprobs, made.counts)
+            pending[at], limits[at], each[at] = sequence.pending, min(steps, sequence.tokens_left - made), sequence
+        sent = self.programs.decode(
+            self.cache,
+            pending if after is None else after.made.last,
+            limits,
+            replaying_sampler_for(each),
+            STEPS,
+            policy,
+            None if whole else self.scheduler.with_others(rows, work.size),
+            np.array([bool(sequence.ends) for sequence in each]),
+        )
+        self.cache = sent.cache
+        return Dispatch(
+            rows=rows,
+            sequences=sequences,
+            place=place,
+            steps=steps,
+            work=work,
+            made=sent,
+            looks=self._looks,
+            began=began,
+            compiling=self.programs.compile_seconds - compiled,
+            follows=after is not None,
+        )
+
+    def _receive(self, sent: Dispatch) -> Iterator[Event]:
+        """Takes what steps have made, perhaps while others run."""
+        tokens, logprobs, counts, held = jax.device_get(
+            (sent.made.tokens, sent.made.logprobs, sent.made.counts, sent.made.held)
+        )
+        if sent.looks == self._looks:
+            self.counts.take(held)
+        else:  # since then somebody left
+            self._look()
+        seconds = {"compile": sent.compiling}
+        seconds["decode"] = time.perf_counter() - max(sent.began, self._received) - sent.compiling
+        self._received = time.perf_counter()
+        for sequence in sent.sequences:
+            sequence.timings.add(seconds)
         run = int(counts.max())
-        self.scheduler.costs.note(work, seconds["decode"] / max(run, 1), seconds["compile"])
+        if not sent.follows:  # else what the host did meanwhile is in it
+            self.scheduler.costs.note(sent.work, seconds["decode"] / max(run, 1), sent.compiling)
         self.scheduler.note_decoding(seconds["decode"])
         self.decode_seconds += seconds["decode"]
         self.decode_steps += run
         self.decoded += int(counts.sum())
+        still = [row for row, sequence in zip(sent.rows, sent.sequences, strict=True) if self.rows[row] is sequence]
+        place = [sent.place[sent.rows.index(row)] for row in still]
         if not counts[place].all():
             raise RuntimeError("the pool ran dry while decoding, though blocks were kept free; please report this")
-        yield from self._accept(rows, place, tokens, logprobs, counts)
+        yield from self._accept(still, place, tokens, logprobs, counts)
 
     def _accept(
         self, rows: list[int], place: list[int], tokens: np.ndarray, logprobs: np.ndarray, counts: np.ndarray
     ) -> Iterator[Event]:
         """Takes what rows have made, the first ``counts`` of ``tokens[place]``; those that end leave together."""
         ended: list[int] = []
-        finite, made, said = np.isfinite(logprobs).all(-1).tolist(), tokens.tolist(), logprobs.tolist()
+        finite = np.isfinite(logprobs.sum(axis=-1)).tolist()
+        made, said = tokens.tolist(), logprobs.tolist()
         for row, at in zip(rows, place, strict=True):
             sequence, count, error = self.scheduler.sequence(row), int(counts[at]), None
             try:
@@ -310,6 +360,7 @@ class Engine:
 
     def _look(self, *also: jax.Array) -> list[np.ndarray]:
         """Reads back what the heads hold and what is free, and other arrays, in one transfer."""
+        self._looks += 1
         return self.counts.look(self.cache, *also)
 
     @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from copy import copy
 from functools import wraps
 from inspect import signature
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,8 @@ from jaxkv.cache import prefix
 from jaxkv.cache.prefix import Prefix
 from jaxkv.cache.state import PagedCache
 from jaxkv.cache.state import release as release_rows
+from jaxkv.cache.stats import Counts
 from jaxkv.generation.compress import compress
-from jaxkv.generation.decode import Decoded
 from jaxkv.generation.decode import decode as decode_rows
 from jaxkv.generation.prefill import finish_prompt, prefill_chunk, reread_chunk
 from jaxkv.generation.prompt import PromptState, start_prompt
@@ -126,6 +126,22 @@ def program(
     return declare
 
 
+class Steps(NamedTuple):
+    """What a dispatch of decode steps leaves, for ``n`` rows."""
+
+    cache: PagedCache
+    tokens: Array
+    """``i32[n, steps]``."""
+    logprobs: Array
+    """``f32[n, steps]``."""
+    counts: Array
+    """``i32[n]``: tokens made."""
+    last: Array
+    """``i32[n]``: the last of each row."""
+    held: Counts
+    """Of the cache, apart from it: they are there still when it is given away."""
+
+
 class Programs(ModelPrograms):
     """Prompt chunks, compression and decoding, for some rows of the batch, ``i32[n]``, each of them once; a single row
     may be told as a number."""
@@ -210,21 +226,35 @@ class Programs(ModelPrograms):
         policy: Policy | None,
         rows: ArrayLike | None = None,
         stops: ArrayLike | None = None,
-    ) -> Decoded:
-        """Up to ``steps`` tokens for every row, or for some; arguments and results are of these. See ``decode``."""
-        part = cache if rows is None else cache.rows(_each(rows))
+    ) -> Steps:
+        """Up to ``steps`` tokens for every row, or for some; arguments and results are of these. See ``decode``.
+
+        A row whose token is already one that stops it makes none: so steps may be sent on from ``last`` unseen.
+        """
+        part, tokens = cache if rows is None else cache.rows(_each(rows)), _each(tokens)
+        stops = jnp.ones(tokens.shape, bool) if stops is None else jnp.asarray(stops)
+        ended = stops & jnp.isin(tokens, jnp.array(self.stop_tokens, jnp.int32))
         made = decode_rows(
             self.model,
             part,
-            jnp.asarray(tokens),
-            jnp.asarray(limits),
+            tokens,
+            jnp.where(ended, 0, _each(limits)),
             steps=steps,
             sampler=sampler,
             policy=policy,
             stop_tokens=self.stop_tokens,
-            stops=None if stops is None else jnp.asarray(stops),
+            stops=stops,
         )
-        return made if rows is None else made._replace(cache=cache.with_rows(made.cache, _each(rows)))
+        last = jnp.take_along_axis(made.tokens, jnp.maximum(made.counts - 1, 0)[:, None], axis=1)[:, 0]
+        cache = made.cache if rows is None else cache.with_rows(made.cache, _each(rows))
+        return Steps(
+            cache=cache,
+            tokens=made.tokens,
+            logprobs=made.logprobs,
+            counts=made.counts,
+            last=jnp.where(made.counts > 0, last, tokens),
+            held=jax.tree.map(jnp.copy, Counts.of(cache)),
+        )
 
     @program(donate=("cache",))
     def release(self, cache: PagedCache, finished: ArrayLike) -> PagedCache:

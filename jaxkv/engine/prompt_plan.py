@@ -71,7 +71,7 @@ def plan_prompt(request: Request, config: CacheConfig) -> PromptPlan | Unservabl
     return PromptPlan(part=part, peak_blocks=kept + config.full_blocks(part))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4096)
 def blocks_between_parts(config: CacheConfig, policy: Policy, tokens: int) -> int:
     """Blocks that a prompt of so many tokens may hold after each part: its budget, and a half-filled block a head."""
     kept = policy.budget.unquantised_blocks(Footprint.of_prompt(config, tokens, policy.protected_window))

@@ -87,10 +87,17 @@ class Reading:
         """``i32[shape.rows]``."""
         return self._of_rows([prompt.part_length for prompt in self.prompts])
 
-    def next_chunk(self) -> tuple[np.ndarray, np.ndarray]:
-        """``i32[1, tokens]``, and how many of each row are in it, ``i32[shape.rows]``."""
-        ids = [prompt.next_ids[: self.shape.tokens] for prompt in self.prompts]
-        return self._padded(ids, self.shape.tokens)
+    @property
+    def least_shape(self) -> PassShape:
+        """Of the next chunk, if it is padded no more than it must be."""
+        if self.shape.length is not None:
+            return self.shape
+        return shape_alone(min(len(self.prompts[0].next_ids), self.shape.tokens))
+
+    def next_chunk(self, shape: PassShape) -> tuple[np.ndarray, np.ndarray]:
+        """``i32[1, shape.tokens]``, and how many of each row are in it, ``i32[shape.rows]``."""
+        ids = [prompt.next_ids[: shape.tokens] for prompt in self.prompts]
+        return self._padded(ids, shape.tokens)
 
     def part_again(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Chunks of the whole part that was just read, which don't follow from what was borrowed."""

@@ -55,8 +55,8 @@ class Wait:
 
 
 class Scheduler:
-    """The rows of a cache, and what waits for one. Decisions change nothing, but they note what programs that aren't
-    compiled would have saved; ``join``, ``leave`` and the like do.
+    """The rows of a cache, and what waits for one. Decisions change nothing, but they note why somebody waits, and
+    what programs that aren't compiled would have saved; ``join``, ``leave`` and the like do.
 
     Args:
       config: the cache's sizes; its batch is the number of rows.
@@ -86,6 +86,8 @@ class Scheduler:
         rows together one second a second."""
         self.stopped = self.stopped_tokens = 0
         """Answers that ended before their limits, and their tokens."""
+        self.short_of_memory = False
+        """Whether, when this was last asked, the first in the queue had a row but no room."""
         self.locked = False
         """After a preemption nobody joins until somebody leaves: else the two would take turns for ever."""
 
@@ -103,8 +105,8 @@ class Scheduler:
 
     @property
     def wants_requests(self) -> bool:
-        """Whether there are fewer in the queue than could get a row, or may share a prefix with one that does."""
-        return len(self.queue) < self.rows.count(None) + (AHEAD if self.share_prefixes else 0)
+        """Whether there are fewer in the queue than could get a row, and one more, or those that may share a prefix."""
+        return len(self.queue) < self.rows.count(None) + (AHEAD if self.share_prefixes else 1)
 
     def next(self) -> Join | Wait | Refused:
         """What to do about the first in the queue; it joins where its whole prompt fits beside what others soon need.
@@ -119,13 +121,14 @@ class Scheduler:
             return Refused(request=sequence.index, error=plan.reason)
         if None not in self.rows:
             return Wait()
-        first = self._joining(sequence, plan, self.rows.index(None))
+        first, self.short_of_memory = self._joining(sequence, plan, self.rows.index(None)), False
         need, cut = first.takes, ()
         if running:
             need += self._soon(first) + self._growth_by(running, [self.expected(self.sequence(row)) for row in running])
         if not need <= self.counts.free:
             cut = self.prefixes.unused(but=first.share.prefix)
-            if not need <= self.counts.free + self._freed_by(cut):
+            self.short_of_memory = not need <= self.counts.free + self._freed_by(cut)
+            if self.short_of_memory:
                 # Where nobody runs, nothing but prefixes is in its way, also the one that it would have shared.
                 return Wait(cut=cut if running else self.prefixes.unused())
         prompts, shape = self._together(first, self.counts.free + self._freed_by(cut) - need)
@@ -142,6 +145,12 @@ class Scheduler:
             rows=self.with_others(rows, join.shape.rows),
         )
         return self.reading
+
+    def next_shape(self, reading: Reading) -> PassShape:
+        """Of the next chunk of what is read: a prompt's last may be a short one."""
+        usual, least = reading.shape, reading.least_shape
+        shorter = least != usual and self.costs.prefers(Work(least, reading.policy), [Work(usual, reading.policy)])
+        return least if shorter else usual
 
     def with_others(self, rows: Sequence[int], width: int) -> np.ndarray:
         """``i32[width]``: these rows, and then as many others as it takes, each once."""
@@ -188,6 +197,25 @@ class Scheduler:
         soonest = min(self.sequence(row).tokens_left for row in running) if self.queue else None
         steps = self.schedule.steps(step or None, chunk, soonest)
         while steps and not self._growth(running, steps) + self._unread() <= self.counts.free:
+            steps //= 2
+        return steps
+
+    def steps_ahead(self, rows: Sequence[int], sent: int) -> int:
+        """Steps of another dispatch for rows to which so many were sent, before it is known what they made; 0: that may
+        change what is done next.
+
+        It can't where all go on for longer, nobody waits whom an earlier end would let in, nothing on this side ends or
+        chooses anything, and the pool serves both.
+        """
+        if self.reading is not None or list(rows) != self.running:
+            return 0
+        answers = [self.sequence(row) for row in rows]
+        if self.queue and (any(answer.ends for answer in answers) or (None in self.rows and not self.short_of_memory)):
+            return 0
+        if any(a.replaying or a.request.params.stop or a.tokens_left <= sent for a in answers):
+            return 0
+        steps = self.steps()
+        while steps and not self._growth(rows, sent + steps) <= self.counts.free:
             steps //= 2
         return steps
 

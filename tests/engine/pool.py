@@ -81,7 +81,9 @@ class Pool:
 
     def read(self):
         reading, scheduler = self.scheduler.reading, self.scheduler
-        tokens, counts = reading.next_chunk()
+        shape = scheduler.next_shape(reading)
+        tokens, counts = reading.next_chunk(shape)
+        assert tokens.shape == (1, shape.tokens)
         expected = [prompt.ids[prompt.read : prompt.read + count] for prompt, count in reading.of_prompts(counts)]
         np.testing.assert_array_equal(tokens[0, : counts.sum()], np.concatenate(expected))
         for prompt, count in reading.of_prompts(counts):

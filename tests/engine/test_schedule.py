@@ -217,3 +217,17 @@ def test_nobody_who_is_answering_waits_longer_than_a_chunk_and_a_dispatch():
         if isinstance(event, TextMade) and event.request == 0:
             most, since = max(most, since), 0
     assert most == 1
+
+
+def test_a_prompts_last_chunk_may_be_a_shorter_one():
+    sizes = config(2000, rows=1, max_context=1024)
+    pool = Pool(sizes, costs=Costs(seen={Work(PassShape(512)): 0.5}, compiling=0.8))
+    scheduler = pool.scheduler
+    for index, expected in enumerate([512, 128]):  # it would have saved 0.375 s once, and then has paid
+        scheduler.queue.append(sequence(sizes, 600, 1, index=index))
+        pool.admit()
+        assert scheduler.next_shape(scheduler.reading) == PassShape(512)
+        pool.read()
+        assert scheduler.next_shape(scheduler.reading) == PassShape(expected)
+        pool.read()
+    assert pool.ended == [0, 1]

@@ -233,7 +233,7 @@ def test_chunks_cover_a_prompt_part_by_part(total, part):
     [prompt] = reading.prompts
     prompt.part, ends, seen = part, [], []
     while prompt.read < total:
-        tokens, [count] = reading.next_chunk()
+        tokens, [count] = reading.next_chunk(reading.shape)
         seen.extend(tokens[0, :count])
         prompt.read += count
         if prompt.part_is_read:
