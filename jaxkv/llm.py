@@ -45,6 +45,9 @@ class LLM:
       share_prefixes: whether a prefix with which several prompts begin is read once, and held once while uncompressed.
       schedule: what goes first where prompts wait while others are answered; None: ``Latency()`` for a single prompt,
         else ``Throughput()``.
+      split_prompts: whether a prompt that will be compressed is read in parts where as a whole it would join others
+        only later. Answers then depend on what else runs, and facts in early parts may be lost. None: where the
+        policy's scores don't depend on what follows (``Scorer.settled``).
       dtype: of weights; None: float32 on a CPU, else bfloat16.
       cache_dtype: of K and V in the cache; None: as ``dtype``.
 
@@ -64,6 +67,7 @@ class LLM:
         max_batch: int = 16,
         share_prefixes: bool = True,
         schedule: Schedule | None = None,
+        split_prompts: bool | None = None,
         dtype: DTypeLike | None = None,
         cache_dtype: DTypeLike | None = None,
     ):
@@ -91,7 +95,7 @@ class LLM:
         self.compression = compression and compression.for_model(self.model.sizes)
         self.block_size = default_block_size() if block_size is None else number(block_size, "block_size")
         self.max_batch = number(max_batch, "max_batch")
-        self.share_prefixes, self.schedule = share_prefixes, schedule
+        self.share_prefixes, self.schedule, self.split_prompts = share_prefixes, schedule, split_prompts
         self._cache: tuple[CacheConfig, PagedCache] | None = None
         """That of the latest call which came to its end."""
         self._programs: Programs | None = None
@@ -211,6 +215,7 @@ class LLM:
             share_prefixes=self.share_prefixes,
             schedule=self.schedule or usual,
             costs=self._costs,
+            split_prompts=self.split_prompts,
         )
         del kept, cache
         yield from engine.run(sequences)

@@ -19,13 +19,14 @@ from targets import DEVICES, Device
 from jaxkv import CacheConfig, KVCompress, Latency, Ratio, SamplingParams, Schedule, Throughput
 from jaxkv.engine import costs
 from jaxkv.engine.block_counts import Blocks
+from jaxkv.engine.decisions import Join
 from jaxkv.engine.prompt_plan import plan_prompt
 from jaxkv.engine.reading import Reading
 from jaxkv.engine.schedule import STEPS
-from jaxkv.engine.scheduler import Join, Refused, Scheduler
+from jaxkv.engine.scheduler import Scheduler
 from jaxkv.engine.sequence import Sequence
 from jaxkv.generation.prefill import CHUNK
-from jaxkv.requests import Request
+from jaxkv.requests import Refused, Request
 from models import LlamaConfig
 from models.shapes import SHAPES
 

@@ -30,6 +30,12 @@ class Scorer:
         return self.observes_decoding
 
     @property
+    def settled(self) -> bool:
+        """Whether what a prompt's KV is worth doesn't depend on what follows it, so that as much of it stays if it is
+        compressed while the rest is still to be read."""
+        return False
+
+    @property
     def reads_kvs(self) -> bool:
         """Whether the method has a ``score_kvs`` of its own."""
         return type(self).score_kvs is not Scorer.score_kvs

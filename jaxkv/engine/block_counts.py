@@ -27,6 +27,10 @@ class Blocks:
     def __sub__(self, other: Blocks) -> Blocks:
         return Blocks(raw=self.raw - other.raw, quantised=self.quantised - other.quantised)
 
+    def or_more(self, other: Blocks) -> Blocks:
+        """The larger number of each."""
+        return Blocks(raw=max(self.raw, other.raw), quantised=max(self.quantised, other.quantised))
+
     def __le__(self, other: Blocks) -> bool:
         return self.raw <= other.raw and self.quantised <= other.quantised
 

@@ -25,13 +25,14 @@ import numpy as np
 from jaxkv.cache import CacheConfig, PagedCache
 from jaxkv.cache.stats import CacheStats, stats_of
 from jaxkv.engine.costs import Costs, Work
+from jaxkv.engine.decisions import Join, Wait
 from jaxkv.engine.dispatch import Dispatch
 from jaxkv.engine.prefixes import SharedPrefix
 from jaxkv.engine.programs import Programs
 from jaxkv.engine.reading import PromptInProgress, Reading
 from jaxkv.engine.sampling import replaying_sampler_for, sampler_for
 from jaxkv.engine.schedule import STEPS, Schedule
-from jaxkv.engine.scheduler import Join, Scheduler, Wait
+from jaxkv.engine.scheduler import Scheduler
 from jaxkv.engine.sequence import Sequence
 from jaxkv.generation.prompt import observation_of
 from jaxkv.policies import Policy
@@ -49,6 +50,7 @@ class Engine:
       share_prefixes: whether prompts that start alike are looked for, and read once.
       schedule: what goes first; None: whatever lets most be decoded together.
       costs: what the model's passes and steps took so far; noted here.
+      split_prompts: see ``Scheduler``.
     """
 
     def __init__(
@@ -60,9 +62,12 @@ class Engine:
         share_prefixes: bool = True,
         schedule: Schedule | None = None,
         costs: Costs | None = None,
+        split_prompts: bool | None = None,
     ):
         self.programs, self.config, self.cache = programs, config, cache
-        self.scheduler = Scheduler(config, share_prefixes=share_prefixes, schedule=schedule, costs=costs)
+        self.scheduler = Scheduler(
+            config, share_prefixes=share_prefixes, schedule=schedule, costs=costs, split_prompts=split_prompts
+        )
         self.rows, self.prefixes, self.counts = self.scheduler.rows, self.scheduler.prefixes, self.scheduler.counts
         self._looks, self._received = 0, 0.0
         """How often the counts were read back by themselves, and when steps were last received."""

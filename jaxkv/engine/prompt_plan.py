@@ -2,7 +2,7 @@
 
 Each part but the last is compressed to what the whole prompt's budget leaves, before the next is read. Parts are as
 large as the pool allows beside that. They follow from the sizes of pool and prompt alone, not from what else runs, so
-an answer is the same in any company.
+an answer is the same in any company; but for requests that may be split to join sooner (``Scheduler``).
 """
 
 from __future__ import annotations
@@ -61,13 +61,22 @@ def plan_prompt(request: Request, config: CacheConfig) -> PromptPlan | Unservabl
         return Unservable(reason=str(error))
     if full <= blocks:
         return PromptPlan(part=tokens, peak_blocks=full)
-    kept, least = blocks_between_parts(config, policy, tokens), least_part(config, policy)
-    most = (blocks - kept) // config.heads * config.block_size
-    if most < least:
+    plan = plan_parts(request, policy, config, blocks)
+    if plan is None:
+        kept, least = blocks_between_parts(config, policy, tokens), least_part(config, policy)
         need = min(kept + config.full_blocks(least), full)
         answered = kept + config.heads + config.full_blocks(request.limit)
         return _too_large(config, tokens, need, "while it is read and compressed", advise=max(need, answered))
-    part = -(-tokens // -(-tokens // most))  # so many parts as there must be, as equal as can be
+    return plan
+
+
+def plan_parts(request: Request, policy: Policy, config: CacheConfig, blocks: int) -> PromptPlan | None:
+    """How to read a prompt in as few parts as go into so many blocks; None: it can't be."""
+    tokens, kept = len(request.prompt), blocks_between_parts(config, policy, len(request.prompt))
+    most = (blocks - kept) // config.heads * config.block_size
+    if most < least_part(config, policy):
+        return None
+    part = -(-tokens // -(-tokens // most))  # as equal as can be
     return PromptPlan(part=part, peak_blocks=kept + config.full_blocks(part))
 
 

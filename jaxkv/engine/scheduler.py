@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -12,46 +11,18 @@ import numpy as np
 from jaxkv.cache.config import CacheConfig
 from jaxkv.engine.block_counts import BlockCounts, Blocks
 from jaxkv.engine.costs import Costs, PassShape, Work
+from jaxkv.engine.decisions import Join, Joining, Wait
 from jaxkv.engine.prefixes import AHEAD, Prefixes, Share, SharedPrefix
-from jaxkv.engine.prompt_plan import PromptPlan, Unservable, blocks_between_parts, more_memory
+from jaxkv.engine.prompt_plan import PromptPlan, Unservable, blocks_between_parts, more_memory, plan_parts
 from jaxkv.engine.reading import PromptInProgress, Reading, shape_alone, shape_together
 from jaxkv.engine.schedule import STEPS, Schedule, Throughput
 from jaxkv.engine.sequence import Sequence as Answer
+from jaxkv.generation.prefill import CHUNK
 from jaxkv.policies import Policy
 from jaxkv.requests import Refused
 
 HORIZON = 4 * STEPS
 """Tokens that an answer is expected to go on for at least, where it isn't sooner at its limit."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Joining:
-    """A request gets a row, and its prompt is read."""
-
-    sequence: Answer
-    row: int
-    plan: PromptPlan
-    share: Share
-    takes: Blocks
-    """That it allocates until it is compressed; what it borrows isn't among them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Join:
-    """The first in the queue is read, perhaps with others that wait."""
-
-    prompts: tuple[Joining, ...]
-    shape: PassShape
-    cut: tuple[SharedPrefix, ...] = ()
-    """Prefixes whose unused blocks go before."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wait:
-    """Nobody joins now."""
-
-    cut: tuple[SharedPrefix, ...] = ()
-    """Prefixes whose unused blocks go."""
 
 
 class Scheduler:
@@ -63,6 +34,8 @@ class Scheduler:
       share_prefixes: whether prompts that start alike are looked for, and read once.
       schedule: what goes first.
       costs: what was seen of earlier runs with the same model.
+      split_prompts: whether a prompt that will be compressed is read in parts where as a whole it could join only
+        later; None: where its policy's scores don't depend on what follows.
     """
 
     def __init__(
@@ -72,8 +45,9 @@ class Scheduler:
         share_prefixes: bool = True,
         schedule: Schedule | None = None,
         costs: Costs | None = None,
+        split_prompts: bool | None = None,
     ):
-        self.config, self.share_prefixes = config, share_prefixes
+        self.config, self.share_prefixes, self.split_prompts = config, share_prefixes, split_prompts
         self.schedule, self.costs = schedule or Throughput(), costs or Costs()
         self.counts = BlockCounts(config)
         self.prefixes = Prefixes(config.block_size)
@@ -121,17 +95,18 @@ class Scheduler:
             return Refused(request=sequence.index, error=plan.reason)
         if None not in self.rows:
             return Wait()
-        first, self.short_of_memory = self._joining(sequence, plan, self.rows.index(None)), False
-        need, cut = first.takes, ()
-        if running:
-            need += self._soon(first) + self._growth_by(running, [self.expected(self.sequence(row)) for row in running])
-        if not need <= self.counts.free:
+        first, cut = self._joining(sequence, plan, self.rows.index(None)), ()
+        grows = self._growth_by(running, [self.expected(self.sequence(row)) for row in running])
+        self.short_of_memory = not self._fit([first], grows, self.counts.free)
+        if self.short_of_memory and (split := self._split(first, self.counts.free - grows)) is not None:
+            first, self.short_of_memory = split, not self._fit([split], grows, self.counts.free)
+        if self.short_of_memory:
             cut = self.prefixes.unused(but=first.share.prefix)
-            self.short_of_memory = not need <= self.counts.free + self._freed_by(cut)
+            self.short_of_memory = not self._fit([first], grows, self.counts.free + self._freed_by(cut))
             if self.short_of_memory:
                 # Where nobody runs, nothing but prefixes is in its way, also the one that it would have shared.
                 return Wait(cut=cut if running else self.prefixes.unused())
-        prompts, shape = self._together(first, self.counts.free + self._freed_by(cut) - need)
+        prompts, shape = self._together(first, grows, self.counts.free + self._freed_by(cut))
         if running and not self.schedule.joins(self.idle, self._saved_by_waiting(prompts)):
             return Wait()
         return Join(prompts=prompts, shape=shape, cut=cut)
@@ -178,15 +153,13 @@ class Scheduler:
 
     def parts_too_large(self, prompt: PromptInProgress) -> str | None:
         """Why the next part can't be read beside what is left of those before; None where it can."""
-        plan, length = prompt.sequence.plan, prompt.part_length
-        assert isinstance(plan, PromptPlan)
         held = self.counts.held(prompt.row).raw
-        need = held + self.config.full_blocks(length)
-        if need <= plan.peak_blocks:
+        need = held + self.config.full_blocks(prompt.part_length)
+        if need <= prompt.most.raw:
             return None
         return (
             f"the prompt holds {held} blocks once {prompt.read} of its {prompt.total} tokens are read and compressed, "
-            f"so {need} with the next part, and may hold {plan.peak_blocks}; protect less, or give more memory"
+            f"so {need} with the next part, and may hold {prompt.most.raw}; protect less, or give more memory"
         )
 
     def steps(self) -> int:
@@ -299,34 +272,53 @@ class Scheduler:
 
     def _joining(self, sequence: Answer, plan: PromptPlan, row: int) -> Joining:
         share = self._share(sequence, plan)
-        return Joining(sequence=sequence, row=row, plan=plan, share=share, takes=self._takes(sequence, plan, share))
+        takes = self._takes(sequence, plan, share)
+        leaves = self._leaves(sequence, takes)
+        return Joining(sequence=sequence, row=row, plan=plan, share=share, takes=takes, leaves=leaves)
 
-    def _soon(self, joining: Joining) -> Blocks:
-        """What it will take beyond what its prompt does, until it ends."""
-        policy, tokens = joining.sequence.request.policy, self.expected(joining.sequence)
+    def _split(self, joining: Joining, free: Blocks) -> Joining | None:
+        """The same, but in parts that fit; None: they don't, or it may not be."""
+        request, policy = joining.sequence.request, joining.sequence.request.policy
+        if policy is None or not (policy.scorer.settled if self.split_prompts is None else self.split_prompts):
+            return None
+        plan = plan_parts(request, policy, self.config, free.raw)
+        if plan is None or plan.part < min(CHUNK, joining.plan.part):  # smaller parts fill no pass
+            return None
+        return self._joining(joining.sequence, plan, joining.row)
+
+    def _leaves(self, sequence: Answer, takes: Blocks) -> Blocks:
+        """What a request will hold at its end, of what its prompt takes."""
+        policy, more = sequence.request.policy, self.expected(sequence)
         if policy is None:
-            return Blocks(raw=self.config.full_blocks(tokens))
+            return takes + Blocks(raw=self.config.full_blocks(more))
         if policy.placement.quantises_decoding:
             assert self.config.tiers is not None
-            return Blocks(quantised=self.config.heads * self.config.tiers.full_blocks(tokens))
-        kept = blocks_between_parts(self.config, policy, len(joining.sequence.request.prompt))
-        return Blocks(raw=max(kept + self.config.full_blocks(tokens) - joining.takes.raw, 0))
+            return Blocks(quantised=takes.quantised + self.config.heads * self.config.tiers.full_blocks(more))
+        kept = blocks_between_parts(self.config, policy, len(sequence.request.prompt))
+        return Blocks(raw=kept + self.config.full_blocks(more), quantised=takes.quantised)
 
-    def _together(self, first: Joining, free: Blocks) -> tuple[tuple[Joining, ...], PassShape]:
-        """Who is read with the first in the queue, in one pass, and its shape; free: what is left beside the first."""
+    def _fit(self, prompts: Sequence[Joining], grows: Blocks, free: Blocks) -> bool:
+        """Whether so many blocks suffice for these prompts, all read before any is compressed, and then for the answers
+        to their ends, beside those who are answering and grow by so much. Alone, a prompt must only be read."""
+        takes = sum((joining.takes for joining in prompts), Blocks())
+        if len(prompts) == 1 and not self.running:
+            return takes <= free
+        leave = sum((joining.leaves for joining in prompts), Blocks())
+        need = takes.or_more(leave) + grows if self.schedule.alternates else takes.or_more(leave + grows)
+        return need <= free
+
+    def _together(self, first: Joining, grows: Blocks, free: Blocks) -> tuple[tuple[Joining, ...], PassShape]:
+        """Who is read with the first in the queue, in one pass, and its shape."""
         rows = [row for row, taken in enumerate(self.rows) if taken is None]
         policy, prompts, shape = first.sequence.request.policy, [first], None
-        free -= Blocks() if self.running else self._soon(first)
         for sequence in self._packable(first):
             if len(prompts) == len(rows):
                 break
             assert isinstance(sequence.plan, PromptPlan)
-            more = self._joining(sequence, sequence.plan, rows[len(prompts)])
-            need = more.takes + self._soon(more)
-            wider = shape_together([each.plan.part for each in (*prompts, more)], len(self.rows))
-            if wider is not None and more.share == Share() and need <= free:
-                free, shape = free - need, wider
-                prompts.append(more)
+            more = [*prompts, self._joining(sequence, sequence.plan, rows[len(prompts)])]
+            wider = shape_together([joining.plan.part for joining in more], len(self.rows))
+            if wider is not None and more[-1].share == Share() and self._fit(more, grows, free):
+                prompts, shape = more, wider
         alone = shape_alone(min(first.plan.part, len(first.sequence.request.prompt) - first.share.borrow_tokens))
         each = [Work(shape_alone(joining.plan.part), policy) for joining in prompts]
         if shape is None or not self.costs.prefers(Work(shape, policy), each):

@@ -16,6 +16,10 @@ from jaxkv.compression.shares import PerHead, Shares
 class ShortKeys(Scorer):
     """The longest keys go first."""
 
+    @property
+    def settled(self) -> bool:
+        return True
+
     def score_kvs(self, scores: Array, keys: Array, values: Array, positions: Array, held: Array) -> Array:
         return -jnp.linalg.norm(keys, axis=-1)
 

@@ -16,6 +16,10 @@ class Newest(Scorer):
     """Oldest first."""
 
     @property
+    def settled(self) -> bool:
+        return True
+
+    @property
     def ranks_decoded(self) -> bool:
         return True
 

@@ -5,8 +5,9 @@ import numpy as np
 from jaxkv import CacheConfig, KVCompress, Ratio, SamplingParams
 from jaxkv.cache.prefix import Prefix
 from jaxkv.engine.block_counts import Blocks
+from jaxkv.engine.decisions import Join, Wait
 from jaxkv.engine.prompt_plan import plan_prompt
-from jaxkv.engine.scheduler import Join, Scheduler, Wait
+from jaxkv.engine.scheduler import Scheduler
 from jaxkv.engine.sequence import Sequence
 from jaxkv.requests import Refused, Request
 

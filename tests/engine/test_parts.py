@@ -1,5 +1,6 @@
 """Prompts larger than the pool: read in parts, each compressed before the next, within a bound, the same in company."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -10,12 +11,12 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxkv import LLM, KVCompress, MaxTokens, Policy, Ratio, SamplingParams
+from jaxkv import LLM, KNorm, KVCompress, MaxTokens, Policy, Ratio, SamplingParams
 from jaxkv.cache import CacheConfig
 from jaxkv.engine.prompt_plan import Unservable, blocks_between_parts, plan_prompt
 from jaxkv.generation.compress import compress
 from jaxkv.generation.prefill import prefill
-from jaxkv.requests import Finished, Refused, Request
+from jaxkv.requests import Finished, PromptRead, Refused, Request
 
 pytestmark = pytest.mark.once
 
@@ -149,3 +150,29 @@ def test_parts_cover_the_prompt_within_the_pool(tokens, blocks, ratio, window):
         assert plan.peak_blocks <= blocks
         parts = -(-tokens // plan.part)
         assert 0 <= plan.part * parts - tokens < parts  # as equal as can be
+
+
+def test_a_prompt_is_split_to_join_sooner_where_its_scores_allow_it_or_it_is_said():
+    """Beside one that is answering, in a pool that has no room for the whole prompt."""
+    llm = {}
+    for policy in (KNorm(budget=Ratio(ratio=8), protected_window=8), POLICY):
+        for split in (None, True, False):
+            llm[policy, split] = LLM(
+                tiny.random_model(replace(tiny.CONFIG, max_context=2048)),
+                compression=policy,
+                cache_memory=CacheConfig.for_model(tiny.CONFIG, batch=2, max_context=2048).bytes_with(4 * 100 + 1),
+                max_batch=2,
+                split_prompts=split,
+            )
+    first = (tiny.prompt(900, seed=1).tolist(), SamplingParams(max_tokens=200, ignore_eos=True))
+    second = (tiny.prompt(1500, seed=2).tolist(), SamplingParams(max_tokens=5, ignore_eos=True))
+    together = {}
+    for key, each in llm.items():
+        begun, ended, together[key] = set(), set(), False
+        for event in each.run(iter([first, second])):
+            tiny.assert_no_block_is_lost_or_shared(each.engine.cache, each.engine.prefixes)
+            begun |= {event.request} if isinstance(event, PromptRead) else set()
+            ended |= {event.request} if isinstance(event, Finished) else set()
+            together[key] |= begun == {0, 1} and not ended
+        assert ended == {0, 1}
+    assert list(together.values()) == [True, True, False, False, True, False]

@@ -11,9 +11,9 @@ from pool import HEADS, ONCE, SIZE, Pool, config, sequence
 
 from jaxkv import LLM, KVCompress, Latency, Ratio, SamplingParams, Throughput
 from jaxkv.engine.costs import Costs, PassShape, Work
+from jaxkv.engine.decisions import Join, Wait
 from jaxkv.engine.reading import shape_together
 from jaxkv.engine.schedule import FEW_STEPS, STEPS
-from jaxkv.engine.scheduler import Join, Wait
 from jaxkv.generation.prefill import CHUNK
 from jaxkv.requests import Finished, TextMade
 from models import Llama

@@ -9,8 +9,9 @@ from pool import AGAIN, DOCUMENT, HEADS, ONCE, SIZE, Pool, config, sequence
 from jaxkv import LeanKV
 from jaxkv.cache import TierConfig
 from jaxkv.engine.block_counts import BlockCounts, Blocks
+from jaxkv.engine.decisions import Join, Wait
 from jaxkv.engine.schedule import FEW_STEPS, STEPS, Latency, Throughput
-from jaxkv.engine.scheduler import Join, Scheduler, Wait
+from jaxkv.engine.scheduler import Scheduler
 
 pytestmark = pytest.mark.once
 

@@ -1,0 +1,43 @@
+"""What the scheduler says about those who wait."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxkv.engine.block_counts import Blocks
+from jaxkv.engine.costs import PassShape
+from jaxkv.engine.prefixes import Share, SharedPrefix
+from jaxkv.engine.prompt_plan import PromptPlan
+from jaxkv.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joining:
+    """A request gets a row, and its prompt is read."""
+
+    sequence: Sequence
+    row: int
+    plan: PromptPlan
+    share: Share
+    takes: Blocks
+    """That it allocates until it is compressed; what it borrows isn't among them."""
+    leaves: Blocks
+    """That it will hold at its end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Join:
+    """The first in the queue is read, perhaps with others that wait."""
+
+    prompts: tuple[Joining, ...]
+    shape: PassShape
+    cut: tuple[SharedPrefix, ...] = ()
+    """Prefixes whose unused blocks go before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wait:
+    """Nobody joins now."""
+
+    cut: tuple[SharedPrefix, ...] = ()
+    """Prefixes whose unused blocks go."""
