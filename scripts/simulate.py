@@ -10,7 +10,7 @@ the same costs: as many sequences as surely fit are read, all are decoded to the
 
 import argparse
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from roofline import USABLE, Work, weight_count
@@ -32,6 +32,12 @@ from models.shapes import SHAPES
 
 ITEM = 2
 """Bytes of a weight or of a cached value: bfloat16."""
+MODELS = {
+    **SHAPES,
+    "llama-3.1-70b": replace(
+        SHAPES["llama-3.1-8b"], hidden_size=8192, intermediate_size=28_672, num_layers=80, num_heads=64
+    ),
+}
 HOST = 1e-3
 """Seconds between two dispatches."""
 
@@ -293,7 +299,7 @@ def best_static(machine: Machine, set_up: SetUp) -> tuple[float, int]:
 
 
 def row(name: str, chip: str, set_up: SetUp, options: argparse.Namespace, first: list[float]) -> str:
-    machine = Machine.that_holds(SHAPES[name], DEVICES[chip], options.block_size)
+    machine = Machine.that_holds(MODELS[name], DEVICES[chip], options.block_size)
     static, batch = best_static(machine, set_up)
     schedule = Latency() if options.schedule == "latency" else Throughput()
     ran = Simulation(machine=machine, set_up=set_up, schedule=schedule).run()
@@ -311,7 +317,7 @@ def row(name: str, chip: str, set_up: SetUp, options: argparse.Namespace, first:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=["llama-3.1-8b"])
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["llama-3.1-8b"])
     parser.add_argument("--devices", nargs="+", choices=list(DEVICES), default=["l4"])
     parser.add_argument("--prompt", type=int, nargs="+", default=[6000], help="tokens")
     parser.add_argument("--answer", type=int, nargs="+", default=[500], help="tokens")
@@ -342,7 +348,7 @@ def main() -> None:
                 rows=options.rows,
                 compress_every=options.compress_every or None,
             )
-            machine = Machine.that_holds(SHAPES[name], DEVICES[chip], options.block_size)
+            machine = Machine.that_holds(MODELS[name], DEVICES[chip], options.block_size)
             requests = options.requests or 6 * max(best_static(machine, set_up)[1], 1)
             set_up = SetUp(**{**vars(set_up), "requests": requests})
             print(row(name, chip, set_up, options, first), flush=True)

@@ -88,13 +88,6 @@ class BlockCounts:
         lengths, more = self.quantised_lengths[:, where[quantise]], more[quantise][:, None]
         return Blocks(raw=raw, quantised=_most_new(lengths, self.quantised_kvs, more))
 
-    def compressed(self, policy: Policy | None, tokens: int) -> Blocks:
-        """Quantised blocks that a prompt of so many tokens may take when it is compressed, or all that there are."""
-        if self.config.tiers is None or policy is None:
-            return Blocks()
-        worst = self.config.heads * (-(-tokens // self.config.tiers.layout.tokens) + 1)
-        return Blocks(quantised=min(worst, self.total.quantised))
-
     def left_unquantised(self, row: int, policy: Policy | None) -> bool:
         """Whether a row that is compressed holds what ought to be quantised: there were too few blocks for it."""
         if policy is None:

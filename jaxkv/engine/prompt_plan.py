@@ -12,6 +12,7 @@ from functools import lru_cache
 
 from jaxkv.cache.config import CacheConfig
 from jaxkv.compression.budget import Footprint
+from jaxkv.engine.block_counts import Blocks
 from jaxkv.policies import Policy
 from jaxkv.requests import Request
 from pallas_kernels.quantised_block import BlockLayout
@@ -85,6 +86,21 @@ def blocks_between_parts(config: CacheConfig, policy: Policy, tokens: int) -> in
     """Blocks that a prompt of so many tokens may hold after each part: its budget, and a half-filled block a head."""
     kept = policy.budget.unquantised_blocks(Footprint.of_prompt(config, tokens, policy.protected_window))
     return min(int(kept), config.full_blocks(tokens)) + config.heads
+
+
+@lru_cache(maxsize=4096)
+def compressed_blocks(config: CacheConfig, policy: Policy, tokens: int) -> Blocks:
+    """What a prompt of so many tokens may hold once it is compressed."""
+    placement, window = policy.placement, policy.protected_window
+    stays = placement.raw_tokens(window, policy.sinks)
+    if config.tiers is None or stays is None:
+        return Blocks(raw=blocks_between_parts(config, policy, tokens) - config.heads)
+    layout, heads = config.tiers.layout, config.heads
+    room = int(policy.budget.blocks(Footprint.of_prompt(config, tokens, window), layout.block_bytes))
+    protected = -(-(window + policy.sinks) // layout.tokens)
+    least, most = heads * max(protected, 1), heads * config.tiers.full_blocks(tokens)
+    raw = config.full_blocks(stays) + heads if stays else 0
+    return Blocks(raw=raw, quantised=min(max(room, least) + heads, most, config.tiers.num_blocks - 1))
 
 
 def least_part(config: CacheConfig, policy: Policy) -> int:

@@ -13,7 +13,7 @@ from jaxkv.engine.block_counts import BlockCounts, Blocks
 from jaxkv.engine.costs import Costs, PassShape, Work
 from jaxkv.engine.decisions import Join, Joining, Wait
 from jaxkv.engine.prefixes import AHEAD, Prefixes, Share, SharedPrefix
-from jaxkv.engine.prompt_plan import PromptPlan, Unservable, blocks_between_parts, more_memory, plan_parts
+from jaxkv.engine.prompt_plan import PromptPlan, Unservable, compressed_blocks, more_memory, plan_parts
 from jaxkv.engine.reading import PromptInProgress, Reading, shape_alone, shape_together
 from jaxkv.engine.schedule import STEPS, Schedule, Throughput
 from jaxkv.engine.sequence import Sequence as Answer
@@ -291,11 +291,11 @@ class Scheduler:
         policy, more = sequence.request.policy, self.expected(sequence)
         if policy is None:
             return takes + Blocks(raw=self.config.full_blocks(more))
+        kept = compressed_blocks(self.config, policy, len(sequence.request.prompt))
         if policy.placement.quantises_decoding:
             assert self.config.tiers is not None
-            return Blocks(quantised=takes.quantised + self.config.heads * self.config.tiers.full_blocks(more))
-        kept = blocks_between_parts(self.config, policy, len(sequence.request.prompt))
-        return Blocks(raw=kept + self.config.full_blocks(more), quantised=takes.quantised)
+            return kept + Blocks(quantised=self.config.heads * self.config.tiers.full_blocks(more))
+        return kept + Blocks(raw=self.config.full_blocks(more))
 
     def _fit(self, prompts: Sequence[Joining], grows: Blocks, free: Blocks) -> bool:
         """Whether so many blocks suffice for these prompts, all read before any is compressed, and then for the answers
@@ -361,7 +361,8 @@ class Scheduler:
         if request.policy is None:
             return Blocks(raw=plan.peak_blocks - self.config.full_blocks(share.borrow_tokens))
         copied = self.config.full_blocks(share.lend_tokens)
-        return Blocks(raw=plan.peak_blocks + copied) + self.counts.compressed(request.policy, len(request.prompt))
+        quantised = compressed_blocks(self.config, request.policy, len(request.prompt)).quantised
+        return Blocks(raw=plan.peak_blocks + copied, quantised=quantised)
 
     def _growth(self, rows: Sequence[int], tokens: int) -> Blocks:
         """What these rows allocate for at most so many more tokens each."""
