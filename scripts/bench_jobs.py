@@ -109,7 +109,8 @@ def main() -> None:
         llm = LLM("smollm2-135m", max_batch=options.max_batch, compression=policy)
         if options.pool:
             context = int(options.tokens.split("-")[1]) + options.new
-            one = CacheConfig.for_model(llm.model.sizes, batch=options.max_batch, max_context=context)
+            # Room for tables, too, of the context that it is rounded up to.
+            one = CacheConfig.for_model(llm.model.sizes, batch=options.max_batch, max_context=2 * context)
             llm.cache_memory = one.bytes_with(1 + options.pool * one.full_blocks(context))
         assert llm.tokenizer is not None
         pieces = pieces or prompts(np.array(llm.tokenizer.encode(TEXT.read_text(encoding="utf-8"))), options)

@@ -68,7 +68,13 @@ def run_batch(options: argparse.Namespace, heed: Heed = iter) -> int:
     ) as job:
         if not job.left:
             return job.finish()
-        llm = load(options, policy, max_batch=options.max_batch, share_prefixes=options.share_prefixes)
+        llm = load(
+            options,
+            policy,
+            max_batch=options.max_batch,
+            share_prefixes=options.share_prefixes,
+            split_prompts=options.split_prompts,
+        )
         return job.run(llm, max_context=options.max_context, heed=heed)
 
 

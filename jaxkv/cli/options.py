@@ -9,7 +9,10 @@ from typing import Any
 from jaxkv.version import __version__
 from jaxkv.words import BUDGETS, DTYPES, POLICIES, SAMPLING, SCHEDULES, SETTINGS
 
-ANSWER = ("model", "dtype", "cache_dtype", "block_size", "max_context", "compression", *BUDGETS, *SETTINGS, *SAMPLING)
+ANSWER = (
+    *("model", "dtype", "cache_dtype", "block_size", "max_context", "split_prompts"),
+    *("compression", *BUDGETS, *SETTINGS, *SAMPLING),
+)
 """Options that a batch job's answers depend on."""
 
 
@@ -50,6 +53,12 @@ def add_batch(command: argparse.ArgumentParser) -> None:
         dest="share_prefixes",
         action="store_false",
         help="read each prompt whole, also where several start alike",
+    )
+    command.add_argument(
+        "--split-prompts",
+        action="store_const",
+        const=True,
+        help="read a prompt in parts where as a whole it would have to wait; answers then depend on what else runs",
     )
     command.add_argument(
         "--max-context", type=int, metavar="N", help="longest prompt and answer (default: the model's)"

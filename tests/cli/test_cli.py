@@ -6,10 +6,10 @@ import json
 import pytest
 import tiny
 
-from jaxkv import LLM, SamplingParams
+from jaxkv import LLM, Latency, SamplingParams
 from jaxkv.cli import commands as cli
 from jaxkv.cli.main import main
-from jaxkv.cli.options import byte_count
+from jaxkv.cli.options import answer_settings, byte_count, parser
 
 pytestmark = pytest.mark.once
 
@@ -151,3 +151,27 @@ def test_a_fault_of_ours_is_no_failed_line(monkeypatch, capsys):
     monkeypatch.setattr(cli, "run_generate", broken)
     assert main(["generate", "--model", "x", "--prompt", "y"]) == 70
     assert "RuntimeError: out of luck" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("said", "schedule", "split"),
+    [([], None, None), (["--schedule", "latency"], Latency(), None), (["--split-prompts"], None, True)],
+    ids=str,
+)
+def test_a_jobs_schedule_is_the_models(said, schedule, split, monkeypatch, tmp_path):
+    class LoadedError(Exception):
+        pass
+
+    def load(*_, **settings):
+        assert settings["schedule"] == schedule
+        assert settings["split_prompts"] is split
+        raise LoadedError
+
+    monkeypatch.setattr(cli, "LLM", load)
+    lines = tmp_path / "in.jsonl"
+    lines.write_text('{"prompt": "x"}\n')
+    files = ["--input", str(lines), "--output", str(tmp_path / "out.jsonl")]
+    options = parser().parse_args(["batch", "--model", "m", *files, *said])
+    assert ("split_prompts" in answer_settings(options)) == bool(split)
+    with pytest.raises(LoadedError):
+        cli.run_batch(options)
