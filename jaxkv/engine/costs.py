@@ -70,15 +70,15 @@ class Costs:
         nearest = min(like, key=lambda other: (abs(other.size - work.size), other.policy != work.policy))
         return self.seen[nearest] * work.size / nearest.size
 
-    def prefers(self, one: Work, others: Iterable[Work]) -> bool:
-        """Whether one program is better run than several others, one after the other.
+    def prefers(self, one: Work, others: Iterable[Work], *, times: int = 1) -> bool:
+        """Whether one program is better run, so many times, than several others, one after the other.
 
         Where only one of the two ways would have to be compiled, it is once it would have saved by now what compiling
         takes: so what is lost, by compiling in vain or too late, is never more than twice what was needed.
         """
         others = list(others)
         new = {other for other in others if other not in self.seen}
-        saves = sum(map(self.of, others)) - self.of(one)
+        saves = times * (sum(map(self.of, others)) - self.of(one))
         if (one in self.seen) == (not new):
             return saves > 0 or not self.seen
         if one in self.seen:

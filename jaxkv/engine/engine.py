@@ -247,7 +247,7 @@ class Engine:
         """
         began, compiled = time.perf_counter(), self.programs.compile_seconds
         sequences = [self.scheduler.sequence(row) for row in rows]
-        work = self.scheduler.work(rows, policy) if after is None else after.work
+        work = self.scheduler.work(rows, policy, steps) if after is None else after.work
         whole = work.size == len(self.rows)  # all in their own order: nothing is gathered
         place = rows if whole else list(range(len(rows)))
         pending, limits = np.zeros(work.size, np.int32), np.zeros(work.size, np.int32)

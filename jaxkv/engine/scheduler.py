@@ -165,7 +165,7 @@ class Scheduler:
     def steps(self) -> int:
         """Decode steps of all running rows that the pool surely serves in one dispatch; 0: it must have room first."""
         running, reading = self.running, self.reading
-        step = sum(self.costs.of(self.work(rows, policy)) for policy, rows in self.dispatches())
+        step = sum(self.costs.of(self._narrowest(rows, policy)[1]) for policy, rows in self.dispatches())
         chunk = 0.0 if reading is None else self.costs.of(Work(reading.shape, reading.policy))
         soonest = min(self.sequence(row).tokens_left for row in running) if self.queue else None
         steps = self.schedule.steps(step or None, chunk, soonest)
@@ -200,15 +200,16 @@ class Scheduler:
             alike.setdefault(policy if policy is not None and policy.acts_in_decoding else None, []).append(row)
         return alike.items()
 
-    def work(self, rows: Sequence[int], policy: Policy | None) -> Work:
-        """A decode step of so many rows at least: the next power of two of them, or more where that is compiled."""
-        batch = len(self.rows)
-        least = Work(min(1 << (len(rows) - 1).bit_length(), batch), policy)
+    def work(self, rows: Sequence[int], policy: Policy | None, steps: int = STEPS) -> Work:
+        """What decodes these rows for so many steps: the next power of two of them, or more where that is compiled."""
+        least, compiled = self._narrowest(rows, policy)
+        return least if least != compiled and self.costs.prefers(least, [compiled], times=steps) else compiled
+
+    def _narrowest(self, rows: Sequence[int], policy: Policy | None) -> tuple[Work, Work]:
+        """A decode step of as few rows as can be, a power of two, and the cheapest that is compiled, if any is."""
+        least = Work(min(1 << (len(rows) - 1).bit_length(), len(self.rows)), policy)
         wider = [work for work in self.costs.seen if work.policy == policy and work.is_step and work.size >= len(rows)]
-        if not wider:
-            return least
-        best = min(wider, key=self.costs.of)
-        return least if least != best and self.costs.prefers(least, [best]) else best
+        return least, min(wider, key=self.costs.of, default=least)
 
     def note_decoding(self, seconds: float) -> None:
         """Rows have been decoded for so long, while others stood idle."""
@@ -220,7 +221,7 @@ class Scheduler:
         policy, left = sequence.request.policy, sequence.tokens_left
         if sequence.ends:  # as long as others were
             usual = self.stopped_tokens // self.stopped if self.stopped else 0
-            left = min(left, max(usual - sequence.replayed, HORIZON))
+            left = min(left, max(usual - sequence.replayed, sequence.replaying + HORIZON))
         if policy is not None and policy.compress_every is not None:
             left = min(left, max(policy.compress_every, HORIZON))
         return left
