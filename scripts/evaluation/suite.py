@@ -42,7 +42,8 @@ def generate(name: str, tokenizer: Tokenizer, first_seed: int = 0) -> TaskSet:
 
     Asked before: the prompt ends with the question. Answer begun: with the answer's beginning, too; a number's first
     token, the space, is given, which ``generate`` takes from the full cache. Digit given: its first digit, too. As in
-    LongBench: the prompt ends with "Answer:", and its instruction stands before the question.
+    LongBench: the prompt ends with "Answer:", and its instruction stands before the question. In chat: it ends with
+    what the model's chat format, where it has one, puts behind the question.
     """
     suite = SUITES[name]
     contexts: dict[str, tuple[int, ...]] = {}
@@ -81,6 +82,10 @@ def _add(
             answer, instructed = ids(fact.answer), f"{INSTRUCTION}{fact.question}\nAnswer:"
             add(f"{task}, asked before", fact.stem, answer, told=fact.question)
             add(f"{task}, as in LongBench", fact.stem.removeprefix("\nAnswer:"), answer, told=instructed)
+            if tokenizer.chat_template is not None:
+                closing = tokenizer.chat([{"role": "user", "content": fact.question}]).split(fact.question.strip())[-1]
+                told = ids(fact.question) + ids(closing)
+                put(f"{task}, in chat", ids(fact.stem.removeprefix("\nAnswer: ")), answer, told)
             for what, given in BEGUN[task].items():
                 begun = ids(fact.question + fact.stem) + answer[:given]
                 put(f"{task}, {what}", begun[-1:], answer[given:], begun[:-1])
