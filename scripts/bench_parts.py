@@ -101,7 +101,7 @@ def main() -> None:
     llm = LLM(options.model)
     assert llm.tokenizer is not None
     encode = llm.tokenizer.encode
-    policy = KVCompress(budget=Ratio(ratio=options.ratio))
+    policy = KVCompress(budget=Ratio(ratio=options.ratio), window=32)
     variants = [
         Variant(name="whole", parts=policy, whole=True),
         Variant(name="last 32 queries of each part", parts=policy),

@@ -66,8 +66,8 @@ class KVCompress(Method):
     does; the paper's equations read as if the group came first.
     """
 
-    window: int | None = 32
-    """Last queries of the prompt that are observed; None: all."""
+    window: int | None = 8
+    """Last queries of the prompt that are observed; None: all. docs/evaluation.md says what to choose when."""
     norm: Callable[[Array], Array] = l2
     """What a probability counts for: ``l2`` or ``l1``."""
     group: Callable[..., Array] = jnp.sum

@@ -33,13 +33,17 @@ INSTRUCTION = (
     "other words."
 )
 """What LongBench's MultiFieldQA has between context and question."""
+BEGUN = {"words": {"answer begun": 0}, "numbers": {"answer begun": 1, "digit given": 2}}
+"""Tokens of the answer that are given, of which the last is read after compression."""
 
 
 def generate(name: str, tokenizer: Tokenizer, first_seed: int = 0) -> TaskSet:
     """The tasks of a suite: words, numbers, and both with the question in the prompt; copying, continuing, turns.
 
-    Asked before: the prompt ends with the question. Answer begun: with the answer's beginning, too. As in LongBench:
-    with "Answer:", and its instruction stands before the question.
+    Asked before: the prompt ends with the question. Answer begun: with the answer's beginning, too; a number's first
+    token, the space, is given, which ``generate`` takes from the full cache. Digit given: its first digit, too. As in
+    LongBench: the prompt ends with "Answer:", and its instruction stands before the question. In chat: it ends with
+    what the model's chat format, where it has one, puts behind the question.
     """
     suite = SUITES[name]
     contexts: dict[str, tuple[int, ...]] = {}
@@ -59,11 +63,11 @@ def _add(
         return tuple(tokenizer.encode(text, add_special=special))
 
     def add(task: str, question: str, answer: tuple[int, ...], told: str = "") -> None:
-        asked, told_ids = ids(question) if question else (), ids(told) if told else ()
-        if not asked:  # the answer's first token, too, shall come from what is left
-            told_ids, asked = told_ids[:-1], told_ids[-1:]
+        put(task, ids(question), answer, ids(told) if told else ())
+
+    def put(task: str, question: tuple[int, ...], answer: tuple[int, ...], told: tuple[int, ...]) -> None:
         name = f"{key}/{len(tasks[task])}"
-        tasks[task].append(Item(id=name, context_id=key, question=asked, answer=answer, told=told_ids))
+        tasks[task].append(Item(id=name, context_id=key, question=question, answer=answer, told=told))
 
     cities = rng.sample(CITIES, 2 * suite.facts)
     words = [word_fact(city, rng) for city in cities[: suite.facts]]
@@ -77,8 +81,14 @@ def _add(
         for fact in facts[: suite.aware]:
             answer, instructed = ids(fact.answer), f"{INSTRUCTION}{fact.question}\nAnswer:"
             add(f"{task}, asked before", fact.stem, answer, told=fact.question)
-            add(f"{task}, answer begun", "", answer, told=fact.question + fact.stem)
             add(f"{task}, as in LongBench", fact.stem.removeprefix("\nAnswer:"), answer, told=instructed)
+            if tokenizer.chat_template is not None:
+                closing = tokenizer.chat([{"role": "user", "content": fact.question}]).split(fact.question.strip())[-1]
+                told = ids(fact.question) + ids(closing)
+                put(f"{task}, in chat", ids(fact.stem.removeprefix("\nAnswer: ")), answer, told)
+            for what, given in BEGUN[task].items():
+                begun = ids(fact.question + fact.stem) + answer[:given]
+                put(f"{task}, {what}", begun[-1:], answer[given:], begun[:-1])
     first, second = words[:2]
     turn = first.question + first.stem + first.answer + "."
     add("words, second turn", turn + second.question + second.stem, ids(second.answer))

@@ -50,7 +50,7 @@ def step(cache, tokens, active, policy):
 
 POLICIES = {
     "default": KVCompress(budget=BUDGET),
-    "window of 8": KVCompress(budget=BUDGET, window=8),
+    "window of 32": KVCompress(budget=BUDGET, window=32),
     "all queries": KVCompress.full(budget=BUDGET),
     "l1": KVCompress(budget=BUDGET, norm=l1),
     "mean": KVCompress(budget=BUDGET, group=jnp.mean),

@@ -193,5 +193,7 @@ def test_a_suite_follows_from_its_seeds():
 
 
 class Characters:
+    chat_template = None
+
     def encode(self, text, *, add_special=True):
         return [ord(c) for c in text]
