@@ -201,13 +201,13 @@ class Scheduler:
         return alike.items()
 
     def work(self, rows: Sequence[int], policy: Policy | None, steps: int = STEPS) -> Work:
-        """What decodes these rows for so many steps: the next power of two of them, or more where that is compiled."""
+        """What decodes these rows for so many steps: as few as can be, or more where that is compiled."""
         least, compiled = self._narrowest(rows, policy)
         return least if least != compiled and self.costs.prefers(least, [compiled], times=steps) else compiled
 
     def _narrowest(self, rows: Sequence[int], policy: Policy | None) -> tuple[Work, Work]:
-        """A decode step of as few rows as can be, a power of two, and the cheapest that is compiled, if any is."""
-        least = Work(min(1 << (len(rows) - 1).bit_length(), len(self.rows)), policy)
+        """A decode step of as few rows as can be, and the cheapest that is compiled, if any is."""
+        least = Work(min(_width(len(rows)), len(self.rows)), policy)
         wider = [work for work in self.costs.seen if work.policy == policy and work.is_step and work.size >= len(rows)]
         return least, min(wider, key=self.costs.of, default=least)
 
@@ -381,3 +381,9 @@ class Scheduler:
 
     def _freed_by(self, cut: Iterable[SharedPrefix]) -> Blocks:
         return Blocks(raw=self.config.heads * sum(shared.blocks - shared.in_use for shared in cut))
+
+
+def _width(rows: int) -> int:
+    """1, 2, 3, 4, 6, 8, 12, …: few widths, of which no row in three is idle."""
+    power = 1 << (rows - 1).bit_length()
+    return power * 3 // 4 if power >= 4 and rows <= power * 3 // 4 else power
