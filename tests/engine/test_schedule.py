@@ -200,7 +200,7 @@ def test_answers_are_expected_to_be_as_long_as_others_were():
     assert pool.scheduler.expected(sequence(sizes, 20, 500)) == 500
     pool.scheduler.stopped, pool.scheduler.stopped_tokens = 2, 400
     assert pool.scheduler.expected(stopping) == 200
-    stopping.replayed = 150
+    stopping.token_ids, stopping.replayed = [7] * 150, 150
     assert pool.scheduler.expected(stopping) == 64
     assert pool.scheduler.expected(sequence(sizes, 20, 30)) == 30
 
