@@ -66,7 +66,7 @@ class KVCompress(Method):
     does; the paper's equations read as if the group came first.
     """
 
-    window: int | None = 8
+    window: int | None = 16
     """Last queries of the prompt that are observed; None: all. docs/evaluation.md says what to choose when."""
     norm: Callable[[Array], Array] = l2
     """What a probability counts for: ``l2`` or ``l1``."""
