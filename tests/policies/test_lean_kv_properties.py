@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_lean_kv import GROUP, POLICY, compressed, empty, read, shrink, step, tier_tokens
-from test_tiering import UNIFORM, a_prompt, assign, conserved
+from tiering import UNIFORM, a_prompt, assign, conserved
 from tiny import CONFIG, MODEL, answers, dense_run, padded, prompt
 
 from jaxkv import LLM, SamplingParams, stats
