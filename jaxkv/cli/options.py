@@ -92,7 +92,9 @@ def add_compression(command: argparse.ArgumentParser) -> None:
     budget.add_argument("--max-cache-bytes", type=byte_count, metavar="BYTES", help="for the sequence")
     group.add_argument("--protected-window", type=int, metavar="N", help="newest tokens never evicted (default: 32)")
     group.add_argument("--sinks", type=int, metavar="N", help="first tokens never evicted (default: 0)")
-    group.add_argument("--window", type=int, metavar="N", help="prompt queries observed; 0: all (default: the policy's own)")
+    group.add_argument(
+        "--window", type=int, metavar="N", help="prompt queries observed; 0: all (default: the policy's own)"
+    )
     group.add_argument(
         "--high-threshold",
         type=float,

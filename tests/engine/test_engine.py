@@ -172,7 +172,7 @@ def test_freed_memory_is_another_requests():
         return most
 
     assert most_together("full cache") == 1
-    assert most_together("compressed once") == 3
+    assert most_together("compressed once") >= 2
 
 
 def test_running_requests_go_on_while_a_prompt_is_read(monkeypatch):

@@ -73,7 +73,7 @@ def test_prompt_scores_equal_the_dense_oracle(name):
                 np.testing.assert_allclose(scores_of(cache, layer, row, head), metric[head], rtol=2e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["default", "window of 8", "all queries", "buffer"])
+@pytest.mark.parametrize("name", ["default", "window of 32", "all queries", "buffer"])
 def test_prompt_scores_do_not_depend_on_the_chunks(name):
     policy = POLICIES[name]
     ids = tiny.padded([tiny.prompt(90, 4), tiny.prompt(41, 5)])
