@@ -75,7 +75,8 @@ class Sequence:
             self.replayed += again
             self.pending = self.token_ids[self.replayed - 1]
             tokens, logprobs = tokens[again:], logprobs[again:]
-        before, end = len(self.token_ids), next((at for at, token in enumerate(tokens) if token in self.ends), None)
+        before = len(self.token_ids)
+        end = next((at for at, token in enumerate(tokens) if token in self.ends), None) if self.ends else None
         stopped_by_text = False
         if end is not None:
             self.finish_reason, tokens = "stop", tokens[:end]
