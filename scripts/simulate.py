@@ -135,6 +135,7 @@ class Ran:
     seconds: float = 0.0
     reading: float = 0.0
     steps: int = 0
+    answers: int = 0
     tokens: int = 0
     refused: str | None = None
 
@@ -144,7 +145,8 @@ class Ran:
 
     @property
     def mean_batch(self) -> float:
-        return self.tokens / self.steps if self.steps else 0.0
+        """The first token of each answer is its prompt's, not a step's."""
+        return (self.tokens - self.answers) / self.steps if self.steps else 0.0
 
 
 @dataclass(kw_only=True)
@@ -246,6 +248,7 @@ class Simulation:
         sequence = self.scheduler.sequence(row)
         list(sequence.take([1] * tokens, [0.0] * tokens))
         if sequence.finish_reason is not None:
+            self.ran.answers += 1
             self.ran.tokens += len(sequence.token_ids)
             self.scheduler.leave(row)
             self._hold(row, 0)
