@@ -36,7 +36,7 @@ def render_chat(
     """
     for i, message in enumerate(messages):
         if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-            raise ValueError(f"message {i} needs a 'role' and a 'content', both texts, got {dict(message)!r}")
+            raise ValueError(f"message {i} needs a 'role' and a 'content', both texts, got {dict(message)!r:.200}")
     environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse

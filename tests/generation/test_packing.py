@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxkv import H2O, ExpectedAttention, KVCompress, KVzip, LeanKV, Ratio
@@ -21,6 +21,7 @@ LENGTHS = [40, 0, 23, 64, 1]
 """Together exactly 128, and a row of which nothing is read."""
 
 
+@settings(max_examples=15)
 @given(counts=st.lists(st.integers(0, 7), min_size=1, max_size=6), spare=st.integers(0, 5))
 def test_rows_come_apart_and_together_again(counts, spare):
     tokens = max(sum(counts) + spare, 1)
