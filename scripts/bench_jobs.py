@@ -1,12 +1,10 @@
 """Whole jobs through ``LLM.run``: tokens a second, and how many sequences were decoded together.
 
-Real text of random lengths, every answer of the same length, greedy. A pool of so many full sequences, in which
-compression makes room for others, or room for all. Compiling isn't counted. It measures and doesn't judge: exit status
-0.
+Real text of random lengths, every answer of the same length, greedy, with memory for all rows. Compiling isn't counted.
+It measures and doesn't judge: exit status 0. Long prompts in a small pool: ``bench_memory_budget.py``.
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -16,14 +14,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from bench_generate import CORES, TEXT, Theirs
 
-from jaxkv import LLM, CacheConfig, KVCompress, Ratio, SamplingParams
+from jaxkv import LLM, SamplingParams
 from jaxkv.cli.commands import keep_compiled_programs
 from jaxkv.requests import Finished, Refused
 from models import resolve
-
-TEXT = Path(__file__).parent / "data" / "emma-chapters-1-10.txt"
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def prompts(ids: np.ndarray, options: argparse.Namespace) -> list[list[int]]:
@@ -34,7 +30,7 @@ def prompts(ids: np.ndarray, options: argparse.Namespace) -> list[list[int]]:
     return [ids[start : start + length].tolist() for start, length in zip(starts, lengths, strict=True)]
 
 
-def run(llm: LLM, pieces: list[list[int]], options: argparse.Namespace, ratio: float) -> str:
+def run(llm: LLM, pieces: list[list[int]], options: argparse.Namespace) -> str:
     """A row of the table."""
     params = SamplingParams(max_tokens=options.new, ignore_eos=True)
     context = int(options.tokens.split("-")[1]) + options.new
@@ -42,7 +38,6 @@ def run(llm: LLM, pieces: list[list[int]], options: argparse.Namespace, ratio: f
     def jobs() -> Iterator[tuple[list[int], SamplingParams]]:
         return ((piece, params) for piece in pieces)
 
-    compiled = llm.engine.programs.compile_seconds if llm.engine is not None else 0.0
     began, tokens = time.perf_counter(), 0
     for event in llm.run(jobs(), max_context=context):
         if isinstance(event, Finished):
@@ -51,21 +46,17 @@ def run(llm: LLM, pieces: list[list[int]], options: argparse.Namespace, ratio: f
             raise SystemExit(f"refused: {event.error}")
     engine = llm.engine
     assert engine is not None
-    seconds = time.perf_counter() - began - (engine.programs.compile_seconds - compiled)
+    seconds = time.perf_counter() - began - engine.programs.compile_seconds
     return (
-        f"| {ratio:g}x | {tokens / seconds:.1f} | {engine.decoded / engine.decode_seconds:.1f} | {seconds:.1f} s | "
+        f"| {tokens / seconds:.1f} | {engine.decoded / engine.decode_seconds:.1f} | {seconds:.1f} s | "
         f"{engine.decoded / engine.decode_steps:.1f} | {engine.decode_steps} | {engine.preemptions} |"
     )
 
 
 def theirs(gguf: Path, pieces: list[list[int]], options: argparse.Namespace) -> float:
     """Tokens a second of transformers' ``generate``, in padded batches in the prompts' order."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    torch.set_num_threads(CORES)
-    settings = {"gguf_file": gguf.name, "dtype": torch.float32, "attn_implementation": "sdpa"}
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, **settings).eval()
+    loaded = Theirs(gguf)
+    model, torch = loaded.model, loaded.torch
 
     def answer(batch: list[list[int]]) -> int:
         longest = max(map(len, batch))
@@ -89,10 +80,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="40-120", metavar="LEAST-MOST", help="of a prompt (default: 40-120)")
     parser.add_argument("--new", type=int, default=64, help="tokens of each answer (default: 64)")
     parser.add_argument("--max-batch", type=int, default=32)
-    parser.add_argument("--pool", type=int, metavar="N", help="of N full sequences (default: of all rows)")
-    parser.add_argument("--ratios", default="1", help="of compression, one job each (default: 1, none)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--warm", action="store_true", help="run each job twice, and print the second")
     parser.add_argument("--beside-transformers", action="store_true")
     options = parser.parse_args()
 
@@ -102,21 +90,11 @@ def main() -> None:
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     versions = f"{date.today()}, {jax.default_backend()}, {CORES} cores, {versions}"
     print(f"{versions}, float32, SmolLM2-135M, {' '.join(sys.argv[1:])}\n")
-    print("| ratio | tokens/s | decode tokens/s | all | mean batch | steps | put back |\n|" + " --- |" * 7, flush=True)
-    pieces: list[list[int]] = []
-    for ratio in map(float, options.ratios.split(",")):
-        policy = KVCompress(budget=Ratio(ratio=ratio)) if ratio > 1 else None
-        llm = LLM("smollm2-135m", max_batch=options.max_batch, compression=policy)
-        if options.pool:
-            context = int(options.tokens.split("-")[1]) + options.new
-            # Room for tables, too, of the context that it is rounded up to.
-            one = CacheConfig.for_model(llm.model.sizes, batch=options.max_batch, max_context=2 * context)
-            llm.cache_memory = one.bytes_with(1 + options.pool * one.full_blocks(context))
-        assert llm.tokenizer is not None
-        pieces = pieces or prompts(np.array(llm.tokenizer.encode(TEXT.read_text(encoding="utf-8"))), options)
-        if options.warm:
-            run(llm, pieces, options, ratio)
-        print(run(llm, pieces, options, ratio), flush=True)
+    llm = LLM(gguf, max_batch=options.max_batch)
+    assert llm.tokenizer is not None
+    pieces = prompts(np.array(llm.tokenizer.encode(TEXT.read_text(encoding="utf-8"))), options)
+    print("| tokens/s | decode tokens/s | all | mean batch | steps | put back |\n|" + " --- |" * 6, flush=True)
+    print(run(llm, pieces, options), flush=True)
     if options.beside_transformers:
         print(f"\ntransformers, padded batches of {options.max_batch}: {theirs(gguf, pieces, options):.1f} tokens/s")
 

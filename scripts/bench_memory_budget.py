@@ -127,8 +127,9 @@ def main() -> None:
         policy = KVCompress(budget=Ratio(ratio=ratio)) if ratio > 1 else None
         if model is None:
             model = LLM(options.model, max_batch=options.max_batch)
-        sizes = CacheConfig.for_model(model.model.sizes, batch=options.max_batch, max_context=context)
-        memory = sizes.bytes_with(1 + options.full * sizes.heads * sizes.max_blocks)
+        # With tables for whatever context this one is rounded up to, or they would take blocks of the pool.
+        sizes = CacheConfig.for_model(model.model.sizes, batch=options.max_batch, max_context=2 * context)
+        memory = sizes.bytes_with(1 + options.full * sizes.full_blocks(context))
         llm = LLM(
             model.model,
             tokenizer=model.tokenizer,

@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from roofline import USABLE, Work, weight_count
+from roofline import ITEM, USABLE, Work, weight_count
 from targets import DEVICES, Device
 
 from jaxkv import CacheConfig, KVCompress, Latency, Ratio, SamplingParams, Schedule, Throughput
@@ -30,8 +30,6 @@ from jaxkv.requests import Refused, Request
 from models import LlamaConfig
 from models.shapes import SHAPES
 
-ITEM = 2
-"""Bytes of a weight or of a cached value: bfloat16."""
 MODELS = {
     **SHAPES,
     "llama-3.1-70b": replace(
@@ -53,8 +51,8 @@ class Machine:
 
     @classmethod
     def that_holds(cls, model: LlamaConfig, device: Device, block_size: int) -> "Machine":
-        """As few devices, by powers of two, as have room for the weights and as much again of cache, or a fifth of it
-        where one device holds the weights."""
+        """As few devices, by powers of two, as have room for the weights and half as much again, or a fifth where it is
+        one device."""
         count = 1
         while USABLE * device.memory * count < weight_count(model) * ITEM * (1.2 if count == 1 else 1.5):
             count *= 2
@@ -105,9 +103,9 @@ class SetUp:
     prompt: int
     answer: int
     ratio: float
-    requests: int
     rows: int
     compress_every: int | None
+    requests: int = 1
 
     @property
     def policy(self) -> KVCompress | None:
@@ -260,7 +258,7 @@ class Simulation:
             self._make_room()
             return
         for policy, rows in scheduler.dispatches():
-            work, seconds = scheduler.work(rows, policy), 0.0
+            work = scheduler.work(rows, policy, steps)
             limits = {row: min(steps, scheduler.sequence(row).tokens_left) for row in rows}
             blocks = sum(-(-self._kvs(row) // self.config.block_size) for row in rows)
             seconds = max(limits.values()) * self.machine.step(work.size, blocks)
@@ -302,8 +300,10 @@ def best_static(machine: Machine, set_up: SetUp) -> tuple[float, int]:
 
 
 def row(name: str, chip: str, set_up: SetUp, options: argparse.Namespace, first: list[float]) -> str:
+    """Of the table; the first that fits is added to ``first``."""
     machine = Machine.that_holds(MODELS[name], DEVICES[chip], options.block_size)
     static, batch = best_static(machine, set_up)
+    set_up = replace(set_up, requests=options.requests or 6 * max(batch, 1))
     schedule = Latency() if options.schedule == "latency" else Throughput()
     ran = Simulation(machine=machine, set_up=set_up, schedule=schedule).run()
     where = f"{machine.count} x {chip}" if machine.count > 1 else chip
@@ -347,13 +347,9 @@ def main() -> None:
                 prompt=prompt,
                 answer=answer,
                 ratio=ratio,
-                requests=1,
                 rows=options.rows,
                 compress_every=options.compress_every or None,
             )
-            machine = Machine.that_holds(MODELS[name], DEVICES[chip], options.block_size)
-            requests = options.requests or 6 * max(best_static(machine, set_up)[1], 1)
-            set_up = SetUp(**{**vars(set_up), "requests": requests})
             print(row(name, chip, set_up, options, first), flush=True)
 
 

@@ -131,13 +131,12 @@ class _Tiers(NamedTuple):
 def _of_tiers(store: QuantisedStore | NoStore, lengths: np.ndarray) -> _Tiers:
     if isinstance(store, NoStore):
         return _Tiers()
-    layout, kvs_a_block = store.layout, np.array(store.tables.kvs_a_block)
-    blocks = -(-lengths // kvs_a_block)
+    layout, blocks = store.layout, np.asarray(store.tables.num_blocks(lengths))  # pyright: ignore[reportArgumentType]
     high, low = (int(n) for n in lengths.sum((0, 1, 2)))
     return _Tiers(
         kvs=(high, low),
         blocks=blocks.sum(-1),
-        slots=int((blocks * kvs_a_block).sum()),
+        slots=int((blocks * np.array(store.tables.kvs_a_block)).sum()),
         bits=high * layout.high.bits + low * layout.low.bits,
         nbytes=int(blocks.sum()) * layout.block_bytes + lengths.shape[1] * store.row_bytes,
     )

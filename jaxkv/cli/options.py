@@ -10,8 +10,16 @@ from jaxkv.version import __version__
 from jaxkv.words import BUDGETS, DTYPES, POLICIES, SAMPLING, SCHEDULES, SETTINGS
 
 ANSWER = (
-    *("model", "dtype", "cache_dtype", "block_size", "max_context", "split_prompts"),
-    *("compression", *BUDGETS, *SETTINGS, *SAMPLING),
+    "model",
+    "dtype",
+    "cache_dtype",
+    "block_size",
+    "max_context",
+    "split_prompts",
+    "compression",
+    *BUDGETS,
+    *SETTINGS,
+    *SAMPLING,
 )
 """Options that a batch job's answers depend on."""
 

@@ -40,11 +40,6 @@ class BlockCounts:
 
     def __init__(self, config: CacheConfig):
         self.config = config
-        heads = config.num_layers, config.batch, config.num_kv_heads
-        self.raw_lengths = np.zeros(heads, np.int32)
-        """``i32[layers, batch, kv_heads]``: unquantised KVs."""
-        self.quantised_lengths = np.zeros((*heads, 2), np.int32)
-        """``i32[layers, batch, kv_heads, 2]``: KVs of each precision."""
         self.quantised_kvs = np.ones(2, np.int32)
         """``i32[2]``: KVs that a block of each precision holds."""
         self.total = Blocks(raw=config.num_blocks - 1)
@@ -52,9 +47,25 @@ class BlockCounts:
             self.quantised_kvs = np.array([tier.tokens for tier in config.tiers.layout.tiers], np.int32)
             self.total += Blocks(quantised=config.tiers.num_blocks - 1)
         self.free = self.total
-        empty = np.zeros(heads, np.int32)
-        self.seen = Counts(raw=empty, quantised=None, tokens=np.zeros(config.batch, np.int32), free=0, quantised_free=0)
+        heads = config.num_layers, config.batch, config.num_kv_heads
+        self.seen = Counts(
+            raw=np.zeros(heads, np.int32),
+            quantised=None if config.tiers is None else np.zeros((*heads, 2), np.int32),
+            tokens=np.zeros(config.batch, np.int32),
+            free=self.total.raw,
+            quantised_free=None if config.tiers is None else self.total.quantised,
+        )
         """All that was read back."""
+
+    @property
+    def raw_lengths(self) -> np.ndarray:
+        """``i32[layers, batch, kv_heads]``: unquantised KVs."""
+        return self.seen.raw
+
+    @property
+    def quantised_lengths(self) -> np.ndarray:
+        """``i32[layers, batch, kv_heads, 2]``: KVs of each precision, where there are quantised blocks."""
+        return self.seen.quantised
 
     def look(self, cache: PagedCache, *also: Array) -> list[np.ndarray]:
         """Reads back what the heads hold and what is free, and other arrays with that."""
@@ -65,17 +76,14 @@ class BlockCounts:
     def take(self, seen: Counts) -> None:
         """What was read back in another way."""
         self.seen = seen
-        self.raw_lengths, self.free = self.seen.raw, Blocks(raw=int(self.seen.free))
-        if self.seen.quantised is not None:
-            self.quantised_lengths = self.seen.quantised
-            self.free += Blocks(quantised=int(self.seen.quantised_free))
+        self.free = Blocks(raw=int(seen.free), quantised=int(seen.quantised_free or 0))
 
     def held(self, row: int) -> Blocks:
         """Blocks of a row, those of a prefix included."""
-        return Blocks(
-            raw=_filled(self.raw_lengths[:, row], self.config.block_size),
-            quantised=_filled(self.quantised_lengths[:, row], self.quantised_kvs),
-        )
+        raw = _filled(self.raw_lengths[:, row], self.config.block_size)
+        if self.config.tiers is None:
+            return Blocks(raw=raw)
+        return Blocks(raw=raw, quantised=_filled(self.quantised_lengths[:, row], self.quantised_kvs))
 
     def growth(self, rows: Sequence[int], policies: Sequence[Policy | None], tokens: Sequence[int]) -> Blocks:
         """What rows allocate at most for so many more tokens each."""

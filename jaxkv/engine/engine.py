@@ -204,7 +204,7 @@ class Engine:
                 self._leave([row])
                 yield Refused(request=sequence.index, error=error)
             else:
-                yield from self._accept([row], [at], tokens[:, None], logprobs[:, None], np.ones_like(tokens))
+                yield from self._accept({row: at}, tokens[:, None], logprobs[:, None], np.ones_like(tokens))
 
     def _compress(self, rows: list[int], tokens: int = 0, among: np.ndarray | None = None) -> None:
         """To the budgets of the tokens that they have seen, or of so many where those are more.
@@ -299,20 +299,20 @@ class Engine:
         self.decode_seconds += seconds["decode"]
         self.decode_steps += run
         self.decoded += int(counts.sum())
-        still = [row for row, sequence in zip(sent.rows, sent.sequences, strict=True) if self.rows[row] is sequence]
-        place = [sent.place[sent.rows.index(row)] for row in still]
-        if not counts[place].all():
+        each = zip(sent.rows, sent.place, sent.sequences, strict=True)
+        still = {row: at for row, at, sequence in each if self.rows[row] is sequence}
+        if not counts[list(still.values())].all():
             raise RuntimeError("the pool ran dry while decoding, though blocks were kept free; please report this")
-        yield from self._accept(still, place, tokens, logprobs, counts)
+        yield from self._accept(still, tokens, logprobs, counts)
 
     def _accept(
-        self, rows: list[int], place: list[int], tokens: np.ndarray, logprobs: np.ndarray, counts: np.ndarray
+        self, places: dict[int, int], tokens: np.ndarray, logprobs: np.ndarray, counts: np.ndarray
     ) -> Iterator[Event]:
-        """Takes what rows have made, the first ``counts`` of ``tokens[place]``; those that end leave together."""
+        """Takes what rows have made, each at its place the first ``counts`` tokens; those that end leave together."""
         ended: list[int] = []
         finite = np.isfinite(logprobs.sum(axis=-1)).tolist()
         made, said = tokens.tolist(), logprobs.tolist()
-        for row, at in zip(rows, place, strict=True):
+        for row, at in places.items():
             sequence, count, error = self.scheduler.sequence(row), int(counts[at]), None
             try:
                 if not finite[at]:

@@ -22,6 +22,7 @@ from jaxkv.cache.state import release as release_rows
 from jaxkv.cache.stats import Counts
 from jaxkv.generation.compress import compress
 from jaxkv.generation.decode import decode as decode_rows
+from jaxkv.generation.decode import is_any
 from jaxkv.generation.prefill import finish_prompt, prefill_chunk, reread_chunk
 from jaxkv.generation.prompt import PromptState, start_prompt
 from jaxkv.generation.sampling import Sampler, logprobs_of
@@ -232,8 +233,8 @@ class Programs(ModelPrograms):
         A row whose token is already one that stops it makes none: so steps may be sent on from ``last`` unseen.
         """
         part, tokens = cache if rows is None else cache.rows(_each(rows)), _each(tokens)
-        stops = jnp.ones(tokens.shape, bool) if stops is None else jnp.asarray(stops)
-        ended = stops & jnp.isin(tokens, jnp.array(self.stop_tokens, jnp.int32))
+        may_stop = jnp.asarray(True if stops is None else stops)
+        ended = may_stop & is_any(tokens, self.stop_tokens)
         made = decode_rows(
             self.model,
             part,
@@ -243,7 +244,7 @@ class Programs(ModelPrograms):
             sampler=sampler,
             policy=policy,
             stop_tokens=self.stop_tokens,
-            stops=stops,
+            stops=may_stop,
         )
         last = jnp.take_along_axis(made.tokens, jnp.maximum(made.counts - 1, 0)[:, None], axis=1)[:, 0]
         cache = made.cache if rows is None else cache.with_rows(made.cache, _each(rows))

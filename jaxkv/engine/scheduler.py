@@ -129,7 +129,8 @@ class Scheduler:
 
     def with_others(self, rows: Sequence[int], width: int) -> np.ndarray:
         """``i32[width]``: these rows, and then as many others as it takes, each once."""
-        others = (row for row in range(len(self.rows)) if row not in rows)
+        taken = set(rows)
+        others = (row for row in range(len(self.rows)) if row not in taken)
         return np.array([*rows, *islice(others, width - len(rows))], np.int32)
 
     def too_large(self, row: int) -> str | None:
@@ -200,7 +201,7 @@ class Scheduler:
             alike.setdefault(policy if policy is not None and policy.acts_in_decoding else None, []).append(row)
         return alike.items()
 
-    def work(self, rows: Sequence[int], policy: Policy | None, steps: int = STEPS) -> Work:
+    def work(self, rows: Sequence[int], policy: Policy | None, steps: int) -> Work:
         """What decodes these rows for so many steps: as few as can be, or more where that is compiled."""
         least, compiled = self._narrowest(rows, policy)
         return least if least != compiled and self.costs.prefers(least, [compiled], times=steps) else compiled

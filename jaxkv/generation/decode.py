@@ -99,6 +99,7 @@ def decode(
       stops: ``bool[batch]`` rows that they end; None: all.
     """
     sampler = Greedy() if sampler is None else sampler
+    may_stop = jnp.bool_(True) if stops is None else stops
     batch, tokens, limits = tokens.shape[0], tokens.astype(jnp.int32), limits.astype(jnp.int32)
 
     def going(state: tuple[Array, Array, Decoded]) -> Array:
@@ -111,8 +112,7 @@ def decode(
         new, logprob = _choose(sampler, logits, cache.num_tokens)
         new, logprob = jnp.where(made.active, new, 0), jnp.where(made.active, logprob, 0.0)
         counts = made.counts + made.active.astype(jnp.int32)
-        stopped = _is_any(new, stop_tokens) if stops is None else _is_any(new, stop_tokens) & stops
-        active = made.active & (counts < limits) & ~stopped
+        active = made.active & (counts < limits) & ~(is_any(new, stop_tokens) & may_stop)
         cache = _compress_grown(cache, policy, made.active)  # also what ends here: it may only end its dispatch
         made = Decoded(
             cache=cache,
@@ -138,7 +138,8 @@ def _choose(sampler: Callable[[Array, Array], Array], logits: Array, position: A
     return tokens, logprobs_of(logits, tokens)
 
 
-def _is_any(tokens: Array, stop_tokens: tuple[int, ...]) -> Array:
+def is_any(tokens: Array, stop_tokens: tuple[int, ...]) -> Array:
+    """``bool`` like ``tokens``: which of them stop."""
     return jnp.isin(tokens, jnp.array(stop_tokens, jnp.int32)) if stop_tokens else jnp.zeros(tokens.shape, bool)
 
 
@@ -177,7 +178,7 @@ def generate(
     if policy is not None:
         cache = compress(cache, policy)
     fits = ~jnp.isnan(logits[:, 0]) & (lengths > 0)
-    more = fits & ~_is_any(first, stop_tokens)
+    more = fits & ~is_any(first, stop_tokens)
     rest = decode(
         model,
         cache,

@@ -118,8 +118,8 @@ def prefill_chunk(
       policy: whose scores to record.
       length: tokens of a prompt at most; static.
     """
+    chunk = ReadChunk(model, cache, prompt, length or tokens.shape[1], counts, policy)
     packing = None if length is None else Packing(counts, tokens.shape[1], length)
-    chunk = ReadChunk(model, cache, prompt, tokens.shape[1] if length is None else length, counts, policy)
     state, hidden = _run(model, tokens, chunk.positions, chunk.attend, chunk.state, packing)
     return chunk.end(state, hidden)
 
@@ -139,7 +139,7 @@ def reread_chunk(
     Arguments as for ``prefill_chunk``.
     """
     packing = None if length is None else Packing(counts, tokens.shape[1], length)
-    shape = counts.shape[0], tokens.shape[1] if length is None else length
+    shape = counts.shape[0], length or tokens.shape[1]
     place = jnp.arange(shape[1], dtype=jnp.int32)
     rows = jnp.where((place < counts[:, None]) & prompt.granted, place, -1)
     look = LookAhead(cache, shape, fresh=prompt.fresh, mass=prompt.mass, rows=rows, policy=policy)

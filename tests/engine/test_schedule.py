@@ -1,6 +1,7 @@
 """What goes first: batches are filled, streams don't wait, and a program is compiled once it would have paid."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import tiny
@@ -142,7 +143,7 @@ def test_alone_is_compiled_once_it_would_have_saved_what_that_takes():
 
 def test_steps_are_as_wide_as_what_runs_or_as_what_is_compiled():
     pool = Pool(config(600, rows=12))
-    work = pool.scheduler.work
+    work = partial(pool.scheduler.work, steps=STEPS)
     assert [work(range(n), None).size for n in (1, 2, 3, 4, 5, 7, 9, 12)] == [1, 2, 3, 4, 6, 8, 12, 12]
     pool.scheduler.costs.note(Work(8), 0.01)
     pool.scheduler.costs.compiling = 10.0
