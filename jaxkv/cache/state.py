@@ -11,6 +11,7 @@ from jax import Array
 from jaxkv.cache.quantised import NoStore, QuantisedStore
 from jaxkv.cache.raw import RawStore
 from pallas_kernels.quantised_block import BlockLayout
+from pallas_kernels.ranks import any_ranks
 
 
 @jax.tree_util.register_dataclass
@@ -88,6 +89,7 @@ class PagedCache:
         return replace(self, raw=replace(self.raw, tables=tables))
 
 
+@any_ranks
 def release(cache: PagedCache, finished: Array) -> PagedCache:
     """Empties the rows of the batch where ``finished``, ``bool[batch]``, and takes their blocks back."""
     cache = cache.with_raw_lengths(jnp.where(finished[:, None], 0, cache.raw.lengths))

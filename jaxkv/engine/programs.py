@@ -29,6 +29,7 @@ from jaxkv.generation.sampling import Sampler, logprobs_of
 from jaxkv.generation.scoring import score_prompt
 from jaxkv.policies import Policy
 from models.interface import Decoder
+from pallas_kernels.ranks import any_ranks
 
 MOST_PROGRAMS = 128
 """Compiled programs that are kept: a job whose lines each bring a policy of their own must not fill the memory."""
@@ -83,6 +84,7 @@ class ModelPrograms:
     def _compile(
         self, step: Callable[..., Any], donated: dict[str, Any], given: dict[str, Any], fixed: dict[str, Any]
     ) -> Callable[..., Any]:
+        @any_ranks
         def traced(leaves: list[Array], donated: dict[str, Any], given: dict[str, Any]) -> Any:
             inside = copy(self)
             inside.model = nnx.merge(self._graph, jax.tree.unflatten(self._structure, leaves))

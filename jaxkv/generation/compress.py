@@ -9,8 +9,10 @@ from jaxkv.cache.contents import contents
 from jaxkv.cache.moves import move
 from jaxkv.cache.state import PagedCache
 from jaxkv.compression.policy import Policy
+from pallas_kernels.ranks import any_ranks
 
 
+@any_ranks
 def compress(
     cache: PagedCache,
     policy: Policy,

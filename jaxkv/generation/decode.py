@@ -16,8 +16,10 @@ from jaxkv.generation.passes import begin_step
 from jaxkv.generation.prefill import prefill
 from jaxkv.generation.sampling import Greedy, Sampler, logprobs_of
 from models.interface import Decoder
+from pallas_kernels.ranks import any_ranks
 
 
+@any_ranks
 def decode_step(
     model: Decoder, cache: PagedCache, tokens: Array, active: Array, policy: Policy | None = None
 ) -> tuple[PagedCache, Array]:
@@ -43,6 +45,7 @@ def decode_step(
     return step.end(state), jnp.where(step.granted, model.logits(hidden[:, 0]), jnp.nan)
 
 
+@any_ranks
 def room_to_step(cache: PagedCache, active: Array, policy: Policy | None = None) -> Array:
     """``bool[]``: whether blocks and table rows suffice for a decode step of the active rows, ``bool[batch]``.
 
@@ -72,6 +75,7 @@ class Decoded(NamedTuple):
     """``bool[batch]`` rows that neither met a stop token nor their limit: with work left."""
 
 
+@any_ranks
 def decode(
     model: Decoder,
     cache: PagedCache,
@@ -151,6 +155,7 @@ def _compress_grown(cache: PagedCache, policy: Policy | None, active: Array) -> 
     return lax.cond(jnp.any(due), lambda c: compress(c, policy, due), lambda c: c, cache)
 
 
+@any_ranks
 def generate(
     model: Decoder,
     cache: PagedCache,

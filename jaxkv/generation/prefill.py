@@ -18,11 +18,13 @@ from jaxkv.generation.passes import LookAhead, ReadChunk
 from jaxkv.generation.prompt import PromptState, start_prompt
 from jaxkv.generation.scoring import score_prompt
 from models.interface import Attend, Decoder, State
+from pallas_kernels.ranks import any_ranks
 
 CHUNK = 512
 """Tokens of a prompt that go through the model at once."""
 
 
+@any_ranks
 def prefill(
     model: Decoder,
     cache: PagedCache,
@@ -157,6 +159,7 @@ def _run(
     return state, packing.unpack(hidden)
 
 
+@any_ranks
 def look_ahead(model: Decoder, cache: PagedCache, tokens: Array) -> Array:
     """What the model makes of tokens that would follow, ``[batch, length, hidden]``; the cache stays as it is.
 

@@ -7,6 +7,7 @@ from jax import Array
 from pallas_kernels.dispatch import Implementation, backend, check_row
 from pallas_kernels.kvs import RawKVs
 from pallas_kernels.paged_attention.types import Observe, Significance, Significant, TieredKVs
+from pallas_kernels.ranks import any_ranks
 
 
 @overload
@@ -33,6 +34,7 @@ def paged_attention(
     next_position: Array,
     implementation: Implementation | None = None,
 ) -> tuple[Array, Significant]: ...
+@any_ranks
 def paged_attention(
     query: Array,
     raw: RawKVs | None,

@@ -4,8 +4,10 @@ from jax import Array
 
 from pallas_kernels.dispatch import Implementation, backend
 from pallas_kernels.quantised_block import BlockLayout
+from pallas_kernels.ranks import any_ranks
 
 
+@any_ranks
 def write_kvs(
     pool: Array,
     key: Array,
@@ -37,6 +39,7 @@ def write_kvs(
     return kernels.write_kvs(pool, key, value, positions, blocks, offsets, layout, **options)
 
 
+@any_ranks
 def lower_kvs(
     pool: Array,
     from_blocks: Array,

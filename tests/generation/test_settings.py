@@ -1,4 +1,5 @@
-"""Settings of JAX that a program may have: 64 bits, strict promotion, warnings as errors. Answers are the same."""
+"""Settings of JAX that a program may have: 64 bits, strict promotion of dtypes, none of ranks, warnings as errors.
+Answers are the same."""
 
 import json
 import os
@@ -11,7 +12,7 @@ import pytest
 from generation.answers import POLICIES, answers
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = {"JAX_ENABLE_X64": "1", "JAX_NUMPY_DTYPE_PROMOTION": "strict"}
+SETTINGS = {"JAX_ENABLE_X64": "1", "JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise"}
 
 
 @pytest.fixture(scope="module")
