@@ -11,7 +11,7 @@ from jax import Array
 from jaxkv.cache.quantised import NoStore, QuantisedStore
 from jaxkv.cache.raw import RawStore
 from pallas_kernels.quantised_block import BlockLayout
-from pallas_kernels.ranks import any_ranks
+from pallas_kernels.settings import any_ranks
 
 
 @jax.tree_util.register_dataclass

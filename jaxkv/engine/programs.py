@@ -29,7 +29,7 @@ from jaxkv.generation.sampling import Sampler, logprobs_of
 from jaxkv.generation.scoring import score_prompt
 from jaxkv.policies import Policy
 from models.interface import Decoder
-from pallas_kernels.ranks import any_ranks
+from pallas_kernels.settings import any_ranks
 
 MOST_PROGRAMS = 128
 """Compiled programs that are kept: a job whose lines each bring a policy of their own must not fill the memory."""

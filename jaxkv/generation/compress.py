@@ -9,7 +9,7 @@ from jaxkv.cache.contents import contents
 from jaxkv.cache.moves import move
 from jaxkv.cache.state import PagedCache
 from jaxkv.compression.policy import Policy
-from pallas_kernels.ranks import any_ranks
+from pallas_kernels.settings import any_ranks
 
 
 @any_ranks

@@ -16,7 +16,7 @@ from jaxkv.generation.passes import begin_step
 from jaxkv.generation.prefill import prefill
 from jaxkv.generation.sampling import Greedy, Sampler, logprobs_of
 from models.interface import Decoder
-from pallas_kernels.ranks import any_ranks
+from pallas_kernels.settings import any_ranks
 
 
 @any_ranks

@@ -18,7 +18,7 @@ from jaxkv.generation.passes import LookAhead, ReadChunk
 from jaxkv.generation.prompt import PromptState, start_prompt
 from jaxkv.generation.scoring import score_prompt
 from models.interface import Attend, Decoder, State
-from pallas_kernels.ranks import any_ranks
+from pallas_kernels.settings import any_ranks
 
 CHUNK = 512
 """Tokens of a prompt that go through the model at once."""

@@ -4,10 +4,10 @@ from jax import Array
 
 from pallas_kernels.block_moves.types import Moves
 from pallas_kernels.dispatch import Implementation, backend
-from pallas_kernels.ranks import any_ranks
+from pallas_kernels.settings import operation
 
 
-@any_ranks
+@operation
 def move_kvs(
     pool: Array,
     scores: Array,

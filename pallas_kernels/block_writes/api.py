@@ -3,10 +3,10 @@
 from jax import Array
 
 from pallas_kernels.dispatch import Implementation, backend, check_row
-from pallas_kernels.ranks import any_ranks
+from pallas_kernels.settings import operation
 
 
-@any_ranks
+@operation
 def write_blocks(
     pool: Array,
     key: Array,

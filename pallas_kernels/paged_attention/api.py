@@ -7,7 +7,7 @@ from jax import Array
 from pallas_kernels.dispatch import Implementation, backend, check_row
 from pallas_kernels.kvs import RawKVs
 from pallas_kernels.paged_attention.types import Observe, Significance, Significant, TieredKVs
-from pallas_kernels.ranks import any_ranks
+from pallas_kernels.settings import operation
 
 
 @overload
@@ -34,7 +34,7 @@ def paged_attention(
     next_position: Array,
     implementation: Implementation | None = None,
 ) -> tuple[Array, Significant]: ...
-@any_ranks
+@operation
 def paged_attention(
     query: Array,
     raw: RawKVs | None,

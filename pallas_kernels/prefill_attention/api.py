@@ -5,10 +5,10 @@ from jax import Array
 from pallas_kernels.dispatch import Implementation, backend, check_row
 from pallas_kernels.kvs import RawKVs
 from pallas_kernels.prefill_attention.types import ObservedQueries
-from pallas_kernels.ranks import any_ranks
+from pallas_kernels.settings import operation
 
 
-@any_ranks
+@operation
 def prefill_attention(
     query: Array,
     key: Array,

@@ -4,10 +4,10 @@ from jax import Array
 
 from pallas_kernels.dispatch import Implementation, backend
 from pallas_kernels.quantised_block import BlockLayout
-from pallas_kernels.ranks import any_ranks
+from pallas_kernels.settings import operation
 
 
-@any_ranks
+@operation
 def write_kvs(
     pool: Array,
     key: Array,
@@ -39,7 +39,7 @@ def write_kvs(
     return kernels.write_kvs(pool, key, value, positions, blocks, offsets, layout, **options)
 
 
-@any_ranks
+@operation
 def lower_kvs(
     pool: Array,
     from_blocks: Array,

@@ -36,6 +36,13 @@ def test_programs_update_the_pool_in_place_and_fit(chip, model):
         assert compile_tpu.faults(row) == [], row
 
 
+def test_programs_compile_where_python_numbers_have_64_bits(monkeypatch):
+    if reason := targets.why_not(CHIPS[0]):
+        pytest.skip(reason)
+    monkeypatch.setenv("JAX_ENABLE_X64", "1")
+    assert len(compile_tpu.in_a_process(CHIPS[0], "smollm2-135m")) == 8
+
+
 def test_faults_are_seen():
     row = {"pool": 100, "temporary": 30, "peak": 90, "memory": 80, "written": True, "aliased": 50, "copies": ["copy x"]}
     assert len(compile_tpu.faults(row)) == 4

@@ -5,10 +5,12 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels import default_block_size, dispatch, padded_head_dim, use_implementation
 from pallas_kernels.block_writes import write_blocks
+from pallas_kernels.paged_attention import RawKVs, paged_attention
 
 
 @pytest.fixture
@@ -86,6 +88,21 @@ def test_what_a_gpus_kernel_refuses_is_an_error_where_it_was_named_and_said_wher
     with pytest.warns(UserWarning, match="runs as plain XLA on this GPU: .*pool rows of"):
         written = write_blocks(*arguments)
     assert (written[1, 0] == 1).all()
+
+
+@pytest.mark.parametrize("implementation", ["xla", "mosaic_tpu"])
+@pytest.mark.filterwarnings("error")
+def test_numbers_of_64_bits_and_ranks_that_may_not_be_promoted(implementation):
+    with jax.enable_x64(True), jax.numpy_rank_promotion("raise"):
+        pool, query = jnp.ones((9, 16, 128), jnp.float32), jnp.ones((1, 4, 64), jnp.float32)
+        table, lengths = jnp.arange(1, 9).reshape(1, 2, 4), jnp.array([[20, 64]])
+        assert table.dtype == lengths.dtype == jnp.int64
+        raw = RawKVs(pool.at[table[0, 0, 1], 4:].set(jnp.nan), table, lengths)
+        with use_implementation(implementation, interpret=implementation != "xla"):
+            out, masses = paged_attention(query, raw, observe=lambda p: p.sum(-2))
+        assert out.dtype == masses.dtype == jnp.float32
+    np.testing.assert_allclose(out, 1, rtol=1e-6)
+    np.testing.assert_allclose(masses.sum(-1), 2, rtol=1e-6)
 
 
 def test_an_unknown_name_is_refused_with_those_that_are_known():
