@@ -8,10 +8,8 @@ import traceback
 from collections.abc import Sequence
 
 from jaxkv.cli.options import parser
-from jaxkv.cli.terminal import Interrupts, safe_streams
+from jaxkv.cli.terminal import STOPPED, Interrupts, safe_streams
 
-STOPPED = 130
-"""Exit status after Ctrl-C."""
 CRASHED = 70
 """Exit status of a fault of ours, apart from 1 (some lines of a batch job failed) and 2 (bad input)."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -13,13 +14,16 @@ from types import FrameType
 from typing import TextIO, TypeVar
 
 T = TypeVar("T")
+STOPPED = 130
+"""Exit status after Ctrl-C."""
 
 
 class Interrupts:
     """Ctrl-C, heard where it does no harm: between two events.
 
     An exception at any moment may be swallowed by a callback, become another one in an import, or tear down what is
-    being compiled. The second Ctrl-C ends the process at once; a batch job's output stands that.
+    being compiled. The second Ctrl-C ends the process at once, also while a compiler leaves Python no say; a batch
+    job's output stands that.
 
     A context manager. Where SIGINT is ignored, or has another handler, it is left alone.
     """
@@ -31,12 +35,18 @@ class Interrupts:
         main = threading.current_thread() is threading.main_thread()
         self._takes = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
         if self._takes:
+            self._heard_by, self._told_by = socket.socketpair()
+            self._told_by.setblocking(False)
+            self._woken_before = signal.set_wakeup_fd(self._told_by.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=_end_at_the_second, args=[self._heard_by], daemon=True).start()
             signal.signal(signal.SIGINT, self._hear)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._takes:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.set_wakeup_fd(self._woken_before)
+            self._told_by.close()
 
     def check(self) -> None:
         """Raises KeyboardInterrupt where Ctrl-C was heard."""
@@ -53,6 +63,16 @@ class Interrupts:
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self.heard = True
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _end_at_the_second(told: socket.socket) -> None:
+    """Is told the number of each signal as it comes, where the main thread may be in a compiler for minutes."""
+    heard = 0
+    with told:
+        while number := told.recv(1):
+            heard += number[0] == signal.SIGINT
+            if heard == 2:
+                os._exit(STOPPED)
 
 
 class Words(io.TextIOBase):

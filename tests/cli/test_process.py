@@ -179,6 +179,17 @@ def test_the_second_interrupt_ends_it_at_once():
     assert "Traceback" not in errors
 
 
+def test_the_second_interrupt_ends_it_while_python_has_no_say():
+    process = start(*GENERATE, "compile", program=("-c", SPEAKS))
+    assert process.stderr.readline() == b"compiling\n"
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=1)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=10) == (b"", b"")
+    assert process.returncode == 130
+
+
 def test_an_interrupt_within_a_callback_is_heard():
     code, _, errors = speak("interrupt")
     assert (code, errors.splitlines()[-1:]) == (130, ["jaxkv: stopped"])
