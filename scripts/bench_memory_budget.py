@@ -2,7 +2,9 @@
 
     python scripts/bench_memory_budget.py [--ratios 1 8] [--prompts 32] [--prompt 2048] [--tokens 256] [--full 2]
 
-The pool holds ``--full`` whole sequences uncompressed. For each ratio: tokens a second of decoding and in all, the mean
+The pool holds ``--full`` whole sequences uncompressed. A ratio is that of a whole sequence, its answer too: what is
+decoded is compressed again every ``--compress-every`` tokens; with 0 only the prompt is, and the cache grows from
+there. For each ratio: tokens a second of decoding and in all, the mean
 number of sequences decoded together, preemptions, and peak bytes held. Compilation isn't counted. ``--figure FILE``
 draws it. It measures and doesn't judge: exit status 0.
 """
@@ -118,13 +120,15 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=2048, help="tokens of each prompt")
     parser.add_argument("--tokens", type=int, default=256, help="tokens generated for each")
     parser.add_argument("--full", type=int, default=2, help="whole sequences that the pool holds uncompressed")
+    parser.add_argument("--compress-every", type=int, default=64, help="0: only prompts are compressed (default: 64)")
     parser.add_argument("--max-batch", type=int, default=16)
     parser.add_argument("--json", help="write the rows to this file too")
     parser.add_argument("--figure", help="draw throughput and batch over ratio into this file")
     options = parser.parse_args()
     model, rows, context = None, [], options.prompt + options.tokens
     for ratio in options.ratios:
-        policy = KVCompress(budget=Ratio(ratio=ratio)) if ratio > 1 else None
+        every = options.compress_every or None
+        policy = KVCompress(budget=Ratio(ratio=ratio), compress_every=every) if ratio > 1 else None
         if model is None:
             model = LLM(options.model, max_batch=options.max_batch)
         # With tables for whatever context this one is rounded up to, or they would take blocks of the pool.
@@ -141,7 +145,8 @@ def main() -> None:
         print(f"ratio {ratio:g}: {memory / 1e6:,.1f} MB for {options.prompts} prompts", file=sys.stderr)
         rows.append(measure(llm, texts, options.tokens, context))
     print(f"{options.model}, jax {jax.__version__}, {jax.devices()[0].device_kind}: {options.prompts} prompts of")
-    print(f"{options.prompt} tokens, {options.tokens} generated for each, a pool of {options.full} full sequences\n")
+    print(f"{options.prompt} tokens, {options.tokens} generated for each, a pool of {options.full} full sequences;")
+    print(f"compressed {f'every {options.compress_every} tokens' if options.compress_every else 'once'}\n")
     print(table(rows))
     if options.json:
         Path(options.json).write_text(json.dumps([asdict(row) for row in rows], indent=1))
