@@ -32,6 +32,7 @@ from jaxkv.policies import AdaKV as AdaKV
 from jaxkv.policies import Auto as Auto
 from jaxkv.policies import Budget as Budget
 from jaxkv.policies import ExpectedAttention as ExpectedAttention
+from jaxkv.policies import GateWeights as GateWeights
 from jaxkv.policies import H2O as H2O
 from jaxkv.policies import KeepFraction as KeepFraction
 from jaxkv.policies import KeyDiff as KeyDiff
@@ -39,6 +40,7 @@ from jaxkv.policies import KNorm as KNorm
 from jaxkv.policies import KVCompress as KVCompress
 from jaxkv.policies import KVzip as KVzip
 from jaxkv.policies import LeanKV as LeanKV
+from jaxkv.policies import LearnedGate as LearnedGate
 from jaxkv.policies import MaxBytes as MaxBytes
 from jaxkv.policies import MaxTokens as MaxTokens
 from jaxkv.policies import Mixed as Mixed

@@ -41,6 +41,8 @@ from models import load_model, load_tokenizer, resolve
 POLICIES = "none,kv-compress,snapkv,auto"
 RATIOS = "4,8,16"
 VALUES = {
+    "true": True,
+    "false": False,
     "l1": l1,
     "l2": l2,
     "sum": jnp.sum,

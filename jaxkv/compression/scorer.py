@@ -27,7 +27,7 @@ class Scorer:
     @property
     def ranks_decoded(self) -> bool:
         """Whether ``rank`` can order KVs that no prompt scored, so that a sequence can be compressed again."""
-        return self.observes_decoding
+        return self.observes_decoding or self.scores_kvs_alone
 
     @property
     def settled(self) -> bool:
@@ -39,6 +39,11 @@ class Scorer:
     def reads_kvs(self) -> bool:
         """Whether the method has a ``score_kvs`` of its own."""
         return type(self).score_kvs is not Scorer.score_kvs
+
+    @property
+    def scores_kvs_alone(self) -> bool:
+        """Whether ``score_kvs`` is all there is to a score, so that what was decoded gets one when it is needed."""
+        return self.settled and self.reads_kvs
 
     def weigh(self, probability: Array) -> Array:
         """What one attention probability counts for, elementwise."""
@@ -57,7 +62,9 @@ class Scorer:
         """
         return mass.sum(-2)
 
-    def score_kvs(self, scores: Array, keys: Array, values: Array, positions: Array, held: Array) -> Array:
+    def score_kvs(
+        self, scores: Array, keys: Array, values: Array, positions: Array, held: Array, layer: Array
+    ) -> Array:
         """Scores of a prompt's KVs, from those of ``score`` and the KVs themselves, a layer at a time.
 
         Args:
@@ -66,6 +73,7 @@ class Scorer:
           values: like ``keys``.
           positions: ``i32[batch, kv_heads, kvs]``.
           held: ``bool`` like ``positions``.
+          layer: ``i32[]``: whose KVs they are.
 
         Returns:
           Like ``scores``.

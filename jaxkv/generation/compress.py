@@ -9,6 +9,7 @@ from jaxkv.cache.contents import contents
 from jaxkv.cache.moves import move
 from jaxkv.cache.state import PagedCache
 from jaxkv.compression.policy import Policy
+from jaxkv.generation.scoring import score_unquantised
 from pallas_kernels.settings import any_ranks
 
 
@@ -51,6 +52,8 @@ def compress(
 
         def run(cache: PagedCache) -> PagedCache:
             part = cache.rows(which)
+            if policy.scorer.scores_kvs_alone:
+                part = score_unquantised(part, policy)
             now = contents(part)
             goal = policy.placement.goal(part, now, policy.worth(part, now), left)
             return cache.with_rows(move(part, now, goal), which)

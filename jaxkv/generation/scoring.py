@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxkv.cache.contents import Contents, contents, readable, unquantised, with_scores
+from jaxkv.cache.home import RAW
 from jaxkv.cache.raw import NULL_BLOCK
 from jaxkv.cache.state import PagedCache
 from jaxkv.compression.observation import ExpectedQueries, LastQueries
@@ -46,30 +47,46 @@ def score_prompt(model: Decoder, cache: PagedCache, prompt: PromptState, policy:
     )
 
 
+def score_unquantised(cache: PagedCache, policy: Policy) -> PagedCache:
+    """The cache with the scores that unquantised KVs tell by themselves; quantised ones keep what they had before."""
+    now = contents(cache)
+    of_all = _score_kvs(cache, now, policy, now.scores)
+    scores = jnp.where(now.home == RAW, of_all, now.scores)
+    return with_scores(cache, scores, now.positions, jnp.ones(cache.num_tokens.shape, bool))
+
+
 def _scores(model: Decoder, cache: PagedCache, now: Contents, prompt: PromptState, policy: Policy) -> Array:
     """``f32`` like ``now.scores``, of what this prompt alone tells; 0 where there is no KV."""
     scorer, held = policy.scorer, now.held
     layers, batch, kv_heads, _ = held.shape
-    each = jnp.arange(layers, dtype=jnp.int32)  # a layer at a time: what is copied out of the pool is one layer's
     scores = jnp.zeros(held.shape, jnp.float32)
     if prompt.queries is not None and isinstance(scorer.observes, ExpectedQueries):
         moments, count = prompt.queries, scorer.observes.count
         following, rotation = cache.num_tokens[:, None] + jnp.arange(count, dtype=jnp.int32), rotary(model).rotation
 
         def expected(layer: Array) -> Array:
-            keys, _, positions = _kvs(cache, now, layer)
+            keys, _, positions = kvs_of(cache, now, layer)
             seen = held[layer] & (positions >= policy.sinks)
             return moments.attention(layer, keys, seen, rotation(layer, following))
 
-        scores = scorer.score(lax.map(expected, each), held)
+        scores = scorer.score(lax.map(expected, jnp.arange(layers, dtype=jnp.int32)), held)
     elif scorer.observes.watches:
         scores = scorer.score(prompt.mass.reshape(layers, batch, kv_heads, -1, cache.capacity), held)
     if scorer.reads_kvs:
-        scores = lax.map(lambda layer: scorer.score_kvs(scores[layer], *_kvs(cache, now, layer), held[layer]), each)
+        scores = _score_kvs(cache, now, policy, scores)
     return jnp.where(held, scores, 0.0)
 
 
-def _kvs(cache: PagedCache, now: Contents, layer: Array) -> tuple[Array, Array, Array]:
+def _score_kvs(cache: PagedCache, now: Contents, policy: Policy, scores: Array) -> Array:
+    """What the KVs make of scores; a layer at a time: what is copied out of the pool is one layer's."""
+
+    def of_layer(layer: Array) -> Array:
+        return policy.scorer.score_kvs(scores[layer], *kvs_of(cache, now, layer), now.held[layer], layer)
+
+    return lax.map(of_layer, jnp.arange(now.held.shape[0], dtype=jnp.int32))
+
+
+def kvs_of(cache: PagedCache, now: Contents, layer: Array) -> tuple[Array, Array, Array]:
     """A layer's keys, values and positions as ``Scorer.score_kvs`` takes them."""
     (pool, table, _), positions = readable(cache, now, layer)
     held = now.held[layer]

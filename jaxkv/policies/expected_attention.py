@@ -28,7 +28,9 @@ class ExpectedMass(Scorer):
     def score(self, mass: Array, held: Array) -> Array:
         return mass.mean(-2)
 
-    def score_kvs(self, scores: Array, keys: Array, values: Array, positions: Array, held: Array) -> Array:
+    def score_kvs(
+        self, scores: Array, keys: Array, values: Array, positions: Array, held: Array, layer: Array
+    ) -> Array:
         return (scores + self.epsilon) * jnp.linalg.norm(values, axis=-1)
 
 

@@ -16,7 +16,9 @@ from jaxkv.compression.shares import PerHead, Shares
 class UnlikeTheMean(Scorer):
     """The keys most similar, by cosine, to the mean of all normalised keys of their head go first."""
 
-    def score_kvs(self, scores: Array, keys: Array, values: Array, positions: Array, held: Array) -> Array:
+    def score_kvs(
+        self, scores: Array, keys: Array, values: Array, positions: Array, held: Array, layer: Array
+    ) -> Array:
         unit = keys / jnp.maximum(jnp.linalg.norm(keys, axis=-1, keepdims=True), 1e-12)
         anchor = jnp.where(held[..., None], unit, 0.0).sum(-2)  # its length changes no cosine's order
         anchor /= jnp.maximum(jnp.linalg.norm(anchor, axis=-1, keepdims=True), 1e-12)

@@ -20,7 +20,9 @@ class ShortKeys(Scorer):
     def settled(self) -> bool:
         return True
 
-    def score_kvs(self, scores: Array, keys: Array, values: Array, positions: Array, held: Array) -> Array:
+    def score_kvs(
+        self, scores: Array, keys: Array, values: Array, positions: Array, held: Array, layer: Array
+    ) -> Array:
         return -jnp.linalg.norm(keys, axis=-1)
 
 

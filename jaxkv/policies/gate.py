@@ -1,0 +1,135 @@
+"""A learned gate: what a second reading would say of a KV, told from the KV alone (as Fast KVzip, arXiv 2601.17668, and
+KVzap, arXiv 2601.07891, do from the layer's input). ``scripts/train_gate.py`` makes one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from zipfile import BadZipFile
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxkv.checks import shown
+from jaxkv.compression.scorer import Scorer
+from jaxkv.policies.calibrated import Family
+from models.interface import ModelSizes
+
+SHIPPED = {Family(num_layers=30, hidden_size=576, vocab_size=49_152): "smollm2-135m"}
+"""By whose name their weights lie in ``jaxkv/policies/gates``."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GateWeights:
+    """Of one model's KV heads. Constants of the programs that use them, so they are hashed by what they are.
+
+    Raises:
+      ValueError: shapes that don't belong together, or weights that aren't finite.
+    """
+
+    linear: np.ndarray
+    """``f32[layers, kv_heads, 4 * head_dim + 1]``: of K before RoPE, V, their squares, and 1."""
+    frequencies: np.ndarray
+    """``f32[head_dim / 2]``: radians a token by which RoPE turns each pair of K's values; 0 where it turns none."""
+
+    def __post_init__(self) -> None:
+        wanted = 8 * self.frequencies.size + 1
+        if self.linear.ndim != 3 or self.frequencies.ndim != 1 or self.linear.shape[-1] != wanted:
+            raise ValueError(
+                f"a gate's weights must be [layers, kv_heads, 4 * head_dim + 1] beside [head_dim / 2] frequencies, got "
+                f"{self.linear.shape} beside {self.frequencies.shape}; train it anew"
+            )
+        if not (np.isfinite(self.linear).all() and np.isfinite(self.frequencies).all()):
+            raise ValueError("a gate's weights must be finite; the file is damaged, train it anew")
+
+    @cached_property
+    def digest(self) -> str:
+        parts = [self.linear.tobytes(), str(self.linear.shape).encode(), self.frequencies.tobytes()]
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, GateWeights) and self.digest == other.digest
+
+    def __repr__(self) -> str:
+        return f"GateWeights({self.digest[:8]})"
+
+    @property
+    def head_dim(self) -> int:
+        return 2 * self.frequencies.size
+
+    def check(self, sizes: ModelSizes) -> None:
+        """Raises ValueError where they aren't of a model of these sizes."""
+        wanted = sizes.num_layers, sizes.num_kv_heads, 4 * sizes.head_dim + 1
+        if self.linear.shape != wanted:
+            raise ValueError(
+                f"this gate has weights {self.linear.shape}, and the model needs {wanted}, [layers, kv_heads, "
+                "4 * head_dim + 1]; train one for it with scripts/train_gate.py"
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one ``.npz`` file."""
+        partial = Path(f"{os.fspath(path)}.partial")
+        with partial.open("wb") as file:
+            np.savez(file, **{each.name: getattr(self, each.name) for each in fields(self)})
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> GateWeights:
+        """Raises ValueError for a file that is no gate."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {each.name: np.asarray(file[each.name], np.float32) for each in fields(cls)}
+        except (ValueError, KeyError, EOFError, BadZipFile) as error:
+            raise ValueError(f"{shown(os.fspath(path))} is no gate of scripts/train_gate.py: {error!s:.80}") from None
+        return cls(**arrays)
+
+
+def gate_for(sizes: ModelSizes) -> GateWeights | None:
+    """That which is shipped for a model; None: there is none."""
+    name = SHIPPED.get(Family(sizes.num_layers, sizes.hidden_size, sizes.vocab_size))
+    path = Path(__file__).parent / "gates" / f"{name}.npz"
+    if name is None or not path.exists():
+        return None
+    weights = GateWeights.load(path)
+    weights.check(sizes)
+    return weights
+
+
+def features(keys: Array, values: Array, positions: Array, frequencies: Array | np.ndarray) -> Array:
+    """``f32[..., kvs, 4 * head_dim]`` of keys after RoPE and values, ``[..., kvs, head_dim]``, and positions."""
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    first, second = jnp.split(keys, 2, axis=-1)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    keys = jnp.concatenate([first * cos + second * sin, second * cos - first * sin], axis=-1)
+    return jnp.concatenate([keys, values, keys**2, values**2], axis=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedGate(Scorer):
+    """The logarithm of a KV's score in a second reading, as the gate predicts it."""
+
+    weights: GateWeights | None
+    """None: those that are shipped for the model, which only ``Policy.for_model`` knows."""
+
+    @property
+    def settled(self) -> bool:
+        return True
+
+    def score_kvs(
+        self, scores: Array, keys: Array, values: Array, positions: Array, held: Array, layer: Array
+    ) -> Array:
+        if self.weights is None:
+            raise ValueError(
+                "this gate is the model's own, which isn't known: call policy.for_model(model.sizes) first"
+            )
+        width = self.weights.head_dim
+        seen = features(keys[..., :width], values[..., :width], positions, self.weights.frequencies)
+        linear = jnp.asarray(self.weights.linear)[layer]
+        return jnp.einsum("bhkf,hf->bhk", seen, linear[:, :-1]) + linear[:, -1:]

@@ -1,0 +1,1 @@
+"""What ``train_gate.py`` is made of."""
