@@ -41,8 +41,6 @@ from models import load_model, load_tokenizer, resolve
 POLICIES = "none,kv-compress,snapkv,auto"
 RATIOS = "4,8,16"
 VALUES = {
-    "true": True,
-    "false": False,
     "l1": l1,
     "l2": l2,
     "sum": jnp.sum,
@@ -51,6 +49,8 @@ VALUES = {
     "global": Global(),
     "per-layer": PerLayer(),
     "per-head": PerHead(),
+    "true": True,
+    "false": False,
 }
 """What a policy's setting may be, but for numbers."""
 

@@ -82,6 +82,10 @@ class Auto(InTwoPrecisions):
     reread: bool = False
     """Whether the prompt is read a second time whatever the model."""
 
+    @property
+    def ranks_by(self) -> str:
+        return "the model's gate" if isinstance(self.scorer, LearnedGate) else "a second reading of each prompt"
+
     def parts(self) -> tuple[Scorer, Placement]:
         gated = not self.reread and (self.gate is not None or self.compress_every is not None)
         return LearnedGate(weights=self.gate) if gated else SecondReading(group=jnp.mean), self.placed()
