@@ -32,6 +32,7 @@ from jaxkv.policies import AdaKV as AdaKV
 from jaxkv.policies import Auto as Auto
 from jaxkv.policies import Budget as Budget
 from jaxkv.policies import ExpectedAttention as ExpectedAttention
+from jaxkv.policies import Gate as Gate
 from jaxkv.policies import GateWeights as GateWeights
 from jaxkv.policies import H2O as H2O
 from jaxkv.policies import KeepFraction as KeepFraction

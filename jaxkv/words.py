@@ -16,6 +16,7 @@ POLICIES = (
     "expected-attention",
     "kvzip",
     "auto",
+    "gate",
     "leankv",
     "mixed",
 )
@@ -33,7 +34,6 @@ SETTINGS = {
     "low": "a text",
     "high_share": "a number",
     "unquantised_window": "true or false",
-    "reread": "true or false",
 }
 """What may be said of a policy beside its budget."""
 SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "logprobs")

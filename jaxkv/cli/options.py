@@ -126,12 +126,6 @@ def add_compression(command: argparse.ArgumentParser) -> None:
         const=True,
         help="mixed, auto: sinks and the protected window stay unquantised",
     )
-    group.add_argument(
-        "--reread",
-        action="store_const",
-        const=True,
-        help="auto: prompts are read twice, also where the model has a gate",
-    )
     group.add_argument("--compress-every", type=int, metavar="N", help="compress again every N tokens")
 
 

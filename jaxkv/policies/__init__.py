@@ -8,6 +8,7 @@ from jaxkv.compression.budget import Ratio as Ratio
 from jaxkv.compression.budget import Unlimited as Unlimited
 from jaxkv.compression.policy import Policy as Policy
 from jaxkv.policies.expected_attention import ExpectedAttention as ExpectedAttention
+from jaxkv.policies.gate import Gate as Gate
 from jaxkv.policies.gate import GateWeights as GateWeights
 from jaxkv.policies.gate import LearnedGate as LearnedGate
 from jaxkv.policies.h2o import H2O as H2O

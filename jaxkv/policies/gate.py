@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 from zipfile import BadZipFile
 
 import jax.numpy as jnp
@@ -15,8 +16,10 @@ import numpy as np
 from jax import Array
 
 from jaxkv.checks import shown
+from jaxkv.compression.placement import Placement
 from jaxkv.compression.scorer import Scorer
 from jaxkv.policies.calibrated import Family
+from jaxkv.policies.mixed import InTwoPrecisions
 from models.interface import ModelSizes
 
 SHIPPED = {Family(num_layers=30, hidden_size=576, vocab_size=49_152): "smollm2-135m"}
@@ -133,3 +136,27 @@ class LearnedGate(Scorer):
         seen = features(keys[..., :width], values[..., :width], positions, self.weights.frequencies)
         linear = jnp.asarray(self.weights.linear)[layer]
         return jnp.einsum("bhkf,hf->bhk", seen, linear[:, :-1]) + linear[:, -1:]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate(InTwoPrecisions):
+    """What the gate ranks highest is kept at high precision, what comes next at low: ``Auto`` without its reading."""
+
+    protected_window: int = 2
+    sinks: int = 4
+    weights: GateWeights | None = None
+    """None: those that are shipped for the model, which ``for_model`` fills in."""
+
+    def parts(self) -> tuple[Scorer, Placement]:
+        return LearnedGate(weights=self.weights), self.placed()
+
+    def for_model(self, sizes: ModelSizes) -> Self:
+        """Raises ValueError where no gate is shipped for the model, or the weights aren't for one of these sizes."""
+        weights = self.weights or gate_for(sizes)
+        if weights is None:
+            raise ValueError(
+                "no gate is shipped for this model: train one (python scripts/train_gate.py) and give "
+                "Gate(weights=GateWeights.load(...)), or take auto, which reads prompts twice"
+            )
+        weights.check(sizes)
+        return replace(self, weights=weights)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
-from typing import Self
+from dataclasses import dataclass, field, fields
 
 import jax.numpy as jnp
 
@@ -15,9 +14,7 @@ from jaxkv.compression.policy import Method, Policy
 from jaxkv.compression.scorer import Scorer
 from jaxkv.compression.tiered import K4V2, K8V4
 from jaxkv.compression.two_precisions import TwoPrecisions
-from jaxkv.policies.gate import GateWeights, LearnedGate, gate_for
 from jaxkv.policies.kvzip import SecondReading
-from models.interface import ModelSizes
 from pallas_kernels.quantised_block import Format
 
 
@@ -69,37 +66,10 @@ class Mixed(InTwoPrecisions):
 
 @dataclass(frozen=True, kw_only=True)
 class Auto(InTwoPrecisions):
-    """What kept most, of all that docs/evaluation.md has: KVzip's ranking, mean over the group, in two precisions.
-
-    For a model that has a gate (``policies.gate``) that tells the ranking, which costs nothing; for another, the prompt
-    is read a second time.
-    """
+    """What kept most, of all that docs/evaluation.md has: KVzip's ranking, mean over the group, in two precisions."""
 
     protected_window: int = 2
     sinks: int = 4
-    gate: GateWeights | None = None
-    """None: that which is shipped for the model, where ``for_model`` is told of one that has any."""
-    reread: bool = False
-    """Whether the prompt is read a second time whatever the model."""
-
-    @property
-    def ranks_by(self) -> str:
-        return "the model's gate" if isinstance(self.scorer, LearnedGate) else "a second reading of each prompt"
 
     def parts(self) -> tuple[Scorer, Placement]:
-        gated = not self.reread and (self.gate is not None or self.compress_every is not None)
-        return LearnedGate(weights=self.gate) if gated else SecondReading(group=jnp.mean), self.placed()
-
-    def for_model(self, sizes: ModelSizes) -> Self:
-        if self.reread:
-            return self
-        if self.gate is not None:
-            self.gate.check(sizes)
-            return self
-        gate = gate_for(sizes)
-        if gate is None and self.compress_every is not None:
-            raise ValueError(
-                f"auto with compress_every={self.compress_every} needs a gate, and none is shipped for this model: "
-                "train one (scripts/train_gate.py) and give Auto(gate=GateWeights.load(...)), or leave it out"
-            )
-        return replace(self, gate=gate)
+        return SecondReading(group=jnp.mean), self.placed()

@@ -10,6 +10,7 @@ from jaxkv.compression.budget import Budget, MaxBytes, MaxTokens, Ratio
 from jaxkv.compression.policy import Policy
 from jaxkv.compression.two_precisions import TwoPrecisions
 from jaxkv.policies.expected_attention import ExpectedAttention
+from jaxkv.policies.gate import Gate
 from jaxkv.policies.h2o import H2O
 from jaxkv.policies.keydiff import KeyDiff
 from jaxkv.policies.knorm import KNorm
@@ -37,6 +38,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "expected-attention": ExpectedAttention,
     "kvzip": KVzip,
     "auto": Auto,
+    "gate": Gate,
     "leankv": LeanKV,
     "mixed": partial(Mixed.over, KVCompress),
 }

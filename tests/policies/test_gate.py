@@ -11,11 +11,11 @@ import train_gate
 from oracles.attention import dense_attention
 from training import corpus
 
-from jaxkv import Auto, GateWeights, KNorm, LearnedGate, Policy, Ratio, compress, decode, prefill
+from jaxkv import LLM, Gate, GateWeights, KNorm, LearnedGate, Policy, Ratio, SamplingParams, compress, decode, prefill
 from jaxkv.cache.contents import contents
 from jaxkv.cache.home import GONE
 from jaxkv.policies import gate as gates
-from jaxkv.policies.kvzip import SecondReading
+from models.shapes import SHAPES
 
 pytestmark = pytest.mark.once
 
@@ -87,10 +87,10 @@ def test_other_scores_of_kvs_alone_rank_what_is_decoded_too():
 
 
 def test_tiers_keep_scores_of_what_is_quantised():
-    auto = Auto(budget=Ratio(ratio=3), gate=WEIGHTS, compress_every=8, block_tokens=16)
-    cache = tiny.empty_cache(layout=auto.placement.layout(16))
+    policy = Gate(budget=Ratio(ratio=3), weights=WEIGHTS, compress_every=8, block_tokens=16)
+    cache = tiny.empty_cache(layout=policy.placement.layout(16))
     ids = tiny.prompt(LENGTH)
-    _, made = answered(cache, *tiny.padded([ids]), auto)
+    _, made = answered(cache, *tiny.padded([ids]), policy)
     now, wanted = contents(made.cache), expected(ids)
     for layer, head in np.ndindex(2, 2):
         held = (np.asarray(now.home) != GONE)[layer, 0, head] & (np.asarray(now.positions)[layer, 0, head] < LENGTH)
@@ -100,18 +100,27 @@ def test_tiers_keep_scores_of_what_is_quantised():
         )
 
 
-def test_auto_takes_the_models_gate_and_reads_twice_where_there_is_none(monkeypatch, tmp_path):
-    auto, sizes = Auto(budget=Ratio(ratio=3)), tiny.CONFIG
-    assert isinstance(auto.for_model(sizes).scorer, SecondReading)
-    with pytest.raises(ValueError, match="needs a gate, and none is shipped"):
-        Auto(budget=Ratio(ratio=3), compress_every=8).for_model(sizes)
+def test_the_models_own_gate_is_taken(monkeypatch, tmp_path):
+    policy, sizes = Gate(budget=Ratio(ratio=3)), tiny.CONFIG
+    with pytest.raises(ValueError, match="no gate is shipped for this model: train one"):
+        policy.for_model(sizes)
     (tmp_path / "gates").mkdir()
     WEIGHTS.save(tmp_path / "gates" / "tiny.npz")
     monkeypatch.setattr(gates, "__file__", str(tmp_path / "gate.py"))
     monkeypatch.setitem(gates.SHIPPED, gates.Family(2, 32, 101), "tiny")
-    assert auto.for_model(sizes).scorer == LearnedGate(weights=WEIGHTS)
-    assert isinstance(Auto(budget=Ratio(ratio=3), reread=True).for_model(sizes).scorer, SecondReading)
-    assert hash(auto.for_model(sizes)) == hash(auto.for_model(sizes))
+    assert policy.for_model(sizes) == Gate(budget=Ratio(ratio=3), weights=WEIGHTS)
+    assert hash(policy.for_model(sizes)) == hash(policy.for_model(sizes))
+    ids = tiny.prompt(LENGTH)
+    [answer] = LLM(tiny.MODEL, compression=policy).generate([ids.tolist()], SamplingParams(max_tokens=4))
+    cache = tiny.empty_cache(layout=policy.placement.layout(16))
+    first, made = answered(cache, *tiny.padded([ids]), policy.for_model(sizes))
+    assert answer.token_ids[:4] == [int(first[0]), *made.tokens[0, :3].tolist()]
+
+
+def test_a_gate_is_shipped_for_the_real_model():
+    weights = gates.gate_for(SHAPES["smollm2-135m"])
+    assert weights.linear.shape == (30, 3, 257)
+    assert weights.frequencies[0] == 1.0
 
 
 def test_a_gate_that_is_none_is_refused(tmp_path):
