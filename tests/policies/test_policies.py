@@ -144,7 +144,7 @@ def expected_scores(name, ids):
     return ORACLES[name](tiny.dense_run(ids)[1])
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", [name for name in POLICIES if name != "gate"])  # whose weights are a model's own
 def test_scores_are_those_of_the_paper_and_memory_is_freed(name):
     policy = make_policy(name, Ratio(ratio=3))
     ids = tiny.prompt(LENGTH, seed=3)
