@@ -21,6 +21,7 @@ from pallas_kernels.prefill_attention.tpu_masses import masses, queries_a_block
 from pallas_kernels.prefill_attention.types import ObservedQueries
 from pallas_kernels.tpu_tiles import (
     CORES,
+    LANES,
     MASKED,
     SMEM_ENTRIES,
     UNCHECKED,
@@ -37,7 +38,24 @@ from pallas_kernels.tpu_tiles import (
 
 QUERY_ROWS = 512
 """Queries of all heads of a group in one product, about."""
-TILE_KVS = 512
+SPAN = 512
+"""Queries of a head that a grid step takes at most, in up to ``SPAN_BLOCKS`` products a tile."""
+SPAN_BLOCKS = 4
+import os
+TILE_KVS = int(os.environ.get("TK","512"))
+LANEWISE = int(os.environ.get("LW","1"))
+UNROLL = int(os.environ.get("UN","1"))
+LOG2_E = 1.4426950408889634
+
+def as_wide(x, width):
+    return x[:, :width] if width < LANES else jnp.concatenate([x] * (width // LANES), axis=1)
+
+def spans_of(length, block):
+    blocks = -(-length // block)
+    most = max(1, min(SPAN_BLOCKS, SPAN // block))
+    spans = -(-blocks // most)
+    span = -(-blocks // spans) * block
+    return spans, span if spans == 1 else -(-span // LANES) * LANES
 
 
 def prefill_attention(
@@ -64,7 +82,8 @@ def prefill_attention(
     tiles = tiles or tiling(pool, max_blocks, kvs=TILE_KVS)
     rows, group = batch * kv_heads, heads // kv_heads
     block = queries_a_block(length, group, query_rows)
-    padded = -(-length // block) * block
+    spans, span = spans_of(length, block)
+    padded = spans * span
     lanes = lanes_of(pool)
 
     def pad(x: Array, width: int) -> Array:
@@ -74,8 +93,9 @@ def prefill_attention(
     grouped = grouped.reshape(rows, group, padded, -1).astype(pool.dtype)
     own = jnp.concatenate([pad(key, lanes.half), pad(value, lanes.half)], axis=-1).transpose(0, 2, 1, 3)
     own = own.reshape(rows, padded, -1).astype(pool.dtype)
+    own = jnp.pad(own, ((0, 0), (0, -padded % LANES), (0, 0)))
     per_row = grouped, own, block_table.reshape(rows, max_blocks), lengths.reshape(rows)
-    run = partial(_run, pool, dtype=query.dtype, block=block, head_dim=head_dim, tiles=tiles, interpret=interpret)
+    run = partial(_run, pool, dtype=query.dtype, block=block, span=span, head_dim=head_dim, tiles=tiles, interpret=interpret)
     parts = [run(*(x[at : at + at_once] for x in per_row)) for at in range(0, rows, at_once)]
     out, log_total = (jnp.concatenate(xs) for xs in zip(*parts, strict=True))
     out = out.reshape(batch, kv_heads, group, padded, -1)[:, :, :, :length, lanes.value_at : lanes.value_at + head_dim]
@@ -114,6 +134,7 @@ def _run(
     *,
     dtype: Any,
     block: int,
+    span: int,
     head_dim: int,
     tiles: Tiling,
     interpret: Any,
@@ -131,7 +152,7 @@ def _run(
       Output ``[rows, group, length, width]`` and the log of each query's softmax sum, ``f32[rows, group, length]``.
     """
     rows, group, length, width = query.shape
-    query_blocks = length // block
+    spans, blocks = length // span, span // block
     steps = -(-rows // CORES)
 
     def row_of(core: Array, step: Array) -> Array:
@@ -140,32 +161,32 @@ def _run(
     def read_row(core: Array, step: Array) -> Array:
         return jnp.minimum(row_of(core, step), rows - 1)
 
-    of_query = (1, group, block, width)
-    of_log = (1, 1, group * block)
+    of_query = (1, group, span, width)
+    of_log = (1, blocks, group * block)
     out, log_total = pl.pallas_call(
-        partial(_kernel, scale=head_dim**-0.5, tiles=tiles, rows=rows, steps=steps, query_blocks=query_blocks),
+        partial(_kernel, scale=head_dim**-0.5, tiles=tiles, rows=rows, steps=steps, block=block, spans=spans),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(CORES, steps, query_blocks),
+            grid=(CORES, steps, spans),
             in_specs=[
                 pl.BlockSpec(of_query, lambda core, step, q, *_: (read_row(core, step), 0, q, 0)),
-                pl.BlockSpec((1, length, pool.shape[-1]), lambda core, step, q, *_: (read_row(core, step), 0, 0)),
+                pl.BlockSpec((1, own.shape[1], pool.shape[-1]), lambda core, step, q, *_: (read_row(core, step), 0, 0)),
                 pl.BlockSpec(memory_space=pltpu.HBM),
             ],
             out_specs=[
                 pl.BlockSpec(of_query, lambda core, step, q, *_: (row_of(core, step), 0, q, 0)),
-                pl.BlockSpec(of_log, lambda core, step, q, *_: (row_of(core, step) * query_blocks + q, 0, 0)),
+                pl.BlockSpec(of_log, lambda core, step, q, *_: (row_of(core, step) * spans + q, 0, 0)),
             ],
             scratch_shapes=[
                 *TileStream.scratch_shapes(tiles, pool),
-                pltpu.VMEM((group * block, 1), jnp.float32),
-                pltpu.VMEM((group * block, 1), jnp.float32),
-                pltpu.VMEM((group * block, width), jnp.float32),
+                pltpu.VMEM((blocks, group * block, LANES), jnp.float32),
+                pltpu.VMEM((blocks, group * block, LANES), jnp.float32),
+                pltpu.VMEM((blocks, group * block, width), jnp.float32),
             ],
         ),
         out_shape=[
             jax.ShapeDtypeStruct((CORES * steps, group, length, width), dtype),
-            jax.ShapeDtypeStruct((CORES * steps * query_blocks, 1, group * block), jnp.float32),
+            jax.ShapeDtypeStruct((CORES * steps * spans, blocks, group * block), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=48 * 2**20, **UNCHECKED
@@ -173,7 +194,7 @@ def _run(
         name="prefill_attention",
         interpret=interpret,
     )(lengths, table.reshape(-1), query, own, pool)
-    log_total = log_total.reshape(-1, query_blocks, group, block).transpose(0, 2, 1, 3)
+    log_total = log_total.reshape(-1, length // block, group, block).transpose(0, 2, 1, 3)
     return out[:rows], log_total.reshape(-1, group, length)[:rows]
 
 
@@ -196,63 +217,87 @@ def _kernel(
     tiles: Tiling,
     rows: int,
     steps: int,
-    query_blocks: int,
+    block: int,
+    spans: int,
 ) -> None:
-    core, step, query_block = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    core, step, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     row = core * steps + step
-    item = row * query_blocks + query_block
-    _, group, block, width = query_ref.shape
+    item = row * spans + part
+    _, group, span, width = query_ref.shape
     value_at = buffer.shape[-1] - width
 
     end = jnp.minimum((core + 1) * steps, rows)
-    items = core * steps * query_blocks, end * query_blocks
+    items = core * steps * spans, end * spans
     stream = TileStream(
         tiles,
         pool,
         table,
-        held_blocks(lengths, tiles, query_blocks),
+        held_blocks(lengths, tiles, spans),
         (buffer, arrived, state),
         items,
-        repeats=query_blocks,
+        repeats=spans,
     )
-    pl.when((step == 0) & (query_block == 0))(stream.start)
+    pl.when((step == 0) & (part == 0))(stream.start)
 
-    def attend(kv: Array, visible: Any) -> None:
-        """Keys ``[kvs, 2 * half]`` into the running softmax; visible: logits ``[queries, kvs]`` -> ``bool`` of them."""
-        query = query_ref[0].reshape(group * block, width)
-        s = product(query, kv[:, :width], (1, 1))
-        s = jnp.where(visible(s.shape), s * scale, MASKED)
-        new_maximum = jnp.maximum(maximum[...], s.max(-1, keepdims=True))
-        p = jnp.exp(s - new_maximum)
-        decay = jnp.exp(maximum[...] - new_maximum)
+    def logits(at, kv):
+        query = query_ref[0, :, pl.ds(pl.multiple_of(at * block, block), block)].reshape(group * block, width)
+        return product(query, kv[:, :width], (1, 1)) * (scale * LOG2_E)
+
+    def sums(p):
+        if LANEWISE:
+            return sum(p[:, i:i+LANES] for i in range(0, p.shape[1], LANES))
+        else:
+            return jnp.broadcast_to(p.sum(-1, keepdims=True), (p.shape[0], LANES))
+
+    def first(at: int) -> None:
+        """Keys of the span up to the block's own, masked"""
+        end = -(-(at + 1) * block // LANES) * LANES
+        begin = at * block // LANES * LANES
+        kv = own[0, pl.ds(pl.multiple_of(part * span, span), end)]
+        s = logits(at, kv)
+        key = lax.broadcasted_iota(jnp.int32, (group, block, end - begin), 2) + begin
+        query = lax.broadcasted_iota(jnp.int32, (group, block, end - begin), 1) + at * block
+        near = jnp.where((key <= query).reshape(group * block, end - begin), s[:, begin:], MASKED)
+        s = jnp.concatenate([s[:, :begin], near], axis=1) if begin else near
+        new_maximum = jnp.broadcast_to(s.max(-1, keepdims=True), maximum.shape[1:])
+        p = jnp.exp2(s - as_wide(new_maximum, end))
+        maximum[at] = new_maximum
+        total[at] = sums(p)
+        output[at] = product(p.astype(kv.dtype), kv[:, value_at:], (1, 0))
+
+    def attend(at: Array, kv: Array, visible: Any) -> None:
+        s = logits(at, kv)
+        s = s if visible is None else jnp.where(visible(s.shape), s, MASKED)
+        new_maximum = jnp.maximum(maximum[at], jnp.broadcast_to(s.max(-1, keepdims=True), maximum.shape[1:]))
+        p = jnp.exp2(s - as_wide(new_maximum, s.shape[1]))
+        decay = jnp.exp2(maximum[at] - new_maximum)
         out = product(p.astype(kv.dtype), kv[:, value_at:], (1, 0))
-        maximum[...] = new_maximum
-        total[...] = total[...] * decay + p.sum(-1, keepdims=True)
-        output[...] = output[...] * decay + out
+        maximum[at] = new_maximum
+        total[at] = total[at] * decay + sums(p)
+        output[at] = output[at] * as_wide(decay, width) + out
+
+    def each(f):
+        lax.fori_loop(0, span // block, lambda i, _: f(i), None, unroll=UNROLL)
 
     def attend_cached(tile: Array, _: None) -> None:
         slot = stream.take(item, tile)
         left = lengths[row] - tile * tiles.kvs
         stream.clear_past(slot, left, tiles.kvs, value_at)
-        attend(buffer[slot], lambda shape: lax.broadcasted_iota(jnp.int32, shape, 1) < left)
+        each(lambda at: attend(at, buffer[slot], lambda shape: lax.broadcasted_iota(jnp.int32, shape, 1) < left))
 
-    def attend_own(own_block: Array, _: None) -> None:
-        at = pl.multiple_of(own_block * block, block)
-
-        def causal(shape: tuple[int, ...]) -> Array:
-            key = lax.broadcasted_iota(jnp.int32, (group, block, block), 2) + at
-            query = lax.broadcasted_iota(jnp.int32, (group, block, block), 1) + query_block * block
-            return (key <= query).reshape(shape)
-
-        attend(own[0, pl.ds(at, block)], causal)
+    def attend_own(tile: Array, _: None) -> None:
+        kv = own[0, pl.ds(pl.multiple_of(tile * span, span), span)]
+        each(lambda at: attend(at, kv, None))
 
     @pl.when(row < rows)
     def _():
-        maximum[...] = jnp.full(maximum.shape, MASKED)
-        total[...] = jnp.zeros(total.shape)
-        output[...] = jnp.zeros(output.shape)
+        each(lambda at: lax.switch(at, [partial(first, i) for i in range(span // block)]))
+        if spans > 1:
+            lax.fori_loop(0, part, attend_own, None)
         lax.fori_loop(0, stream.tiles(item)[1], attend_cached, None)
-        lax.fori_loop(0, query_block + 1, attend_own, None)
-        out = output[...] / total[...]
-        out_ref[0] = out.reshape(group, block, width).astype(out_ref.dtype)
-        log_ref[0] = as_row(maximum[...] + jnp.log(total[...]))
+        def finish(at):
+            sums = total[at].sum(-1, keepdims=True) if LANEWISE else total[at]
+            out = output[at] / (sums if LANEWISE else as_wide(sums, width))
+            out_ref[0, :, pl.ds(pl.multiple_of(at * block, block), block)] = out.reshape(group, block, width).astype(out_ref.dtype)
+            log_ref[0, pl.ds(at, 1)] = as_row(((maximum[at] + jnp.log2(sums)) / LOG2_E)[:, :1])
+        each(finish)
