@@ -1,12 +1,14 @@
-"""Chunk attention as a TPU kernel: a block of queries with its whole group, over cached tiles and then its own keys.
+"""Chunk attention as a TPU kernel: a span of queries with its whole group, over its own keys and then cached tiles.
 
 All query heads of a KV head share what is read for it: ``group * block`` queries make the rows of one matrix product.
-The chunk's own K and V come beside each other like the pool's, so both kinds of tile take the same path. Masses are a
-second kernel (``tpu_masses``), since a query's probabilities are known only after its last key.
+The blocks of a span meet each tile in turn, written out one after the other: while one's logits become probabilities,
+which is the vector unit's work, the next one's are in the matrix unit. Masses are a second kernel (``tpu_masses``),
+since a query's probabilities are known only after its last key.
 """
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -39,23 +41,11 @@ from pallas_kernels.tpu_tiles import (
 QUERY_ROWS = 512
 """Queries of all heads of a group in one product, about."""
 SPAN = 512
-"""Queries of a head that a grid step takes at most, in up to ``SPAN_BLOCKS`` products a tile."""
+"""Queries of each head that read a cached tile once, at most."""
 SPAN_BLOCKS = 4
-import os
-TILE_KVS = int(os.environ.get("TK","512"))
-LANEWISE = int(os.environ.get("LW","1"))
-UNROLL = int(os.environ.get("UN","1"))
-LOG2_E = 1.4426950408889634
-
-def as_wide(x, width):
-    return x[:, :width] if width < LANES else jnp.concatenate([x] * (width // LANES), axis=1)
-
-def spans_of(length, block):
-    blocks = -(-length // block)
-    most = max(1, min(SPAN_BLOCKS, SPAN // block))
-    spans = -(-blocks // most)
-    span = -(-blocks // spans) * block
-    return spans, span if spans == 1 else -(-span // LANES) * LANES
+"""Blocks of a span, at most: as many bodies are compiled."""
+TILE_KVS = 512
+LOG2_E = math.log2(math.e)
 
 
 def prefill_attention(
@@ -82,8 +72,8 @@ def prefill_attention(
     tiles = tiles or tiling(pool, max_blocks, kvs=TILE_KVS)
     rows, group = batch * kv_heads, heads // kv_heads
     block = queries_a_block(length, group, query_rows)
-    spans, span = spans_of(length, block)
-    padded = spans * span
+    span = queries_a_span(length, block)
+    padded = -(-length // span) * span
     lanes = lanes_of(pool)
 
     def pad(x: Array, width: int) -> Array:
@@ -92,10 +82,11 @@ def prefill_attention(
     grouped = pad(query, lanes.width).reshape(batch, padded, kv_heads, group, -1).transpose(0, 2, 3, 1, 4)
     grouped = grouped.reshape(rows, group, padded, -1).astype(pool.dtype)
     own = jnp.concatenate([pad(key, lanes.half), pad(value, lanes.half)], axis=-1).transpose(0, 2, 1, 3)
-    own = own.reshape(rows, padded, -1).astype(pool.dtype)
-    own = jnp.pad(own, ((0, 0), (0, -padded % LANES), (0, 0)))
+    own = jnp.pad(own.reshape(rows, padded, -1).astype(pool.dtype), ((0, 0), (0, -padded % LANES), (0, 0)))
     per_row = grouped, own, block_table.reshape(rows, max_blocks), lengths.reshape(rows)
-    run = partial(_run, pool, dtype=query.dtype, block=block, span=span, head_dim=head_dim, tiles=tiles, interpret=interpret)
+    run = partial(
+        _run, pool, dtype=query.dtype, block=block, span=span, head_dim=head_dim, tiles=tiles, interpret=interpret
+    )
     parts = [run(*(x[at : at + at_once] for x in per_row)) for at in range(0, rows, at_once)]
     out, log_total = (jnp.concatenate(xs) for xs in zip(*parts, strict=True))
     out = out.reshape(batch, kv_heads, group, padded, -1)[:, :, :, :length, lanes.value_at : lanes.value_at + head_dim]
@@ -118,6 +109,14 @@ def prefill_attention(
         on_cached.reshape(batch, heads, -1)[..., :kvs],
         on_own.reshape(batch, heads, -1)[..., :length],
     )
+
+
+def queries_a_span(length: int, block: int) -> int:
+    """Queries of each head in a grid step: whole blocks, and of several spans also whole tiles of own keys."""
+    most = max(LANES, min(SPAN, SPAN_BLOCKS * block))
+    spans = -(-length // most)
+    whole = block if spans == 1 else max(block, LANES)
+    return -(-length // (spans * whole)) * whole
 
 
 def check(pool: Array, head_dim: int) -> None:
@@ -144,7 +143,7 @@ def _run(
     Args:
       pool: ``[blocks, block_size, 2 * half]``.
       query: ``[rows, group, length, width]``.
-      own: ``[rows, length, 2 * half]``.
+      own: ``[rows, kvs, 2 * half]``, of at least as many KVs as there are queries.
       table: ``i32[rows, max_blocks]``.
       lengths: ``i32[rows]``.
 
@@ -169,19 +168,17 @@ def _run(
             num_scalar_prefetch=2,
             grid=(CORES, steps, spans),
             in_specs=[
-                pl.BlockSpec(of_query, lambda core, step, q, *_: (read_row(core, step), 0, q, 0)),
-                pl.BlockSpec((1, own.shape[1], pool.shape[-1]), lambda core, step, q, *_: (read_row(core, step), 0, 0)),
+                pl.BlockSpec(of_query, lambda core, step, part, *_: (read_row(core, step), 0, part, 0)),
+                pl.BlockSpec((1, *own.shape[1:]), lambda core, step, part, *_: (read_row(core, step), 0, 0)),
                 pl.BlockSpec(memory_space=pltpu.HBM),
             ],
             out_specs=[
-                pl.BlockSpec(of_query, lambda core, step, q, *_: (row_of(core, step), 0, q, 0)),
-                pl.BlockSpec(of_log, lambda core, step, q, *_: (row_of(core, step) * spans + q, 0, 0)),
+                pl.BlockSpec(of_query, lambda core, step, part, *_: (row_of(core, step), 0, part, 0)),
+                pl.BlockSpec(of_log, lambda core, step, part, *_: (row_of(core, step) * spans + part, 0, 0)),
             ],
             scratch_shapes=[
                 *TileStream.scratch_shapes(tiles, pool),
-                pltpu.VMEM((blocks, group * block, LANES), jnp.float32),
-                pltpu.VMEM((blocks, group * block, LANES), jnp.float32),
-                pltpu.VMEM((blocks, group * block, width), jnp.float32),
+                *[pltpu.VMEM((blocks, group * block, lanes), jnp.float32) for lanes in (LANES, LANES, width)],
             ],
         ),
         out_shape=[
@@ -194,7 +191,7 @@ def _run(
         name="prefill_attention",
         interpret=interpret,
     )(lengths, table.reshape(-1), query, own, pool)
-    log_total = log_total.reshape(-1, length // block, group, block).transpose(0, 2, 1, 3)
+    log_total = log_total.reshape(-1, spans * blocks, group, block).transpose(0, 2, 1, 3)
     return out[:rows], log_total.reshape(-1, group, length)[:rows]
 
 
@@ -224,80 +221,77 @@ def _kernel(
     row = core * steps + step
     item = row * spans + part
     _, group, span, width = query_ref.shape
+    blocks, queries = range(span // block), group * block
     value_at = buffer.shape[-1] - width
 
-    end = jnp.minimum((core + 1) * steps, rows)
-    items = core * steps * spans, end * spans
+    items = core * steps * spans, jnp.minimum((core + 1) * steps, rows) * spans
     stream = TileStream(
-        tiles,
-        pool,
-        table,
-        held_blocks(lengths, tiles, spans),
-        (buffer, arrived, state),
-        items,
-        repeats=spans,
+        tiles, pool, table, held_blocks(lengths, tiles, spans), (buffer, arrived, state), items, repeats=spans
     )
     pl.when((step == 0) & (part == 0))(stream.start)
 
-    def logits(at, kv):
-        query = query_ref[0, :, pl.ds(pl.multiple_of(at * block, block), block)].reshape(group * block, width)
+    def logits(at: int, kv: Array) -> Array:
+        """Of a block's queries and keys ``[kvs, 2 * half]``, ``[queries, kvs]``: to the base of 2, like all here."""
+        query = query_ref[0, :, at * block : (at + 1) * block].reshape(queries, width)
         return product(query, kv[:, :width], (1, 1)) * (scale * LOG2_E)
 
-    def sums(p):
-        if LANEWISE:
-            return sum(p[:, i:i+LANES] for i in range(0, p.shape[1], LANES))
-        else:
-            return jnp.broadcast_to(p.sum(-1, keepdims=True), (p.shape[0], LANES))
-
-    def first(at: int) -> None:
-        """Keys of the span up to the block's own, masked"""
-        end = -(-(at + 1) * block // LANES) * LANES
-        begin = at * block // LANES * LANES
-        kv = own[0, pl.ds(pl.multiple_of(part * span, span), end)]
+    def begin(at: int, kv: Array) -> None:
+        """The softmax over the block's own keys and those before them in its span, which come last and first."""
         s = logits(at, kv)
-        key = lax.broadcasted_iota(jnp.int32, (group, block, end - begin), 2) + begin
-        query = lax.broadcasted_iota(jnp.int32, (group, block, end - begin), 1) + at * block
-        near = jnp.where((key <= query).reshape(group * block, end - begin), s[:, begin:], MASKED)
-        s = jnp.concatenate([s[:, :begin], near], axis=1) if begin else near
-        new_maximum = jnp.broadcast_to(s.max(-1, keepdims=True), maximum.shape[1:])
-        p = jnp.exp2(s - as_wide(new_maximum, end))
-        maximum[at] = new_maximum
-        total[at] = sums(p)
+        before = at * block // LANES * LANES
+        shape = group, block, s.shape[1] - before
+        key = lax.broadcasted_iota(jnp.int32, shape, 2) + before
+        query = lax.broadcasted_iota(jnp.int32, shape, 1) + at * block
+        near = jnp.where((key <= query).reshape(queries, -1), s[:, before:], MASKED)
+        s = jnp.concatenate([s[:, :before], near], axis=1) if before else near
+        top = over_lanes(s.max(-1, keepdims=True))
+        p = jnp.exp2(s - as_wide(top, s.shape[1]))
+        maximum[at], total[at] = top, over_lanes(p.sum(-1, keepdims=True))
         output[at] = product(p.astype(kv.dtype), kv[:, value_at:], (1, 0))
 
-    def attend(at: Array, kv: Array, visible: Any) -> None:
+    def attend(at: int, kv: Array, left: Array | None = None) -> None:
+        """Keys ``[kvs, 2 * half]``, or so many of them, into a block's running softmax."""
         s = logits(at, kv)
-        s = s if visible is None else jnp.where(visible(s.shape), s, MASKED)
-        new_maximum = jnp.maximum(maximum[at], jnp.broadcast_to(s.max(-1, keepdims=True), maximum.shape[1:]))
-        p = jnp.exp2(s - as_wide(new_maximum, s.shape[1]))
-        decay = jnp.exp2(maximum[at] - new_maximum)
+        if left is not None:
+            s = jnp.where(lax.broadcasted_iota(jnp.int32, s.shape, 1) < left, s, MASKED)
+        top = jnp.maximum(maximum[at], over_lanes(s.max(-1, keepdims=True)))
+        p = jnp.exp2(s - as_wide(top, s.shape[1]))
+        decay = jnp.exp2(maximum[at] - top)
         out = product(p.astype(kv.dtype), kv[:, value_at:], (1, 0))
-        maximum[at] = new_maximum
-        total[at] = total[at] * decay + sums(p)
+        maximum[at], total[at] = top, total[at] * decay + over_lanes(p.sum(-1, keepdims=True))
         output[at] = output[at] * as_wide(decay, width) + out
 
-    def each(f):
-        lax.fori_loop(0, span // block, lambda i, _: f(i), None, unroll=UNROLL)
+    def attend_span(before: Array, _: None) -> None:
+        kv = own[0, pl.ds(pl.multiple_of(before * span, span), span)]
+        for at in blocks:
+            attend(at, kv)
 
     def attend_cached(tile: Array, _: None) -> None:
         slot = stream.take(item, tile)
         left = lengths[row] - tile * tiles.kvs
         stream.clear_past(slot, left, tiles.kvs, value_at)
-        each(lambda at: attend(at, buffer[slot], lambda shape: lax.broadcasted_iota(jnp.int32, shape, 1) < left))
-
-    def attend_own(tile: Array, _: None) -> None:
-        kv = own[0, pl.ds(pl.multiple_of(tile * span, span), span)]
-        each(lambda at: attend(at, kv, None))
+        for at in blocks:
+            attend(at, buffer[slot], left)
 
     @pl.when(row < rows)
     def _():
-        each(lambda at: lax.switch(at, [partial(first, i) for i in range(span // block)]))
+        for at in blocks:
+            end = -(-(at + 1) * block // LANES) * LANES
+            begin(at, own[0, pl.ds(pl.multiple_of(part * span, span), end)])
         if spans > 1:
-            lax.fori_loop(0, part, attend_own, None)
+            lax.fori_loop(0, part, attend_span, None)
         lax.fori_loop(0, stream.tiles(item)[1], attend_cached, None)
-        def finish(at):
-            sums = total[at].sum(-1, keepdims=True) if LANEWISE else total[at]
-            out = output[at] / (sums if LANEWISE else as_wide(sums, width))
-            out_ref[0, :, pl.ds(pl.multiple_of(at * block, block), block)] = out.reshape(group, block, width).astype(out_ref.dtype)
-            log_ref[0, pl.ds(at, 1)] = as_row(((maximum[at] + jnp.log2(sums)) / LOG2_E)[:, :1])
-        each(finish)
+        for at in blocks:
+            out = output[at] / as_wide(total[at], width)
+            out_ref[0, :, at * block : (at + 1) * block] = out.reshape(group, block, width).astype(out_ref.dtype)
+            log_ref[0, at : at + 1] = as_row((maximum[at] + jnp.log2(total[at]))[:, :1] / LOG2_E)
+
+
+def over_lanes(column: Array) -> Array:
+    """``[n, 1]`` in each of a register's lanes, where what goes by rows needs no more shuffling."""
+    return jnp.broadcast_to(column, (column.shape[0], LANES))
+
+
+def as_wide(rows: Array, width: int) -> Array:
+    """Such ``[n, 128]`` beside ``[n, width]``."""
+    return jnp.concatenate([rows] * -(-width // LANES), axis=1)[:, :width]

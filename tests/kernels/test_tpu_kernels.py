@@ -149,9 +149,14 @@ def test_prefill(eager, group, head_dim, dtype):
     check_prefill(eager, group=group, head_dim=head_dim, dtype=dtype)
 
 
-def test_prefill_of_a_long_chunk(interpreter):
-    """Three blocks of queries, so the cached tiles are streamed three times."""
+def test_prefill_of_several_blocks(interpreter):
+    """Three blocks of queries, of which the last two see earlier ones' keys; the last is part-filled."""
     check_prefill(interpreter, length=37, cached=SKEWED[:, :1])
+
+
+def test_prefill_of_a_long_chunk(interpreter):
+    """Two spans of 128 queries, so the cached tiles are streamed twice."""
+    check_prefill(interpreter, length=150, cached=SKEWED[:, :1], group=1)
 
 
 @pytest.mark.parametrize("length", [2, 16])
