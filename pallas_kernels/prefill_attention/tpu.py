@@ -29,7 +29,6 @@ from pallas_kernels.tpu_tiles import (
     UNCHECKED,
     TileStream,
     Tiling,
-    as_row,
     check_pool,
     held_blocks,
     lanes_of,
@@ -284,7 +283,7 @@ def _kernel(
         for at in blocks:
             out = output[at] / as_wide(total[at], width)
             out_ref[0, :, at * block : (at + 1) * block] = out.reshape(group, block, width).astype(out_ref.dtype)
-            log_ref[0, at : at + 1] = as_row((maximum[at] + jnp.log2(total[at]))[:, :1] / LOG2_E)
+            log_ref[0, at : at + 1] = jnp.transpose((maximum[at] + jnp.log2(total[at])) / LOG2_E)[:1]
 
 
 def over_lanes(column: Array) -> Array:
