@@ -8,7 +8,6 @@ since a query's probabilities are known only after its last key.
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.kvs import RawKVs
-from pallas_kernels.prefill_attention.tpu_masses import masses, queries_a_block
+from pallas_kernels.prefill_attention.tpu_masses import LOG2_E, as_wide, masses, queries_a_block
 from pallas_kernels.prefill_attention.types import ObservedQueries
 from pallas_kernels.tpu_tiles import (
     CORES,
@@ -44,7 +43,6 @@ SPAN = 512
 SPAN_BLOCKS = 4
 """Blocks of a span, at most: as many bodies are compiled."""
 TILE_KVS = 512
-LOG2_E = math.log2(math.e)
 
 
 def prefill_attention(
@@ -289,8 +287,3 @@ def _kernel(
 def over_lanes(column: Array) -> Array:
     """``[n, 1]`` in each of a register's lanes, where what goes by rows needs no more shuffling."""
     return jnp.broadcast_to(column, (column.shape[0], LANES))
-
-
-def as_wide(rows: Array, width: int) -> Array:
-    """Such ``[n, 128]`` beside ``[n, width]``."""
-    return jnp.concatenate([rows] * -(-width // LANES), axis=1)[:, :width]

@@ -29,7 +29,7 @@ def is_caught(check, **options) -> bool:
 
 
 MANY_TILES = np.array([[75, 40], [2, 33]])
-"""Cached KVs of which the first core streams more tiles than it has buffers, though a chunk's queries read them once."""
+"""Of these cached KVs the first core streams more tiles than it has buffers, though all queries read them at once."""
 CHECKS = {
     "decode": lambda interpreter: test_tpu_kernels.check_decode(interpreter, group=2),
     "prefill": lambda interpreter: test_tpu_kernels.check_prefill(interpreter, length=18, cached=MANY_TILES),
