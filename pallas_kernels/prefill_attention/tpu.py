@@ -1,8 +1,9 @@
-"""Chunk attention as a TPU kernel: a block of queries with its whole group, over cached tiles and then its own keys.
+"""Chunk attention as a TPU kernel: a span of queries with its whole group, over its own keys and then cached tiles.
 
 All query heads of a KV head share what is read for it: ``group * block`` queries make the rows of one matrix product.
-The chunk's own K and V come beside each other like the pool's, so both kinds of tile take the same path. Masses are a
-second kernel (``tpu_masses``), since a query's probabilities are known only after its last key.
+The blocks of a span meet each tile in turn, written out one after the other: while one's logits become probabilities,
+which is the vector unit's work, the next one's are in the matrix unit. Masses are a second kernel (``tpu_masses``),
+since a query's probabilities are known only after its last key.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.kvs import RawKVs
-from pallas_kernels.prefill_attention.tpu_masses import masses, queries_a_block
+from pallas_kernels.prefill_attention.tpu_masses import LOG2_E, as_wide, masses, queries_a_block
 from pallas_kernels.prefill_attention.types import ObservedQueries
 from pallas_kernels.tpu_tiles import (
     CORES,
+    LANES,
     MASKED,
     SMEM_ENTRIES,
     UNCHECKED,
     TileStream,
     Tiling,
-    as_row,
     check_pool,
     held_blocks,
     lanes_of,
@@ -37,6 +38,10 @@ from pallas_kernels.tpu_tiles import (
 
 QUERY_ROWS = 512
 """Queries of all heads of a group in one product, about."""
+SPAN = 512
+"""Queries of each head that read a cached tile once, at most."""
+SPAN_BLOCKS = 4
+"""Blocks of a span, at most: as many bodies are compiled."""
 TILE_KVS = 512
 
 
@@ -64,7 +69,8 @@ def prefill_attention(
     tiles = tiles or tiling(pool, max_blocks, kvs=TILE_KVS)
     rows, group = batch * kv_heads, heads // kv_heads
     block = queries_a_block(length, group, query_rows)
-    padded = -(-length // block) * block
+    span = queries_a_span(length, block)
+    padded = -(-length // span) * span
     lanes = lanes_of(pool)
 
     def pad(x: Array, width: int) -> Array:
@@ -73,9 +79,11 @@ def prefill_attention(
     grouped = pad(query, lanes.width).reshape(batch, padded, kv_heads, group, -1).transpose(0, 2, 3, 1, 4)
     grouped = grouped.reshape(rows, group, padded, -1).astype(pool.dtype)
     own = jnp.concatenate([pad(key, lanes.half), pad(value, lanes.half)], axis=-1).transpose(0, 2, 1, 3)
-    own = own.reshape(rows, padded, -1).astype(pool.dtype)
+    own = jnp.pad(own.reshape(rows, padded, -1).astype(pool.dtype), ((0, 0), (0, -padded % LANES), (0, 0)))
     per_row = grouped, own, block_table.reshape(rows, max_blocks), lengths.reshape(rows)
-    run = partial(_run, pool, dtype=query.dtype, block=block, head_dim=head_dim, tiles=tiles, interpret=interpret)
+    run = partial(
+        _run, pool, dtype=query.dtype, block=block, span=span, head_dim=head_dim, tiles=tiles, interpret=interpret
+    )
     parts = [run(*(x[at : at + at_once] for x in per_row)) for at in range(0, rows, at_once)]
     out, log_total = (jnp.concatenate(xs) for xs in zip(*parts, strict=True))
     out = out.reshape(batch, kv_heads, group, padded, -1)[:, :, :, :length, lanes.value_at : lanes.value_at + head_dim]
@@ -100,6 +108,14 @@ def prefill_attention(
     )
 
 
+def queries_a_span(length: int, block: int) -> int:
+    """Queries of each head in a grid step: whole blocks, and of several spans also whole tiles of own keys."""
+    most = max(LANES, min(SPAN, SPAN_BLOCKS * block))
+    spans = -(-length // most)
+    whole = block if spans == 1 else max(block, LANES)
+    return -(-length // (spans * whole)) * whole
+
+
 def check(pool: Array, head_dim: int) -> None:
     """Raises ValueError for what the kernel can't take."""
     check_pool(pool, head_dim)
@@ -114,6 +130,7 @@ def _run(
     *,
     dtype: Any,
     block: int,
+    span: int,
     head_dim: int,
     tiles: Tiling,
     interpret: Any,
@@ -123,7 +140,7 @@ def _run(
     Args:
       pool: ``[blocks, block_size, 2 * half]``.
       query: ``[rows, group, length, width]``.
-      own: ``[rows, length, 2 * half]``.
+      own: ``[rows, kvs, 2 * half]``, of at least as many KVs as there are queries.
       table: ``i32[rows, max_blocks]``.
       lengths: ``i32[rows]``.
 
@@ -131,7 +148,7 @@ def _run(
       Output ``[rows, group, length, width]`` and the log of each query's softmax sum, ``f32[rows, group, length]``.
     """
     rows, group, length, width = query.shape
-    query_blocks = length // block
+    spans, blocks = length // span, span // block
     steps = -(-rows // CORES)
 
     def row_of(core: Array, step: Array) -> Array:
@@ -140,32 +157,30 @@ def _run(
     def read_row(core: Array, step: Array) -> Array:
         return jnp.minimum(row_of(core, step), rows - 1)
 
-    of_query = (1, group, block, width)
-    of_log = (1, 1, group * block)
+    of_query = (1, group, span, width)
+    of_log = (1, blocks, group * block)
     out, log_total = pl.pallas_call(
-        partial(_kernel, scale=head_dim**-0.5, tiles=tiles, rows=rows, steps=steps, query_blocks=query_blocks),
+        partial(_kernel, scale=head_dim**-0.5, tiles=tiles, rows=rows, steps=steps, block=block, spans=spans),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(CORES, steps, query_blocks),
+            grid=(CORES, steps, spans),
             in_specs=[
-                pl.BlockSpec(of_query, lambda core, step, q, *_: (read_row(core, step), 0, q, 0)),
-                pl.BlockSpec((1, length, pool.shape[-1]), lambda core, step, q, *_: (read_row(core, step), 0, 0)),
+                pl.BlockSpec(of_query, lambda core, step, part, *_: (read_row(core, step), 0, part, 0)),
+                pl.BlockSpec((1, *own.shape[1:]), lambda core, step, part, *_: (read_row(core, step), 0, 0)),
                 pl.BlockSpec(memory_space=pltpu.HBM),
             ],
             out_specs=[
-                pl.BlockSpec(of_query, lambda core, step, q, *_: (row_of(core, step), 0, q, 0)),
-                pl.BlockSpec(of_log, lambda core, step, q, *_: (row_of(core, step) * query_blocks + q, 0, 0)),
+                pl.BlockSpec(of_query, lambda core, step, part, *_: (row_of(core, step), 0, part, 0)),
+                pl.BlockSpec(of_log, lambda core, step, part, *_: (row_of(core, step) * spans + part, 0, 0)),
             ],
             scratch_shapes=[
                 *TileStream.scratch_shapes(tiles, pool),
-                pltpu.VMEM((group * block, 1), jnp.float32),
-                pltpu.VMEM((group * block, 1), jnp.float32),
-                pltpu.VMEM((group * block, width), jnp.float32),
+                *[pltpu.VMEM((blocks, group * block, lanes), jnp.float32) for lanes in (LANES, LANES, width)],
             ],
         ),
         out_shape=[
             jax.ShapeDtypeStruct((CORES * steps, group, length, width), dtype),
-            jax.ShapeDtypeStruct((CORES * steps * query_blocks, 1, group * block), jnp.float32),
+            jax.ShapeDtypeStruct((CORES * steps * spans, blocks, group * block), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=48 * 2**20, **UNCHECKED
@@ -173,7 +188,7 @@ def _run(
         name="prefill_attention",
         interpret=interpret,
     )(lengths, table.reshape(-1), query, own, pool)
-    log_total = log_total.reshape(-1, query_blocks, group, block).transpose(0, 2, 1, 3)
+    log_total = log_total.reshape(-1, spans * blocks, group, block).transpose(0, 2, 1, 3)
     return out[:rows], log_total.reshape(-1, group, length)[:rows]
 
 
@@ -196,63 +211,79 @@ def _kernel(
     tiles: Tiling,
     rows: int,
     steps: int,
-    query_blocks: int,
+    block: int,
+    spans: int,
 ) -> None:
-    core, step, query_block = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    core, step, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     row = core * steps + step
-    item = row * query_blocks + query_block
-    _, group, block, width = query_ref.shape
+    item = row * spans + part
+    _, group, span, width = query_ref.shape
+    blocks, queries = range(span // block), group * block
     value_at = buffer.shape[-1] - width
 
-    end = jnp.minimum((core + 1) * steps, rows)
-    items = core * steps * query_blocks, end * query_blocks
+    items = core * steps * spans, jnp.minimum((core + 1) * steps, rows) * spans
     stream = TileStream(
-        tiles,
-        pool,
-        table,
-        held_blocks(lengths, tiles, query_blocks),
-        (buffer, arrived, state),
-        items,
-        repeats=query_blocks,
+        tiles, pool, table, held_blocks(lengths, tiles, spans), (buffer, arrived, state), items, repeats=spans
     )
-    pl.when((step == 0) & (query_block == 0))(stream.start)
+    pl.when((step == 0) & (part == 0))(stream.start)
 
-    def attend(kv: Array, visible: Any) -> None:
-        """Keys ``[kvs, 2 * half]`` into the running softmax; visible: logits ``[queries, kvs]`` -> ``bool`` of them."""
-        query = query_ref[0].reshape(group * block, width)
-        s = product(query, kv[:, :width], (1, 1))
-        s = jnp.where(visible(s.shape), s * scale, MASKED)
-        new_maximum = jnp.maximum(maximum[...], s.max(-1, keepdims=True))
-        p = jnp.exp(s - new_maximum)
-        decay = jnp.exp(maximum[...] - new_maximum)
+    def logits(at: int, kv: Array) -> Array:
+        """Of a block's queries and keys ``[kvs, 2 * half]``, ``[queries, kvs]``: to the base of 2, like all here."""
+        query = query_ref[0, :, at * block : (at + 1) * block].reshape(queries, width)
+        return product(query, kv[:, :width], (1, 1)) * (scale * LOG2_E)
+
+    def begin(at: int, kv: Array) -> None:
+        """The softmax over the block's own keys and those before them in its span, which come last and first."""
+        s = logits(at, kv)
+        before = at * block // LANES * LANES
+        shape = group, block, s.shape[1] - before
+        key = lax.broadcasted_iota(jnp.int32, shape, 2) + before
+        query = lax.broadcasted_iota(jnp.int32, shape, 1) + at * block
+        near = jnp.where((key <= query).reshape(queries, -1), s[:, before:], MASKED)
+        s = jnp.concatenate([s[:, :before], near], axis=1) if before else near
+        top = over_lanes(s.max(-1, keepdims=True))
+        p = jnp.exp2(s - as_wide(top, s.shape[1]))
+        maximum[at], total[at] = top, over_lanes(p.sum(-1, keepdims=True))
+        output[at] = product(p.astype(kv.dtype), kv[:, value_at:], (1, 0))
+
+    def attend(at: int, kv: Array, left: Array | None = None) -> None:
+        """Keys ``[kvs, 2 * half]``, or so many of them, into a block's running softmax."""
+        s = logits(at, kv)
+        if left is not None:
+            s = jnp.where(lax.broadcasted_iota(jnp.int32, s.shape, 1) < left, s, MASKED)
+        top = jnp.maximum(maximum[at], over_lanes(s.max(-1, keepdims=True)))
+        p = jnp.exp2(s - as_wide(top, s.shape[1]))
+        decay = jnp.exp2(maximum[at] - top)
         out = product(p.astype(kv.dtype), kv[:, value_at:], (1, 0))
-        maximum[...] = new_maximum
-        total[...] = total[...] * decay + p.sum(-1, keepdims=True)
-        output[...] = output[...] * decay + out
+        maximum[at], total[at] = top, total[at] * decay + over_lanes(p.sum(-1, keepdims=True))
+        output[at] = output[at] * as_wide(decay, width) + out
+
+    def attend_span(before: Array, _: None) -> None:
+        kv = own[0, pl.ds(pl.multiple_of(before * span, span), span)]
+        for at in blocks:
+            attend(at, kv)
 
     def attend_cached(tile: Array, _: None) -> None:
         slot = stream.take(item, tile)
         left = lengths[row] - tile * tiles.kvs
         stream.clear_past(slot, left, tiles.kvs, value_at)
-        attend(buffer[slot], lambda shape: lax.broadcasted_iota(jnp.int32, shape, 1) < left)
-
-    def attend_own(own_block: Array, _: None) -> None:
-        at = pl.multiple_of(own_block * block, block)
-
-        def causal(shape: tuple[int, ...]) -> Array:
-            key = lax.broadcasted_iota(jnp.int32, (group, block, block), 2) + at
-            query = lax.broadcasted_iota(jnp.int32, (group, block, block), 1) + query_block * block
-            return (key <= query).reshape(shape)
-
-        attend(own[0, pl.ds(at, block)], causal)
+        for at in blocks:
+            attend(at, buffer[slot], left)
 
     @pl.when(row < rows)
     def _():
-        maximum[...] = jnp.full(maximum.shape, MASKED)
-        total[...] = jnp.zeros(total.shape)
-        output[...] = jnp.zeros(output.shape)
+        for at in blocks:
+            end = -(-(at + 1) * block // LANES) * LANES
+            begin(at, own[0, pl.ds(pl.multiple_of(part * span, span), end)])
+        if spans > 1:
+            lax.fori_loop(0, part, attend_span, None)
         lax.fori_loop(0, stream.tiles(item)[1], attend_cached, None)
-        lax.fori_loop(0, query_block + 1, attend_own, None)
-        out = output[...] / total[...]
-        out_ref[0] = out.reshape(group, block, width).astype(out_ref.dtype)
-        log_ref[0] = as_row(maximum[...] + jnp.log(total[...]))
+        for at in blocks:
+            out = output[at] / as_wide(total[at], width)
+            out_ref[0, :, at * block : (at + 1) * block] = out.reshape(group, block, width).astype(out_ref.dtype)
+            log_ref[0, at : at + 1] = jnp.transpose((maximum[at] + jnp.log2(total[at])) / LOG2_E)[:1]
+
+
+def over_lanes(column: Array) -> Array:
+    """``[n, 1]`` in each of a register's lanes, where what goes by rows needs no more shuffling."""
+    return jnp.broadcast_to(column, (column.shape[0], LANES))

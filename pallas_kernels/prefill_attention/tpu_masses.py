@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -12,12 +13,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.prefill_attention.types import ObservedQueries
-from pallas_kernels.tpu_tiles import CORES, UNCHECKED, TileStream, Tiling, as_column, held_blocks, product
+from pallas_kernels.tpu_tiles import CORES, LANES, UNCHECKED, TileStream, Tiling, as_column, held_blocks, product
+
+LOG2_E = math.log2(math.e)
 
 
 def queries_a_block(count: int, group: int, query_rows: int) -> int:
     """Queries of each head in one product: a power of two, so that all heads' are about ``query_rows``, or all."""
     return min(max(16, 1 << (query_rows // group).bit_length() - 1), -(-count // 16) * 16)
+
+
+def as_wide(rows: Array, width: int) -> Array:
+    """``[n, 128]``, the same in all lanes, for what is ``[n, width]``."""
+    return jnp.concatenate([rows] * -(-width // LANES), axis=1)[:, :width]
 
 
 def masses(
@@ -64,9 +72,11 @@ def masses(
     seen = jnp.take_along_axis(query, at[:, None, :, None], axis=2).reshape(rows, group, blocks, block, width)
     seen = seen.transpose(0, 2, 1, 3, 4).reshape(rows, blocks, group * block, width)
     log_seen = jnp.take_along_axis(log_total, at[:, None], axis=2).reshape(rows, group, blocks, block)
-    log_seen = log_seen.transpose(0, 2, 1, 3).reshape(rows, blocks, 1, group * block)
+    log_seen = log_seen.transpose(0, 2, 1, 3).reshape(rows, blocks, 1, group * block) * LOG2_E
 
-    per_row = [table, lengths, seen, log_seen, last, own]
+    # Most chunks of a long prompt are observed by nobody: what they find cached isn't read again.
+    is_seen = jnp.repeat(is_real.any(1), kv_heads)
+    per_row = [table, jnp.where(is_seen, lengths, 0), seen, log_seen, last, own]
     if observed.buffer:
         pad = tiles.tiles * tiles.kvs - observed.cached_positions.shape[-1]
         positions = jnp.pad(observed.cached_positions.reshape(rows, -1), ((0, 0), (0, pad)))
@@ -162,10 +172,12 @@ def _kernel(
     )
     pl.when((step == 0) & (block == 0))(stream.start)
 
+    log = jnp.transpose(jnp.broadcast_to(log_seen[0, 0], (LANES, seen.shape[2])))
+
     def mass(key: Array, visible: Any) -> Array:
         """Sum over the queries, ``[group, kvs]``; visible: indices ``[1, 1, kvs]`` -> ``bool[1, block, kvs]``."""
-        s = product(seen[0, 0], key, (1, 1))
-        p = function(jnp.exp(s * scale - as_column(log_seen[0, 0])))
+        s = product(seen[0, 0], key, (1, 1)) * (scale * LOG2_E)
+        p = function(jnp.exp2(s - as_wide(log, s.shape[1])))
         p = p.reshape(group, -1, p.shape[-1])
         return jnp.where(visible(lax.broadcasted_iota(jnp.int32, (1, 1, p.shape[-1]), 2)), p, 0.0).sum(1)
 

@@ -112,14 +112,25 @@ def test_decode_over_a_table_too_large_for_one_call(interpreter):
 
 
 def check_prefill(
-    interpreter, *, cached=SKEWED[:, :2], length=20, group=2, head_dim=64, dtype=jnp.float32, buffer=0, **options
+    interpreter,
+    *,
+    cached=SKEWED[:, :2],
+    length=20,
+    group=2,
+    head_dim=64,
+    dtype=jnp.float32,
+    buffer=0,
+    unseen=(),
+    **options,
 ):
+    """``unseen``: sequences of which nobody is observed."""
     rng = np.random.default_rng(length + head_dim)
     pool, table = pool_of(rng, cached, head_dim=head_dim, half=options.pop("half", None), dtype=dtype, spare=1)
     batch, kv_heads = cached.shape
     query = jnp.asarray(rng.standard_normal((batch, length, kv_heads * group, head_dim)), dtype)
     key, value = (jnp.asarray(rng.standard_normal((batch, length, kv_heads, head_dim)), dtype) for _ in range(2))
     rows = np.array([[length - 1, 0, -1], [-1, length // 2, length - 2]], np.int32)
+    rows[list(unseen)] = -1
     observed = prefill_attention.ObservedQueries(
         rows=jnp.asarray(rows),
         positions=jnp.asarray(np.array([[100], [400]]) + np.arange(length), jnp.int32),
@@ -149,9 +160,14 @@ def test_prefill(eager, group, head_dim, dtype):
     check_prefill(eager, group=group, head_dim=head_dim, dtype=dtype)
 
 
-def test_prefill_of_a_long_chunk(interpreter):
-    """Three blocks of queries, so the cached tiles are streamed three times."""
+def test_prefill_of_several_blocks(interpreter):
+    """Three blocks of queries, of which the last two see earlier ones' keys; the last is part-filled."""
     check_prefill(interpreter, length=37, cached=SKEWED[:, :1])
+
+
+def test_prefill_of_a_long_chunk(interpreter):
+    """Two spans of 128 queries, so the cached tiles are streamed twice."""
+    check_prefill(interpreter, length=150, cached=SKEWED[:, :1], group=1)
 
 
 @pytest.mark.parametrize("length", [2, 16])
@@ -165,6 +181,11 @@ def test_prefill_into_an_empty_cache(eager):
 
 def test_prefill_observed_but_for_the_nearest_keys(eager):
     check_prefill(eager, buffer=7, cached=SKEWED[:, :1])
+
+
+@pytest.mark.parametrize("unseen", [(0,), (0, 1)])
+def test_prefill_that_is_observed_in_part(interpreter, unseen):
+    check_prefill(interpreter, unseen=unseen, length=5)
 
 
 def test_prefill_of_a_padded_head(eager):
