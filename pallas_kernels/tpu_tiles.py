@@ -118,6 +118,8 @@ def check_pool(pool: Array, head_dim: int) -> None:
 
 def floor_div(x: Array, y: int) -> Array:
     """Of what isn't negative: ``//`` asks about signs, and in a kernel each question is an instruction."""
+    if y & (y - 1) == 0:
+        return lax.shift_right_logical(x, jnp.int32(y.bit_length() - 1))
     return lax.div(x, jnp.int32(y))
 
 
@@ -165,6 +167,7 @@ class TileStream:
         items: tuple[Array | int, Array | int],
         *,
         repeats: int = 1,
+        in_use: int = 1,
     ):
         """
         Args:
@@ -175,14 +178,15 @@ class TileStream:
           scratch: what ``scratch_shapes`` asked for.
           items: first and end of what the grid visits; item ``i`` is row ``i // repeats``.
           repeats: how many times in turn a row is visited.
+          in_use: tiles that are worked on at once: a buffer is filled anew when so many have been taken after its tile.
         """
         self.tiling, self.pool, self.table, self.span, self.repeats = tiling, pool, table, span, repeats
         self.buffer, self.arrived, self.state = scratch
-        self.items = items
+        self.items, self.in_use = items, in_use
 
     @staticmethod
     def scratch_shapes(tiling: Tiling, pool: Array) -> tuple[Any, Any, Any]:
-        """Buffers, their semaphores, and the counters item, tile, copied, taken."""
+        """Buffers, their semaphores, and the item, tile and buffer to copy next, and the buffer to take next."""
         return (
             pltpu.VMEM((tiling.buffers, tiling.kvs, pool.shape[-1]), pool.dtype),
             pltpu.SemaphoreType.DMA((tiling.buffers,)),
@@ -195,18 +199,18 @@ class TileStream:
         return floor_div(first, self.tiling.blocks), jnp.where(end > first, ceil_div(end, self.tiling.blocks), 0)
 
     def start(self) -> None:
-        """Begins to copy as many tiles as there are buffers, but one."""
+        """Begins to copy as many tiles as there are buffers, but for those in use at once."""
         self._go_to(jnp.int32(self.items[0]))
         self.state[2] = 0
         self.state[3] = 0
-        for _ in range(self.tiling.buffers - 1):
+        for _ in range(self.tiling.buffers - self.in_use):
             self._copy_next()
 
     def take(self, item: Array, tile: Array) -> Array:
-        """Waits for the next tile, which is this one, and returns its buffer; the one taken before is given up."""
+        """Waits for the next tile, which is this one, and returns its buffer; that taken ``in_use`` before is given up."""
         self._copy_next()
-        slot = lax.rem(self.state[3], jnp.int32(self.tiling.buffers))
-        self.state[3] += 1
+        slot = self.state[3]
+        self.state[3] = self._after(slot)
         self._wait(item, tile, slot)
         return slot
 
@@ -234,6 +238,9 @@ class TileStream:
         self.state[0] = item
         self.state[1] = self.tiles(self._within(item))[0]
 
+    def _after(self, slot: Array) -> Array:
+        return jnp.where(slot == self.tiling.buffers - 1, 0, slot + 1)
+
     def _within(self, item: Array) -> Array:
         """The last item for those past the end, where there is nothing to read."""
         return jnp.minimum(item, self.items[1] - 1)
@@ -247,27 +254,35 @@ class TileStream:
         """The table entry whose block comes first in a tile's buffer."""
         return tile * self.tiling.blocks
 
-    def _block(self, slot: Array, index: Array) -> Any:
+    def _block(self, slot: Array, index: Array | int) -> Any:
         """Where in a buffer a block goes."""
         size = self.tiling.block_size
-        return self.buffer.at[slot, pl.ds(pl.multiple_of(index * size, size), size)]
+        at = index * size
+        return self.buffer.at[slot, pl.ds(at if isinstance(at, int) else pl.multiple_of(at, size), size)]
 
     def _copy_next(self) -> None:
         @pl.when(self.state[0] < self.items[1])
         def _():
             item, tile = self.state[0], self.state[1]
-            slot = lax.rem(self.state[2], jnp.int32(self.tiling.buffers))
+            slot = self.state[2]
             row = floor_div(item, self.repeats) * self.tiling.max_blocks
             first, end = self._entries(item, tile)
             origin = self._origin(item, tile)
 
-            def copy(entry: Array, _: None) -> None:
+            def copy(entry: Array, index: Array | int) -> None:
                 block = self.pool.at[self.table[row + entry]]
-                target = self._block(slot, entry - origin)
-                pltpu.make_async_copy(block, target, self.arrived.at[slot]).start()
+                pltpu.make_async_copy(block, self._block(slot, index), self.arrived.at[slot]).start()
 
-            lax.fori_loop(first, end, copy, None)
-            self.state[2] += 1
+            @pl.when(end - first == self.tiling.blocks)
+            def _():
+                for index in range(self.tiling.blocks):
+                    copy(origin + index, index)
+
+            @pl.when(end - first < self.tiling.blocks)
+            def _():
+                lax.fori_loop(first, end, lambda entry, _: copy(entry, entry - origin), None)
+
+            self.state[2] = self._after(slot)
             self.state[1] = tile + 1
 
             @pl.when(tile + 1 == self.tiles(item)[1])

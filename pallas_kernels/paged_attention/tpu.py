@@ -1,4 +1,9 @@
-"""Decode attention as a TPU kernel: one grid step a row (a KV head of a sequence), its blocks streamed tile by tile."""
+"""Decode attention as a TPU kernel: the blocks of a row (a KV head of a sequence) are streamed tile by tile.
+
+A tile's logits, its softmax and its values wait for one another, and leave the core idle meanwhile. So the product of
+the next tile with its query, be it the next row's, is taken before the softmax and the values of this one: the rows of
+a grid step are one sequence of tiles, of which two are worked on at once.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +46,31 @@ class Results(NamedTuple):
     """``f32[rows, group, 128]``, where they are asked for: maximum of the logits and sum in the first two lanes."""
 
 
-Running = tuple[Array, Array, Array]
-"""Of the softmax so far: maximum and sum ``[group, 1]``, output ``[group, width]``."""
+class Tile(NamedTuple):
+    """Taken from the stream, and its product with the query."""
+
+    row: Array
+    number: Array
+    slot: Array
+    logits: Array
+    """``[group, kvs]``."""
+
+
+class Running(NamedTuple):
+    """The softmax so far."""
+
+    maximum: Array
+    """``[group, 1]``."""
+    total: Array
+    """``[group, 1]``."""
+    output: Array
+    """``[group, width]``."""
+
+
+BUFFERS = 5
+"""Two are worked on, three under way."""
+ROWS_A_STEP = 32
+"""Of the grid. Where a step begins and ends no two tiles overlap, which this many rows share."""
 
 
 def paged_attention(
@@ -62,7 +90,7 @@ def paged_attention(
       ValueError: a table row too long for SMEM.
     """
     batch, kv_heads, max_blocks = raw.block_table.shape
-    tiles = tiles or tiling(raw.pool, max_blocks)
+    tiles = tiles or tiling(raw.pool, max_blocks, buffers=BUFFERS)
     run = partial(_run, raw.pool, observe=observe, tiles=tiles, interpret=interpret)
     out, masses, _ = _in_calls(run, query, raw, smem_entries)
     if masses is None:
@@ -82,7 +110,7 @@ def partial_attention(query: Array, raw: RawKVs, *, interpret: Any = False) -> t
       Output as of ``paged_attention``, float32; and ``f32[rows, group, 128]``, of which the first two lanes are the
       maximum of the logits and the sum of their exponentials.
     """
-    tiles = tiling(raw.pool, raw.block_table.shape[-1])
+    tiles = tiling(raw.pool, raw.block_table.shape[-1], buffers=BUFFERS)
     run = partial(_run, raw.pool, tiles=tiles, sums=True, interpret=interpret)
     out, _, sums = _in_calls(run, query.astype(jnp.float32), raw, SMEM_ENTRIES)
     assert sums is not None  # they are asked for
@@ -119,27 +147,29 @@ def _run(
 ) -> Results:
     """One call: query ``[rows, group, width]`` -> output like it."""
     rows, group, width = query.shape
-    steps = -(-rows // CORES)
-    pad = CORES * steps - rows
+    steps = -(-rows // (CORES * ROWS_A_STEP))
+    at_once = -(-rows // (CORES * steps))
+    pad = CORES * steps * at_once - rows
     query = jnp.pad(query, ((0, pad), (0, 0), (0, 0)))
+    lengths = jnp.pad(lengths, (0, pad))
 
-    def of_row(*dims: int) -> pl.BlockSpec:
-        return pl.BlockSpec((1, *dims), lambda core, step, *_: (core * steps + step, 0, 0))
+    def of_rows(*dims: int) -> pl.BlockSpec:
+        return pl.BlockSpec((at_once, *dims), lambda core, step, *_: (core * steps + step, 0, 0))
 
     shapes = (  # of ``Results``
         jax.ShapeDtypeStruct(query.shape, query.dtype),
-        jax.ShapeDtypeStruct((CORES * steps, tiles.tiles, tiles.kvs), jnp.float32) if observe else None,
-        jax.ShapeDtypeStruct((CORES * steps, group, LANES), jnp.float32) if sums else None,
+        jax.ShapeDtypeStruct((rows + pad, tiles.tiles, tiles.kvs), jnp.float32) if observe else None,
+        jax.ShapeDtypeStruct((rows + pad, group, LANES), jnp.float32) if sums else None,
     )
     logits = pltpu.VMEM((tiles.tiles, group, tiles.kvs), jnp.float32) if observe else None
-    kernel = partial(_kernel, scale=scale, observe=observe, tiles=tiles, steps=steps)
+    kernel = partial(_kernel, scale=scale, observe=observe, tiles=tiles)
     results = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(CORES, steps),
-            in_specs=[of_row(group, width), pl.BlockSpec(memory_space=pltpu.HBM)],
-            out_specs=jax.tree.map(lambda x: of_row(*x.shape[1:]), shapes),
+            in_specs=[of_rows(group, width), pl.BlockSpec(memory_space=pltpu.HBM)],
+            out_specs=jax.tree.map(lambda x: of_rows(*x.shape[1:]), shapes),
             scratch_shapes=(TileStream.scratch_shapes(tiles, pool), logits),
         ),
         out_shape=shapes,
@@ -150,8 +180,15 @@ def _run(
         ),
         name="paged_attention",
         interpret=interpret,
-    )(jnp.pad(lengths, (0, pad)), jnp.pad(table, ((0, pad), (0, 0))).reshape(-1), query, pool)
+    )(lengths, _upcoming(lengths), jnp.pad(table, ((0, pad), (0, 0))).reshape(-1), query, pool)
     return Results(*jax.tree.map(lambda x: x[:rows], results))
+
+
+def _upcoming(lengths: Array) -> Array:
+    """``i32[rows + 1]``: the first row at or after each that holds a KV; as many as there are rows: none does."""
+    rows = len(lengths)
+    own = jnp.where(lengths > 0, jnp.arange(rows, dtype=jnp.int32), rows)
+    return jnp.pad(lax.cummin(own, reverse=True), (0, 1), constant_values=rows)
 
 
 def _vmem_limit(tiles: Tiling, pool: Array, *, observed: bool) -> int:
@@ -162,6 +199,7 @@ def _vmem_limit(tiles: Tiling, pool: Array, *, observed: bool) -> int:
 
 def _kernel(
     lengths: Any,
+    upcoming: Any,
     table: Any,
     query_ref: Any,
     pool: Any,
@@ -174,64 +212,59 @@ def _kernel(
     scale: float,
     observe: Observe | None,
     tiles: Tiling,
-    steps: int,
 ) -> None:
-    core, step = pl.program_id(0), pl.program_id(1)
-    row = core * steps + step
-    length = lengths[row]
+    core, step, steps = pl.program_id(0), pl.program_id(1), pl.num_programs(1)
+    at_once, group, width = query_ref.shape
+    first = (core * steps + step) * at_once
+    end = first + at_once
 
-    items = core * steps, (core + 1) * steps
-    stream = TileStream(tiles, pool, table, held_blocks(lengths, tiles), stream_scratch, items)
+    items = core * steps * at_once, (core + 1) * steps * at_once
+    stream = TileStream(tiles, pool, table, held_blocks(lengths, tiles), stream_scratch, items, in_use=2)
     buffer = stream.buffer
+    value_at = buffer.shape[-1] - width  # K is the row's first ``width`` lanes, V its last; they may be the same
     pl.when(step == 0)(stream.start)
 
-    query = query_ref[0].astype(buffer.dtype)
-    group, width = query.shape
-    value_at = buffer.shape[-1] - width  # K is the row's first ``width`` lanes, V its last; they may be the same
-    end = stream.tiles(row)[1]
+    def take(row: Array, number: Array) -> Tile:
+        slot = stream.take(row, number)
+        left = lengths[row] - number * tiles.kvs
+        stream.clear_past(slot, left, tiles.kvs, value_at)
+        s = product(query_ref[row - first].astype(buffer.dtype), buffer[slot, :, :width], (1, 1))
+        s = jnp.where(lax.broadcasted_iota(jnp.int32, s.shape, 1) < left, s * scale, MASKED)
+        return Tile(row, number, slot, s)
 
-    def attend(tile: Array, carry: Running) -> Running:
-        slot = stream.take(row, tile)
-        left = length - tile * tiles.kvs
+    def add(tile: Tile, running: Running) -> Running:
+        """The tile into the softmax; the results are of the row as far as it has come."""
+        before = jnp.where(tile.number == 0, MASKED, running.maximum)
+        maximum = jnp.maximum(before, tile.logits.max(-1, keepdims=True))
+        p = jnp.exp(tile.logits - maximum)
+        decay = jnp.exp(before - maximum)
+        out = product(p.astype(buffer.dtype), buffer[tile.slot, :, value_at:], (1, 0))
+        running = Running(maximum, running.total * decay + p.sum(-1, keepdims=True), running.output * decay + out)
+        put(tile.row, running)
+        return running
 
-        def over(kvs: int, carry: Running) -> Running:
-            """The tile's first so many KVs into the running softmax."""
-            maximum, total, output = carry
-            stream.clear_past(slot, left, kvs, value_at)
-            key, value = buffer[slot, :kvs, :width], buffer[slot, :kvs, value_at:]
-            s = product(query, key, (1, 1))
-            s = jnp.where(lax.broadcasted_iota(jnp.int32, s.shape, 1) < left, s * scale, MASKED)
-            if logits_ref is not None:
-                logits_ref[tile, :, :kvs] = s
-            new_maximum = jnp.maximum(maximum, s.max(-1, keepdims=True))
-            p = jnp.exp(s - new_maximum)
-            decay = jnp.exp(maximum - new_maximum)
-            out = product(p.astype(buffer.dtype), value, (1, 0))
-            return new_maximum, total * decay + p.sum(-1, keepdims=True), output * decay + out
+    def put(row, running):
+        out_ref[row - first] = (running.output / running.total).astype(out_ref.dtype)
 
-        few = tiles.kvs // 4  # a compressed head may be shorter than a tile
-        if few % LANES:
-            return over(tiles.kvs, carry)
-        return lax.cond(left <= few, partial(over, few), partial(over, tiles.kvs), carry)
+    def following(tile: Tile) -> tuple[Array, Array]:
+        """Row and number of the tile after this one."""
+        is_last = (tile.number + 1) * tiles.kvs >= lengths[tile.row]
+        return jnp.where(is_last, upcoming[tile.row + 1], tile.row), jnp.where(is_last, 0, tile.number + 1)
 
-    start = jnp.full((group, 1), MASKED), jnp.zeros((group, 1)), jnp.zeros((group, width))
-    maximum, total, output = lax.fori_loop(0, end, attend, start)
-    share = 1.0 / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
-    out_ref[0] = (output * share).astype(out_ref.dtype)
-    if sum_ref is not None:
-        lane = lax.broadcasted_iota(jnp.int32, sum_ref.shape[1:], 1)
-        sum_ref[0] = jnp.where(lane == 0, maximum, total)
+    def attend(carry):
+        tile, running, row, number = carry
+        next_tile = take(row, number)
+        running = add(tile, running)
+        return next_tile, running, *following(next_tile)
 
-    if observe and mass_ref is not None and logits_ref is not None:
+    out_ref[...] = jnp.zeros(out_ref.shape, out_ref.dtype)
+    start = upcoming[first]
 
-        def normalise(tile: Array, _: None) -> None:
-            s = logits_ref[tile]
-            held = lax.broadcasted_iota(jnp.int32, s.shape, 1) < length - tile * tiles.kvs
-            p = jnp.where(held, jnp.exp(s - maximum) * share, 0.0)
-            mass_ref[0, pl.ds(tile, 1)] = observe(p[None])
-
-        def clear(tile: Array, _: None) -> None:
-            mass_ref[0, pl.ds(tile, 1)] = jnp.zeros((1, tiles.kvs))
-
-        lax.fori_loop(0, end, normalise, None)
-        lax.fori_loop(end, tiles.tiles, clear, None)
+    @pl.when(start < end)
+    def _():
+        none = Running(jnp.full((group, 1), MASKED), jnp.zeros((group, 1)), jnp.zeros((group, width)))
+        tile = take(start, jnp.int32(0))
+        tile, running, _, _ = lax.while_loop(
+            lambda carry: carry[2] < end, attend, (tile, none, *following(tile))
+        )
+        add(tile, running)
