@@ -5,6 +5,7 @@ grid in order, so the next head's first tiles are under way while the last of th
 block: that is all the table promises to be contiguous.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -220,12 +221,24 @@ class TileStream:
         A freed block keeps its old bytes, and 0 * NaN is NaN: the values of what is no KV must be zero.
         """
 
+        piece = math.gcd(kvs, LANES)  # only that with the last KV in it is read
+        width = self.buffer.shape[-1] - lane
+
         @pl.when(left < kvs)
         def _():
-            value = self.buffer[slot, :kvs, lane:]
-            held = lax.broadcasted_iota(jnp.int32, value.shape, 0) < left
-            value = jnp.where(held, value.astype(jnp.float32), 0.0)
-            self.buffer[slot, :kvs, lane:] = value.astype(self.buffer.dtype)
+            last = floor_div(left, piece)
+
+            def at(index: Array) -> Any:
+                return self.buffer.at[slot, pl.ds(pl.multiple_of(index * piece, piece), piece), pl.ds(lane, width)]
+
+            held = lax.broadcasted_iota(jnp.int32, (piece, width), 0) < left - last * piece
+            value = jnp.where(held, at(last)[...].astype(jnp.float32), 0.0)
+            at(last)[...] = value.astype(self.buffer.dtype)
+
+            def clear(index: Array, _: None) -> None:
+                at(index)[...] = jnp.zeros((piece, width), self.buffer.dtype)
+
+            lax.fori_loop(last + 1, kvs // piece, clear, None)
 
     def _go_to(self, item: Array) -> None:
         """Points to the first tile of the first item from this one on that has any."""
