@@ -208,7 +208,7 @@ class TileStream:
             self._copy_next()
 
     def take(self, item: Array, tile: Array) -> Array:
-        """Waits for the next tile, which is this one, and returns its buffer; that taken ``in_use`` before is given up."""
+        """Waits for the next tile, which is this one, and returns its buffer; one is given up: see ``in_use``."""
         self._copy_next()
         slot = self.state[3]
         self.state[3] = self._after(slot)

@@ -7,6 +7,7 @@ a grid step are one sequence of tiles, of which two are worked on at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.kvs import RawKVs
+from pallas_kernels.paged_attention.tpu_masses import Kept, masses_shape
 from pallas_kernels.paged_attention.types import Observe
 from pallas_kernels.tpu_tiles import (
     CORES,
@@ -41,7 +43,7 @@ class Results(NamedTuple):
 
     output: Array
     masses: Array | None
-    """``f32[rows, tiles, tile kvs]``, where they are observed."""
+    """``f32[rows, kvs]``, where they are observed: anything past a row's length."""
     sums: Array | None
     """``f32[rows, group, 128]``, where they are asked for: maximum of the logits and sum in the first two lanes."""
 
@@ -95,7 +97,8 @@ def paged_attention(
     out, masses, _ = _in_calls(run, query, raw, smem_entries)
     if masses is None:
         return out, None
-    return out, masses.reshape(batch, kv_heads, -1)[..., : max_blocks * tiles.block_size]
+    masses = masses.reshape(batch, kv_heads, -1)[..., : max_blocks * tiles.block_size]
+    return out, jnp.where(jnp.arange(masses.shape[-1]) < raw.lengths[..., None], masses, 0.0)
 
 
 def check(query: Array, raw: RawKVs) -> None:
@@ -156,32 +159,35 @@ def _run(
     def of_rows(*dims: int) -> pl.BlockSpec:
         return pl.BlockSpec((at_once, *dims), lambda core, step, *_: (core * steps + step, 0, 0))
 
-    shapes = (  # of ``Results``
+    anywhere = pl.BlockSpec(memory_space=pltpu.HBM)
+    shapes = Results(
         jax.ShapeDtypeStruct(query.shape, query.dtype),
-        jax.ShapeDtypeStruct((rows + pad, tiles.tiles, tiles.kvs), jnp.float32) if observe else None,
+        masses_shape(tiles, rows + pad) if observe else None,
         jax.ShapeDtypeStruct((rows + pad, group, LANES), jnp.float32) if sums else None,
     )
-    logits = pltpu.VMEM((tiles.tiles, group, tiles.kvs), jnp.float32) if observe else None
-    kernel = partial(_kernel, scale=scale, observe=observe, tiles=tiles)
-    results = pl.pallas_call(
-        kernel,
+    scratch = TileStream.scratch_shapes(tiles, pool), Kept.scratch_shapes(tiles, group) if observe else None
+    room = sum(4 * math.prod(x.shape) for x in jax.tree.leaves(scratch) if x.memory_space == pltpu.VMEM)
+    out, masses, row_sums = pl.pallas_call(
+        partial(_kernel, scale=scale, observe=observe, tiles=tiles),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(CORES, steps),
-            in_specs=[of_rows(group, width), pl.BlockSpec(memory_space=pltpu.HBM)],
-            out_specs=jax.tree.map(lambda x: of_rows(*x.shape[1:]), shapes),
-            scratch_shapes=(TileStream.scratch_shapes(tiles, pool), logits),
+            in_specs=[of_rows(group, width), anywhere],
+            out_specs=Results(
+                of_rows(group, width), anywhere if observe else None, of_rows(group, LANES) if sums else None
+            ),
+            scratch_shapes=scratch,
         ),
         out_shape=shapes,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=_vmem_limit(tiles, pool, observed=bool(observe)),
-            **UNCHECKED,
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=16 * 2**20 + 2 * room, **UNCHECKED
         ),
         name="paged_attention",
         interpret=interpret,
     )(lengths, _upcoming(lengths), jnp.pad(table, ((0, pad), (0, 0))).reshape(-1), query, pool)
-    return Results(*jax.tree.map(lambda x: x[:rows], results))
+    if masses is not None:
+        masses = masses.reshape(rows + pad, -1)
+    return jax.tree.map(lambda x: x[:rows], Results(out, masses, row_sums))
 
 
 def _upcoming(lengths: Array) -> Array:
@@ -191,12 +197,6 @@ def _upcoming(lengths: Array) -> Array:
     return jnp.pad(lax.cummin(own, reverse=True), (0, 1), constant_values=rows)
 
 
-def _vmem_limit(tiles: Tiling, pool: Array, *, observed: bool) -> int:
-    buffers = tiles.buffers * tiles.kvs * pool.shape[-1] * pool.dtype.itemsize
-    masses = tiles.tiles * tiles.kvs * 4 * 10 * observed
-    return 16 * 2**20 + buffers + masses
-
-
 def _kernel(
     lengths: Any,
     upcoming: Any,
@@ -204,10 +204,10 @@ def _kernel(
     query_ref: Any,
     pool: Any,
     out_ref: Any,
-    mass_ref: Any | None,
+    masses: Any | None,
     sum_ref: Any | None,
     stream_scratch: tuple[Any, Any, Any],
-    logits_ref: Any | None,
+    kept_scratch: tuple[Any, ...] | None,
     *,
     scale: float,
     observe: Observe | None,
@@ -222,49 +222,70 @@ def _kernel(
     stream = TileStream(tiles, pool, table, held_blocks(lengths, tiles), stream_scratch, items, in_use=2)
     buffer = stream.buffer
     value_at = buffer.shape[-1] - width  # K is the row's first ``width`` lanes, V its last; they may be the same
-    pl.when(step == 0)(stream.start)
+    kept = Kept(masses, *kept_scratch) if kept_scratch else None
+
+    @pl.when(step == 0)
+    def _():
+        stream.start()
+        if kept:
+            kept.start()
+
+    def left_of(row: Array, number: Array) -> Array:
+        """KVs of the row from a tile on."""
+        return lengths[row] - number * tiles.kvs
 
     def take(row: Array, number: Array) -> Tile:
-        slot = stream.take(row, number)
-        left = lengths[row] - number * tiles.kvs
+        slot, left = stream.take(row, number), left_of(row, number)
         stream.clear_past(slot, left, tiles.kvs, value_at)
         s = product(query_ref[row - first].astype(buffer.dtype), buffer[slot, :, :width], (1, 1))
         s = jnp.where(lax.broadcasted_iota(jnp.int32, s.shape, 1) < left, s * scale, MASKED)
         return Tile(row, number, slot, s)
 
+    def following(tile: Tile) -> tuple[Array, Array]:
+        """Row and number of the tile after this one."""
+        is_last = left_of(tile.row, tile.number) <= tiles.kvs
+        return jnp.where(is_last, upcoming[tile.row + 1], tile.row), jnp.where(is_last, 0, tile.number + 1)
+
     def add(tile: Tile, running: Running) -> Running:
-        """The tile into the softmax; the results are of the row as far as it has come."""
+        """The tile into the softmax of its row."""
         before = jnp.where(tile.number == 0, MASKED, running.maximum)
         maximum = jnp.maximum(before, tile.logits.max(-1, keepdims=True))
         p = jnp.exp(tile.logits - maximum)
         decay = jnp.exp(before - maximum)
         out = product(p.astype(buffer.dtype), buffer[tile.slot, :, value_at:], (1, 0))
         running = Running(maximum, running.total * decay + p.sum(-1, keepdims=True), running.output * decay + out)
-        put(tile.row, running)
+        share = 1.0 / running.total
+        # Of a row so far: what its last tile leaves here stands.
+        out_ref[tile.row - first] = (running.output * share).astype(out_ref.dtype)
+        if sum_ref is not None:
+            lane = lax.broadcasted_iota(jnp.int32, sum_ref.shape[1:], 1)
+            sum_ref[tile.row - first] = jnp.where(lane == 0, maximum, running.total)
+        if observe and kept:
+            kept.keep(tile.number, tile.logits)
+
+            @pl.when(left_of(tile.row, tile.number) <= tiles.kvs)
+            def _():
+                kept.store(observe, tile.row, tile.number + 1, maximum, share)
+
         return running
 
-    def put(row, running):
-        out_ref[row - first] = (running.output / running.total).astype(out_ref.dtype)
-
-    def following(tile: Tile) -> tuple[Array, Array]:
-        """Row and number of the tile after this one."""
-        is_last = (tile.number + 1) * tiles.kvs >= lengths[tile.row]
-        return jnp.where(is_last, upcoming[tile.row + 1], tile.row), jnp.where(is_last, 0, tile.number + 1)
-
-    def attend(carry):
+    def attend(carry: tuple[Tile, Running, Array, Array]) -> tuple[Tile, Running, Array, Array]:
         tile, running, row, number = carry
-        next_tile = take(row, number)
-        running = add(tile, running)
-        return next_tile, running, *following(next_tile)
+        upcoming_tile = take(row, number)
+        return upcoming_tile, add(tile, running), *following(upcoming_tile)
 
-    out_ref[...] = jnp.zeros(out_ref.shape, out_ref.dtype)
+    out_ref[...] = jnp.zeros(out_ref.shape, out_ref.dtype)  # of a row without KVs
+    if sum_ref is not None:
+        lane = lax.broadcasted_iota(jnp.int32, sum_ref.shape, 2)
+        sum_ref[...] = jnp.where(lane == 0, MASKED, 0.0)
     start = upcoming[first]
 
     @pl.when(start < end)
     def _():
-        none = Running(jnp.full((group, 1), MASKED), jnp.zeros((group, 1)), jnp.zeros((group, width)))
         tile = take(start, jnp.int32(0))
-        tile, running, _, _ = lax.while_loop(
-            lambda carry: carry[2] < end, attend, (tile, none, *following(tile))
-        )
-        add(tile, running)
+        none = Running(jnp.full((group, 1), MASKED), jnp.zeros((group, 1)), jnp.zeros((group, width)))
+        last, running, _, _ = lax.while_loop(lambda carry: carry[2] < end, attend, (tile, none, *following(tile)))
+        add(last, running)
+
+    if kept:
+        pl.when(step == steps - 1)(kept.end)

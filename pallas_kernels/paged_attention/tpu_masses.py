@@ -1,0 +1,86 @@
+"""What a row's queries put on its KVs, once its softmax is known: a second pass over the logits, in a TPU kernel."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.paged_attention.types import Observe
+from pallas_kernels.tpu_tiles import Tiling, ceil_div, floor_div
+
+TOGETHER = 2
+"""Tiles of a pass, whose latencies overlap, and of a copy."""
+STAGES = 4
+"""Copies under way, a power of two."""
+
+
+def passes(tiles: Tiling) -> int:
+    """Of a row as long as its table."""
+    return -(-tiles.tiles // TOGETHER)
+
+
+def masses_shape(tiles: Tiling, rows: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((rows * passes(tiles), TOGETHER, tiles.kvs), jnp.float32)
+
+
+class Kept:
+    """A row's logits, and masses on their way to HBM. What a row doesn't hold is not written, but for an odd tile."""
+
+    def __init__(self, masses: Any, logits: Any, stages: Any, stored: Any, turn: Any):
+        """An array of ``masses_shape`` in HBM, and what ``scratch_shapes`` asked for."""
+        self.masses, self.logits, self.stages, self.stored, self.turn = masses, logits, stages, stored, turn
+
+    @staticmethod
+    def scratch_shapes(tiles: Tiling, group: int) -> tuple[Any, Any, Any, Any]:
+        """Logits, masses and their semaphores, and how many copies there were."""
+        return (
+            pltpu.VMEM((passes(tiles), TOGETHER, group, tiles.kvs), jnp.float32),
+            pltpu.VMEM((STAGES, TOGETHER, tiles.kvs), jnp.float32),
+            pltpu.SemaphoreType.DMA((STAGES,)),
+            pltpu.SMEM((1,), jnp.int32),
+        )
+
+    def start(self) -> None:
+        """Before the first row."""
+        self.turn[0] = 0
+
+    def keep(self, tile: Array, logits: Array) -> None:
+        part = floor_div(tile, TOGETHER)
+        self.logits[part, tile - TOGETHER * part] = logits
+
+    def store(self, observe: Observe, row: Array, tiles: Array, maximum: Array, share: Array) -> None:
+        """Begins to copy the masses of a row's tiles, of which all logits are kept.
+
+        Args:
+          observe: of the probabilities ``[2, group, kvs]``.
+          row: whose.
+          tiles: that it has.
+          maximum: of its logits, ``[group, 1]``.
+          share: 1 / the sum of its softmax, ``[group, 1]``.
+        """
+
+        def normalise(part: Array, _: None) -> None:
+            masses = observe(jnp.exp(self.logits[part] - maximum) * share)
+            turn = self.turn[0]
+            stage = turn & (STAGES - 1)
+            pl.when(turn >= STAGES)(lambda: self._wait(stage))
+            self.stages[stage] = masses
+            target = self.masses.at[row * self.logits.shape[0] + part]
+            pltpu.make_async_copy(self.stages.at[stage], target, self.stored.at[stage]).start()
+            self.turn[0] = turn + 1
+
+        lax.fori_loop(0, ceil_div(tiles, TOGETHER), normalise, None)
+
+    def end(self) -> None:
+        """After the last row."""
+        for stage in range(STAGES):
+            pl.when(self.turn[0] > stage)(partial(self._wait, stage))
+
+    def _wait(self, stage: Array | int) -> None:
+        pltpu.make_async_copy(self.stages.at[stage], self.stages.at[stage], self.stored.at[stage]).wait()
