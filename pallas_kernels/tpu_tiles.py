@@ -267,7 +267,7 @@ class TileStream:
         """The table entry whose block comes first in a tile's buffer."""
         return tile * self.tiling.blocks
 
-    def _block(self, slot: Array, index: Array | int) -> Any:
+    def _block(self, slot: Array, index: Any) -> Any:
         """Where in a buffer a block goes."""
         size = self.tiling.block_size
         at = index * size

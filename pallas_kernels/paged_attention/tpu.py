@@ -97,8 +97,7 @@ def paged_attention(
     out, masses, _ = _in_calls(run, query, raw, smem_entries)
     if masses is None:
         return out, None
-    masses = masses.reshape(batch, kv_heads, -1)[..., : max_blocks * tiles.block_size]
-    return out, jnp.where(jnp.arange(masses.shape[-1]) < raw.lengths[..., None], masses, 0.0)
+    return out, masses.reshape(batch, kv_heads, -1)[..., : max_blocks * tiles.block_size]
 
 
 def check(query: Array, raw: RawKVs) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.paged_attention.types import Observe
-from pallas_kernels.tpu_tiles import Tiling, ceil_div, floor_div
+from pallas_kernels.tpu_tiles import LANES, Tiling, ceil_div, floor_div
 
 TOGETHER = 2
 """Tiles of a pass, whose latencies overlap, and of a copy."""
@@ -25,8 +26,14 @@ def passes(tiles: Tiling) -> int:
     return -(-tiles.tiles // TOGETHER)
 
 
+def _of_a_pass(tiles: Tiling) -> tuple[int, int]:
+    """Its masses in rows of 128: so they all are an array like that of the scores, and nothing lays it out anew."""
+    lanes = math.gcd(tiles.kvs, LANES)
+    return TOGETHER * tiles.kvs // lanes, lanes
+
+
 def masses_shape(tiles: Tiling, rows: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((rows * passes(tiles), TOGETHER, tiles.kvs), jnp.float32)
+    return jax.ShapeDtypeStruct((rows * passes(tiles), *_of_a_pass(tiles)), jnp.float32)
 
 
 class Kept:
@@ -41,7 +48,7 @@ class Kept:
         """Logits, masses and their semaphores, and how many copies there were."""
         return (
             pltpu.VMEM((passes(tiles), TOGETHER, group, tiles.kvs), jnp.float32),
-            pltpu.VMEM((STAGES, TOGETHER, tiles.kvs), jnp.float32),
+            pltpu.VMEM((STAGES, *_of_a_pass(tiles)), jnp.float32),
             pltpu.SemaphoreType.DMA((STAGES,)),
             pltpu.SMEM((1,), jnp.int32),
         )
@@ -70,7 +77,10 @@ class Kept:
             turn = self.turn[0]
             stage = turn & (STAGES - 1)
             pl.when(turn >= STAGES)(lambda: self._wait(stage))
-            self.stages[stage] = masses
+            height, lanes = self.stages.shape[1:]
+            a_tile = height // TOGETHER
+            for i in range(a_tile):
+                self.stages[stage, pl.ds(i, TOGETHER, a_tile)] = masses[:, i * lanes : (i + 1) * lanes]
             target = self.masses.at[row * self.logits.shape[0] + part]
             pltpu.make_async_copy(self.stages.at[stage], target, self.stored.at[stage]).start()
             self.turn[0] = turn + 1
