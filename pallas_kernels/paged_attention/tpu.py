@@ -7,6 +7,7 @@ a grid step are one sequence of tiles, of which two are worked on at once.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -43,36 +44,34 @@ class Results(NamedTuple):
 
     output: Array
     masses: Array | None
-    """``f32[rows, kvs]``, where they are observed: anything past a row's length."""
+    """``f32[rows, kvs]``, where they are observed; past a row's length they mean nothing."""
     sums: Array | None
     """``f32[rows, group, 128]``, where they are asked for: maximum of the logits and sum in the first two lanes."""
 
 
 class Tile(NamedTuple):
-    """Taken from the stream, and its product with the query."""
+    """Taken from the stream, and its product with the query, ``[group, kvs]``."""
 
     row: Array
     number: Array
     slot: Array
     logits: Array
-    """``[group, kvs]``."""
 
 
 class Running(NamedTuple):
-    """The softmax so far."""
+    """The softmax of a row so far: maximum and sum ``[group, 1]``, output ``[group, width]``."""
 
     maximum: Array
-    """``[group, 1]``."""
     total: Array
-    """``[group, 1]``."""
     output: Array
-    """``[group, width]``."""
 
 
+Carry = tuple[Tile, Running, Array, Array]
+"""The tile that goes into the softmax next, that softmax, and row and number of the tile after it."""
 BUFFERS = 5
 """Two are worked on, three under way."""
 ROWS_A_STEP = 32
-"""Of the grid. Where a step begins and ends no two tiles overlap, which this many rows share."""
+"""Of the grid. Where a step begins and ends no two tiles overlap, which so many rows share."""
 
 
 def paged_attention(
@@ -153,13 +152,14 @@ def _run(
     at_once = -(-rows // (CORES * steps))
     pad = CORES * steps * at_once - rows
     query = jnp.pad(query, ((0, pad), (0, 0), (0, 0)))
-    lengths = jnp.pad(lengths, (0, pad))
+    lengths = jnp.pad(lengths, (0, pad + 1))  # one more row, without KVs, stands for there being no other
+    upcoming = jnp.where(lengths > 0, jnp.arange(len(lengths), dtype=jnp.int32), rows + pad)
 
     def of_rows(*dims: int) -> pl.BlockSpec:
         return pl.BlockSpec((at_once, *dims), lambda core, step, *_: (core * steps + step, 0, 0))
 
     anywhere = pl.BlockSpec(memory_space=pltpu.HBM)
-    shapes = Results(
+    shapes = (  # of ``Results``
         jax.ShapeDtypeStruct(query.shape, query.dtype),
         masses_shape(tiles, rows + pad) if observe else None,
         jax.ShapeDtypeStruct((rows + pad, group, LANES), jnp.float32) if sums else None,
@@ -172,9 +172,7 @@ def _run(
             num_scalar_prefetch=3,
             grid=(CORES, steps),
             in_specs=[of_rows(group, width), anywhere],
-            out_specs=Results(
-                of_rows(group, width), anywhere if observe else None, of_rows(group, LANES) if sums else None
-            ),
+            out_specs=(of_rows(group, width), anywhere if observe else None, of_rows(group, LANES) if sums else None),
             scratch_shapes=scratch,
         ),
         out_shape=shapes,
@@ -183,17 +181,10 @@ def _run(
         ),
         name="paged_attention",
         interpret=interpret,
-    )(lengths, _upcoming(lengths), jnp.pad(table, ((0, pad), (0, 0))).reshape(-1), query, pool)
+    )(lengths, lax.cummin(upcoming, reverse=True), jnp.pad(table, ((0, pad), (0, 0))).reshape(-1), query, pool)
     if masses is not None:
         masses = masses.reshape(rows + pad, -1)
     return jax.tree.map(lambda x: x[:rows], Results(out, masses, row_sums))
-
-
-def _upcoming(lengths: Array) -> Array:
-    """``i32[rows + 1]``: the first row at or after each that holds a KV; as many as there are rows: none does."""
-    rows = len(lengths)
-    own = jnp.where(lengths > 0, jnp.arange(rows, dtype=jnp.int32), rows)
-    return jnp.pad(lax.cummin(own, reverse=True), (0, 1), constant_values=rows)
 
 
 def _kernel(
@@ -212,6 +203,7 @@ def _kernel(
     observe: Observe | None,
     tiles: Tiling,
 ) -> None:
+    """``upcoming``: the first row at or after each that holds a KV."""
     core, step, steps = pl.program_id(0), pl.program_id(1), pl.num_programs(1)
     at_once, group, width = query_ref.shape
     first = (core * steps + step) * at_once
@@ -221,23 +213,22 @@ def _kernel(
     stream = TileStream(tiles, pool, table, held_blocks(lengths, tiles), stream_scratch, items, in_use=2)
     buffer = stream.buffer
     value_at = buffer.shape[-1] - width  # K is the row's first ``width`` lanes, V its last; they may be the same
-    kept = Kept(masses, *kept_scratch) if kept_scratch else None
+    kept = Kept(observe, masses, *kept_scratch) if observe and kept_scratch else None
 
-    @pl.when(step == 0)
-    def _():
-        stream.start()
-        if kept:
-            kept.start()
+    pl.when(step == 0)(stream.start)
+    if kept:
+        pl.when(step == 0)(kept.start)
 
     def left_of(row: Array, number: Array) -> Array:
         """KVs of the row from a tile on."""
         return lengths[row] - number * tiles.kvs
 
-    def take(row: Array, number: Array) -> Tile:
-        slot, left = stream.take(row, number), left_of(row, number)
-        stream.clear_past(slot, left, tiles.kvs, value_at)
-        s = product(query_ref[row - first].astype(buffer.dtype), buffer[slot, :, :width], (1, 1))
-        s = jnp.where(lax.broadcasted_iota(jnp.int32, s.shape, 1) < left, s * scale, MASKED)
+    def product_of(row: Array, number: Array, slot: Array, kvs: int) -> Tile:
+        """A tile that was taken: of its first so many KVs, which are all that it has."""
+        s = product(query_ref[row - first].astype(buffer.dtype), buffer[slot, :kvs, :width], (1, 1))
+        s = jnp.where(lax.broadcasted_iota(jnp.int32, s.shape, 1) < left_of(row, number), s * scale, MASKED)
+        if kvs < tiles.kvs:
+            s = jnp.concatenate([s, jnp.full((group, tiles.kvs - kvs), MASKED)], axis=1)
         return Tile(row, number, slot, s)
 
     def following(tile: Tile) -> tuple[Array, Array]:
@@ -245,34 +236,50 @@ def _kernel(
         is_last = left_of(tile.row, tile.number) <= tiles.kvs
         return jnp.where(is_last, upcoming[tile.row + 1], tile.row), jnp.where(is_last, 0, tile.number + 1)
 
-    def add(tile: Tile, running: Running) -> Running:
-        """The tile into the softmax of its row."""
-        before = jnp.where(tile.number == 0, MASKED, running.maximum)
-        maximum = jnp.maximum(before, tile.logits.max(-1, keepdims=True))
-        p = jnp.exp(tile.logits - maximum)
-        decay = jnp.exp(before - maximum)
-        out = product(p.astype(buffer.dtype), buffer[tile.slot, :, value_at:], (1, 0))
-        running = Running(maximum, running.total * decay + p.sum(-1, keepdims=True), running.output * decay + out)
+    def add(tile: Tile, kvs: int, running: Running) -> Running:
+        """Its first so many KVs into the softmax of its row."""
+        s = tile.logits[:, :kvs]
+        maximum, total, output = (  # another row's tell nothing of this one
+            jnp.where(tile.number == 0, none, x) for none, x in zip((MASKED, 0.0, 0.0), running, strict=True)
+        )
+        new_maximum = jnp.maximum(maximum, s.max(-1, keepdims=True))
+        p = jnp.exp(s - new_maximum)
+        decay = jnp.exp(maximum - new_maximum)
+        out = product(p.astype(buffer.dtype), buffer[tile.slot, :kvs, value_at:], (1, 0))
+        running = Running(new_maximum, total * decay + p.sum(-1, keepdims=True), output * decay + out)
         share = 1.0 / running.total
-        # Of a row so far: what its last tile leaves here stands.
-        out_ref[tile.row - first] = (running.output * share).astype(out_ref.dtype)
+        out_ref[tile.row - first] = (running.output * share).astype(out_ref.dtype)  # what the last tile leaves stands
         if sum_ref is not None:
             lane = lax.broadcasted_iota(jnp.int32, sum_ref.shape[1:], 1)
-            sum_ref[tile.row - first] = jnp.where(lane == 0, maximum, running.total)
-        if observe and kept:
+            sum_ref[tile.row - first] = jnp.where(lane == 0, new_maximum, running.total)
+        if kept:
             kept.keep(tile.number, tile.logits)
-
-            @pl.when(left_of(tile.row, tile.number) <= tiles.kvs)
-            def _():
-                kept.store(observe, tile.row, tile.number + 1, maximum, share)
-
+            is_last = left_of(tile.row, tile.number) <= tiles.kvs
+            pl.when(is_last)(partial(kept.store, tile.row, tile.number + 1, new_maximum, share))
         return running
 
-    def attend(carry: tuple[Tile, Running, Array, Array]) -> tuple[Tile, Running, Array, Array]:
+    def attend(kvs: int, carry: Carry) -> Carry:
         tile, running, row, number = carry
-        upcoming_tile = take(row, number)
-        return upcoming_tile, add(tile, running), *following(upcoming_tile)
+        slot = stream.take(row, number)
+        stream.clear_past(tile.slot, left_of(tile.row, tile.number), kvs, value_at)
+        next_tile = product_of(row, number, slot, kvs)
+        return next_tile, add(tile, kvs, running), *following(next_tile)
 
+    def turn(carry: Carry) -> Carry:
+        """Tiles as long as they, with the next, are worked on in one size, in each of the sizes once."""
+
+        def is_between(low: int, high: int, carry: Carry) -> Array:
+            tile, _, row, number = carry
+            held = jnp.minimum(jnp.maximum(left_of(tile.row, tile.number), left_of(row, number)), tiles.kvs)
+            return (row < end) & (held > low) & (held <= high)
+
+        for low, high in itertools.pairwise((0, *sizes)):
+            carry = lax.while_loop(partial(is_between, low, high), partial(attend, high), carry)
+        return carry
+
+    sizes = [size for size in (tiles.kvs // 4, tiles.kvs // 2) if size % LANES == 0] + [
+        tiles.kvs
+    ]  # a head may be short
     out_ref[...] = jnp.zeros(out_ref.shape, out_ref.dtype)  # of a row without KVs
     if sum_ref is not None:
         lane = lax.broadcasted_iota(jnp.int32, sum_ref.shape, 2)
@@ -281,10 +288,12 @@ def _kernel(
 
     @pl.when(start < end)
     def _():
-        tile = take(start, jnp.int32(0))
+        zero = jnp.int32(0)
+        tile = product_of(start, zero, stream.take(start, zero), tiles.kvs)
         none = Running(jnp.full((group, 1), MASKED), jnp.zeros((group, 1)), jnp.zeros((group, width)))
-        last, running, _, _ = lax.while_loop(lambda carry: carry[2] < end, attend, (tile, none, *following(tile)))
-        add(last, running)
+        last, running, _, _ = lax.while_loop(lambda carry: carry[2] < end, turn, (tile, none, *following(tile)))
+        stream.clear_past(last.slot, left_of(last.row, last.number), tiles.kvs, value_at)
+        add(last, tiles.kvs, running)
 
     if kept:
         pl.when(step == steps - 1)(kept.end)

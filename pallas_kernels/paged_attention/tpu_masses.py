@@ -39,9 +39,16 @@ def masses_shape(tiles: Tiling, rows: int) -> jax.ShapeDtypeStruct:
 class Kept:
     """A row's logits, and masses on their way to HBM. What a row doesn't hold is not written, but for an odd tile."""
 
-    def __init__(self, masses: Any, logits: Any, stages: Any, stored: Any, turn: Any):
-        """An array of ``masses_shape`` in HBM, and what ``scratch_shapes`` asked for."""
-        self.masses, self.logits, self.stages, self.stored, self.turn = masses, logits, stages, stored, turn
+    def __init__(self, observe: Observe, masses: Any, logits: Any, stages: Any, stored: Any, turn: Any):
+        """How masses are made, an array of ``masses_shape`` in HBM, and what ``scratch_shapes`` asked for."""
+        self.observe, self.masses, self.logits, self.stages, self.stored, self.turn = (
+            observe,
+            masses,
+            logits,
+            stages,
+            stored,
+            turn,
+        )
 
     @staticmethod
     def scratch_shapes(tiles: Tiling, group: int) -> tuple[Any, Any, Any, Any]:
@@ -61,11 +68,10 @@ class Kept:
         part = floor_div(tile, TOGETHER)
         self.logits[part, tile - TOGETHER * part] = logits
 
-    def store(self, observe: Observe, row: Array, tiles: Array, maximum: Array, share: Array) -> None:
+    def store(self, row: Array, tiles: Array, maximum: Array, share: Array) -> None:
         """Begins to copy the masses of a row's tiles, of which all logits are kept.
 
         Args:
-          observe: of the probabilities ``[2, group, kvs]``.
           row: whose.
           tiles: that it has.
           maximum: of its logits, ``[group, 1]``.
@@ -73,7 +79,7 @@ class Kept:
         """
 
         def normalise(part: Array, _: None) -> None:
-            masses = observe(jnp.exp(self.logits[part] - maximum) * share)
+            masses = self.observe(jnp.exp(self.logits[part] - maximum) * share)
             turn = self.turn[0]
             stage = turn & (STAGES - 1)
             pl.when(turn >= STAGES)(lambda: self._wait(stage))
