@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -150,7 +149,7 @@ def to_slots(values: Array, block_table: Array, lengths: Array, new: Array) -> A
 
 
 def add_to_slots(
-    values: Array, block_table: Array, lengths: Array, gains: Array, *, positions: Array | None = None, last: Any = None
+    values: Array, block_table: Array, lengths: Array, gains: Array, up_to: tuple[Array, Array] | None = None
 ) -> Array:
     """Scores with the gains added of what the heads hold; the cost follows that, not the table's width.
 
@@ -159,8 +158,7 @@ def add_to_slots(
       block_table: ``i32[batch, kv_heads, max_blocks]``.
       lengths: ``i32[batch, kv_heads]``.
       gains: ``f32[batch, kv_heads, max_blocks * block_size]`` in table order; what is past a length isn't read.
-      positions: like ``values``; with ``last``.
-      last: ``i32[batch]`` position of the last KV that gains; None: all do.
+      up_to: positions like ``values``, and ``i32[batch]`` the last position of a KV that gains; None: all do.
     """
     _, kv_heads, max_blocks = block_table.shape
     size = gains.shape[-1] // max_blocks
@@ -172,11 +170,12 @@ def add_to_slots(
         part = resident.part(i)
         exists, gain_of = part.segment < max_blocks, part.row * a_head + part.segment
         gain = slot_values.read_blocks(gains, jnp.where(exists, gain_of, 0), size)
-        gains_any = part.held
-        if positions is not None:
-            gains_any &= slot_values.read_blocks(positions, part.blocks, size) <= last[part.row // kv_heads, None]
-        new = slot_values.read_blocks(values, part.blocks, size) + jnp.where(gains_any, gain, 0.0)
-        return slot_values.write_blocks(values, part.blocks, new, exists)
+        grows = part.held
+        if up_to is not None:
+            positions, last = up_to
+            grows &= slot_values.read_blocks(positions, part.blocks, size) <= last[part.row // kv_heads][:, None]
+        old = slot_values.read_blocks(values, part.blocks, size)
+        return slot_values.write_blocks(values, part.blocks, old + jnp.where(grows, gain, 0.0), exists)
 
     return lax.fori_loop(0, resident.steps, add, values)
 

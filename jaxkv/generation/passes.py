@@ -196,11 +196,11 @@ class AppendToken:
             tiers = self.cache.quantised.view(layer, self.counts > 0)
             out, _ = paged_attention(query[:, 0], held, tiers=tiers)
             return (pool, scores), out[:, None]
-        scorer, nearest = self.policy.scorer, {}
+        scorer, up_to = self.policy.scorer, None
         out, masses = paged_attention(query[:, 0], held, observe=scorer.score_decoded)
-        if buffer := scorer.observes.buffer:
-            nearest = {"positions": self.cache.raw.positions, "last": self.positions[:, 0] - buffer}
-        return (pool, add_to_slots(scores, table, length, masses, **nearest)), out[:, None]
+        if scorer.observes.buffer:
+            up_to = self.cache.raw.positions, self.positions[:, 0] - scorer.observes.buffer
+        return (pool, add_to_slots(scores, table, length, masses, up_to)), out[:, None]
 
     def end(self, state: tuple[Array, Array]) -> PagedCache:
         pool, scores = state
