@@ -273,13 +273,11 @@ def _kernel(
             held = jnp.minimum(jnp.maximum(left_of(tile.row, tile.number), left_of(row, number)), tiles.kvs)
             return (row < end) & (held > low) & (held <= high)
 
-        for low, high in itertools.pairwise((0, *sizes)):
+        for low, high in itertools.pairwise((0, *parts, tiles.kvs)):
             carry = lax.while_loop(partial(is_between, low, high), partial(attend, high), carry)
         return carry
 
-    sizes = [size for size in (tiles.kvs // 4, tiles.kvs // 2) if size % LANES == 0] + [
-        tiles.kvs
-    ]  # a head may be short
+    parts = [size for size in (tiles.kvs // 4, tiles.kvs // 2) if size % LANES == 0]
     out_ref[...] = jnp.zeros(out_ref.shape, out_ref.dtype)  # of a row without KVs
     if sum_ref is not None:
         lane = lax.broadcasted_iota(jnp.int32, sum_ref.shape, 2)

@@ -41,14 +41,8 @@ class Kept:
 
     def __init__(self, observe: Observe, masses: Any, logits: Any, stages: Any, stored: Any, turn: Any):
         """How masses are made, an array of ``masses_shape`` in HBM, and what ``scratch_shapes`` asked for."""
-        self.observe, self.masses, self.logits, self.stages, self.stored, self.turn = (
-            observe,
-            masses,
-            logits,
-            stages,
-            stored,
-            turn,
-        )
+        self.observe, self.masses, self.logits = observe, masses, logits
+        self.stages, self.stored, self.turn = stages, stored, turn
 
     @staticmethod
     def scratch_shapes(tiles: Tiling, group: int) -> tuple[Any, Any, Any, Any]:
