@@ -5,6 +5,7 @@ grid in order, so the next head's first tiles are under way while the last of th
 block: that is all the table promises to be contiguous.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ TILE_BYTES = 512 * 1024
 """So much work a tile that the matrix unit's and the reductions' latency counts for little."""
 BUFFERS = 4
 """So 1.5 MiB are in flight: about what bandwidth times latency asks for."""
+UNROLLED = 32
+"""Copies at most that are started without asking whether there are more."""
 CORES = 2
 """Halves of a grid, which the two cores of a v4 or v5p share; on other chips they follow each other."""
 MASKED = -1e30
@@ -118,6 +121,8 @@ def check_pool(pool: Array, head_dim: int) -> None:
 
 def floor_div(x: Array, y: int) -> Array:
     """Of what isn't negative: ``//`` asks about signs, and in a kernel each question is an instruction."""
+    if y & (y - 1) == 0:
+        return lax.shift_right_logical(x, jnp.int32(y.bit_length() - 1))
     return lax.div(x, jnp.int32(y))
 
 
@@ -165,6 +170,7 @@ class TileStream:
         items: tuple[Array | int, Array | int],
         *,
         repeats: int = 1,
+        in_use: int = 1,
     ):
         """
         Args:
@@ -175,14 +181,15 @@ class TileStream:
           scratch: what ``scratch_shapes`` asked for.
           items: first and end of what the grid visits; item ``i`` is row ``i // repeats``.
           repeats: how many times in turn a row is visited.
+          in_use: tiles that are worked on at once: a buffer is filled anew when so many have been taken after its tile.
         """
         self.tiling, self.pool, self.table, self.span, self.repeats = tiling, pool, table, span, repeats
         self.buffer, self.arrived, self.state = scratch
-        self.items = items
+        self.items, self.in_use = items, in_use
 
     @staticmethod
     def scratch_shapes(tiling: Tiling, pool: Array) -> tuple[Any, Any, Any]:
-        """Buffers, their semaphores, and the counters item, tile, copied, taken."""
+        """Buffers, their semaphores, and the item, tile and buffer to copy next, and the buffer to take next."""
         return (
             pltpu.VMEM((tiling.buffers, tiling.kvs, pool.shape[-1]), pool.dtype),
             pltpu.SemaphoreType.DMA((tiling.buffers,)),
@@ -195,18 +202,16 @@ class TileStream:
         return floor_div(first, self.tiling.blocks), jnp.where(end > first, ceil_div(end, self.tiling.blocks), 0)
 
     def start(self) -> None:
-        """Begins to copy as many tiles as there are buffers, but one."""
+        """Begins to copy as many tiles as there are buffers, but for those in use at once."""
         self._go_to(jnp.int32(self.items[0]))
-        self.state[2] = 0
-        self.state[3] = 0
-        for _ in range(self.tiling.buffers - 1):
-            self._copy_next()
+        self.state[2] = self.state[3] = 0
+        lax.fori_loop(0, self.tiling.buffers - self.in_use, lambda _, __: self._copy_next(), None)
 
     def take(self, item: Array, tile: Array) -> Array:
-        """Waits for the next tile, which is this one, and returns its buffer; the one taken before is given up."""
+        """Waits for the next tile, which is this one, and returns its buffer; one is given up: see ``in_use``."""
         self._copy_next()
-        slot = lax.rem(self.state[3], jnp.int32(self.tiling.buffers))
-        self.state[3] += 1
+        slot = self.state[3]
+        self.state[3] = self._after(slot)
         self._wait(item, tile, slot)
         return slot
 
@@ -215,28 +220,36 @@ class TileStream:
 
         A freed block keeps its old bytes, and 0 * NaN is NaN: the values of what is no KV must be zero.
         """
+        piece, width = math.gcd(kvs, LANES), self.buffer.shape[-1] - lane
+
+        def at(index: Array) -> Any:
+            return self.buffer.at[slot, pl.ds(pl.multiple_of(index * piece, piece), piece), pl.ds(lane, width)]
+
+        def clear(index: Array, _: None) -> None:
+            at(index)[...] = jnp.zeros((piece, width), self.buffer.dtype)
 
         @pl.when(left < kvs)
         def _():
-            value = self.buffer[slot, :kvs, lane:]
-            held = lax.broadcasted_iota(jnp.int32, value.shape, 0) < left
-            value = jnp.where(held, value.astype(jnp.float32), 0.0)
-            self.buffer[slot, :kvs, lane:] = value.astype(self.buffer.dtype)
+            last = floor_div(left, piece)  # only this piece need be read
+            held = lax.broadcasted_iota(jnp.int32, (piece, width), 0) < left - last * piece
+            at(last)[...] = jnp.where(held, at(last)[...].astype(jnp.float32), 0.0).astype(self.buffer.dtype)
+            lax.fori_loop(last + 1, kvs // piece, clear, None)
 
     def _go_to(self, item: Array) -> None:
         """Points to the first tile of the first item from this one on that has any."""
 
+        def within(item: Array) -> Array:  # past the end there is nothing to read
+            return jnp.minimum(item, self.items[1] - 1)
+
         def is_empty(item: Array) -> Array:
-            first, end = self.span(self._within(item))
+            first, end = self.span(within(item))
             return (item < self.items[1]) & (end <= first)
 
         item = lax.while_loop(is_empty, lambda i: i + 1, item)
-        self.state[0] = item
-        self.state[1] = self.tiles(self._within(item))[0]
+        self.state[0], self.state[1] = item, self.tiles(within(item))[0]
 
-    def _within(self, item: Array) -> Array:
-        """The last item for those past the end, where there is nothing to read."""
-        return jnp.minimum(item, self.items[1] - 1)
+    def _after(self, slot: Array) -> Array:
+        return jnp.where(slot == self.tiling.buffers - 1, 0, slot + 1)
 
     def _entries(self, item: Array, tile: Array) -> tuple[Array, Array]:
         """The table entries of a tile that are in the item's span."""
@@ -255,37 +268,36 @@ class TileStream:
     def _copy_next(self) -> None:
         @pl.when(self.state[0] < self.items[1])
         def _():
-            item, tile = self.state[0], self.state[1]
-            slot = lax.rem(self.state[2], jnp.int32(self.tiling.buffers))
+            item, tile, slot = (self.state[i] for i in range(3))
             row = floor_div(item, self.repeats) * self.tiling.max_blocks
-            first, end = self._entries(item, tile)
-            origin = self._origin(item, tile)
+            (first, end), origin = self._entries(item, tile), self._origin(item, tile)
+            at_once = next(n for n in range(UNROLLED, 0, -1) if self.tiling.blocks % n == 0)
 
-            def copy(entry: Array, _: None) -> None:
+            def copy(entry: Array) -> None:
                 block = self.pool.at[self.table[row + entry]]
-                target = self._block(slot, entry - origin)
-                pltpu.make_async_copy(block, target, self.arrived.at[slot]).start()
+                pltpu.make_async_copy(block, self._block(slot, entry - origin), self.arrived.at[slot]).start()
 
-            lax.fori_loop(first, end, copy, None)
-            self.state[2] += 1
-            self.state[1] = tile + 1
+            def copy_some(part: Array, _: None) -> None:
+                for i in range(at_once):
+                    copy(origin + part * at_once + i)
 
-            @pl.when(tile + 1 == self.tiles(item)[1])
-            def _():
-                self._go_to(item + 1)
+            lax.cond(
+                end - first == self.tiling.blocks,
+                lambda: lax.fori_loop(0, self.tiling.blocks // at_once, copy_some, None),
+                lambda: lax.fori_loop(first, end, lambda entry, _: copy(entry), None),
+            )
+            self.state[1], self.state[2] = tile + 1, self._after(slot)
+            pl.when(tile + 1 == self.tiles(item)[1])(lambda: self._go_to(item + 1))
 
     def _wait(self, item: Array, tile: Array, slot: Array) -> None:
         """One wait for the bytes of a whole tile; a part-filled one waits for each block."""
         first, end = self._entries(item, tile)
-        whole, block = self.buffer.at[slot], self._block(slot, jnp.int32(0))
 
         def wait_for(part: Any) -> None:
             pltpu.make_async_copy(part, part, self.arrived.at[slot]).wait()
 
-        @pl.when(end - first == self.tiling.blocks)
-        def _():
-            wait_for(whole)
-
-        @pl.when(end - first < self.tiling.blocks)
-        def _():
-            lax.fori_loop(first, end, lambda _, __: wait_for(block), None)
+        lax.cond(
+            end - first == self.tiling.blocks,
+            lambda: wait_for(self.buffer.at[slot]),
+            lambda: lax.fori_loop(first, end, lambda _, __: wait_for(self._block(slot, jnp.int32(0))), None),
+        )

@@ -13,8 +13,8 @@ from jax import Array
 
 from pallas_kernels.pool_values import IN_BOUNDS
 
-KVS_A_STEP = {"gpu": 64 * 1024}
-"""By platform: a GPU wants few large steps; elsewhere what is worked on should stay in the processor's caches."""
+KVS_A_STEP = {"gpu": 64 * 1024, "tpu": 64 * 1024}
+"""By platform: a GPU or TPU wants few large steps; elsewhere what is worked on should stay in the caches."""
 FEW_KVS = 1024
 
 

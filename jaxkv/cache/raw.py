@@ -6,13 +6,14 @@ from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jaxkv.cache.tables import HeadTables
 from pallas_kernels import slot_values
 from pallas_kernels.kvs import RawKVs
 from pallas_kernels.pool_values import pool_dtype
+from pallas_kernels.walk import walk
 
 LANES = 128
 """Scores and positions lie in rows of 128: a narrower minor dimension is laid out anew on every TPU call."""
@@ -145,6 +146,38 @@ def to_slots(values: Array, block_table: Array, lengths: Array, new: Array) -> A
     """Scores or positions with those of the heads' blocks replaced by new, in table order; see ``in_table_order``."""
     new = new.reshape(*block_table.shape, -1)
     return slot_values.write_blocks(values, block_table, new, _holds_blocks(block_table, lengths, new.shape[-1]))
+
+
+def add_to_slots(
+    values: Array, block_table: Array, lengths: Array, gains: Array, up_to: tuple[Array, Array] | None = None
+) -> Array:
+    """Scores with the gains added of what the heads hold; the cost follows that, not the table's width.
+
+    Args:
+      values: ``f32[rows, 128]``, one a token slot.
+      block_table: ``i32[batch, kv_heads, max_blocks]``.
+      lengths: ``i32[batch, kv_heads]``.
+      gains: ``f32[batch, kv_heads, max_blocks * block_size]`` in table order; what is past a length isn't read.
+      up_to: positions like ``values``, and ``i32[batch]`` the last position of a KV that gains; None: all do.
+    """
+    _, kv_heads, max_blocks = block_table.shape
+    size = gains.shape[-1] // max_blocks
+    gains = jnp.pad(gains, ((0, 0), (0, 0), (0, -gains.shape[-1] % LANES)))
+    a_head, gains = gains.shape[-1] // size, gains.reshape(-1, LANES)  # as a TPU's kernel leaves them: it costs nothing
+    resident = walk(block_table.reshape(-1, max_blocks), lengths.reshape(-1), size)
+
+    def add(i: Array, values: Array) -> Array:
+        part = resident.part(i)
+        exists, gain_of = part.segment < max_blocks, part.row * a_head + part.segment
+        gain = slot_values.read_blocks(gains, jnp.where(exists, gain_of, 0), size)
+        grows = part.held
+        if up_to is not None:
+            positions, last = up_to
+            grows &= slot_values.read_blocks(positions, part.blocks, size) <= last[part.row // kv_heads][:, None]
+        old = slot_values.read_blocks(values, part.blocks, size)
+        return slot_values.write_blocks(values, part.blocks, old + jnp.where(grows, gain, 0.0), exists)
+
+    return lax.fori_loop(0, resident.steps, add, values)
 
 
 def _holds_blocks(block_table: Array, lengths: Array, block_size: int) -> Array:

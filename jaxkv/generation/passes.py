@@ -15,7 +15,7 @@ from jax import Array
 
 from jaxkv.cache.contents import contents, readable, unquantised
 from jaxkv.cache.home import HIGH, LOW
-from jaxkv.cache.raw import in_table_order, to_slots
+from jaxkv.cache.raw import add_to_slots
 from jaxkv.cache.state import PagedCache
 from jaxkv.compression.placement import Claim
 from jaxkv.compression.policy import Policy
@@ -196,13 +196,11 @@ class AppendToken:
             tiers = self.cache.quantised.view(layer, self.counts > 0)
             out, _ = paged_attention(query[:, 0], held, tiers=tiers)
             return (pool, scores), out[:, None]
-        scorer, size = self.policy.scorer, self.cache.raw.block_size
-        out, mass = paged_attention(query[:, 0], held, observe=scorer.score_decoded)
+        scorer, up_to = self.policy.scorer, None
+        out, masses = paged_attention(query[:, 0], held, observe=scorer.score_decoded)
         if scorer.observes.buffer:
-            key_positions = in_table_order(self.cache.raw.positions, table, length, size)
-            mass = jnp.where(key_positions <= self.positions[..., None] - scorer.observes.buffer, mass, 0.0)
-        scores = to_slots(scores, table, length, in_table_order(scores, table, length, size) + mass)
-        return (pool, scores), out[:, None]
+            up_to = self.cache.raw.positions, self.positions[:, 0] - scorer.observes.buffer
+        return (pool, add_to_slots(scores, table, length, masses, up_to)), out[:, None]
 
     def end(self, state: tuple[Array, Array]) -> PagedCache:
         pool, scores = state

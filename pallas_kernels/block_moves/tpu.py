@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import slot_values
 from pallas_kernels.block_moves.types import Moves
 from pallas_kernels.tpu_tiles import (
+    CORES,
     SMEM_ENTRIES,
     UNCHECKED,
     TileStream,
@@ -114,6 +115,10 @@ def _run(
     interpret: Any,
 ) -> tuple[Array, Array, Array]:
     """One call: table ``i32[rows, max_blocks]``, marks ``bool[rows, kvs]``."""
+    steps = -(-len(table) // CORES)
+    table, is_source, is_hole = (  # of an odd number of rows the last moves nothing
+        jnp.pad(x, ((0, CORES * steps - len(x)), (0, 0))) for x in (table, is_source, is_hole)
+    )
     rows, max_blocks = table.shape
     size = tiles.block_size
     sources, holes = _marked(is_source, NO_SOURCE, tiles), _marked(is_hole, NO_HOLE, tiles)
@@ -121,7 +126,7 @@ def _run(
     old = [slot_values.read_blocks(values, known, size) for values in (scores, positions)]
     old = Values(*(_in_tiles(lax.bitcast_convert_type(x, jnp.int32).reshape(rows, -1), 0, tiles) for x in old))
 
-    in_vmem = pl.BlockSpec((1, tiles.tiles, tiles.kvs), lambda row, *_: (row, 0, 0))
+    in_vmem = pl.BlockSpec((1, tiles.tiles, tiles.kvs), lambda core, step, *_: (core * steps + step, 0, 0))
     anywhere = pl.BlockSpec(memory_space=pltpu.HBM)
     values = jax.ShapeDtypeStruct((rows, tiles.tiles, tiles.kvs), jnp.int32)
     width = pool.shape[-1]
@@ -131,7 +136,7 @@ def _run(
         partial(_kernel, tiles=tiles),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(rows,),
+            grid=(CORES, steps),
             in_specs=(*jax.tree.map(lambda _: in_vmem, inputs), anywhere),
             out_specs=(anywhere, Values(in_vmem, in_vmem)),
             scratch_shapes=(
@@ -147,7 +152,9 @@ def _run(
         ),
         out_shape=(jax.ShapeDtypeStruct(pool.shape, pool.dtype), Values(values, values)),
         input_output_aliases={len(jax.tree.leaves((scalars, inputs))): 0},
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=32 * 2**20, **UNCHECKED),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=32 * 2**20, **UNCHECKED
+        ),
         name="move_kvs",
         interpret=interpret,
     )(*scalars, *inputs, pool)
@@ -197,14 +204,15 @@ def _kernel(
     tiles: Tiling,
 ) -> None:
     """``pool`` and ``moved_pool`` are the same memory; a row's sources lie in later blocks than its holes."""
-    row, rows = pl.program_id(0), pl.num_programs(0)
+    core, step, steps = pl.program_id(0), pl.program_id(1), pl.num_programs(1)
+    row, items = core * steps + step, (core * steps, (core + 1) * steps)
 
     def stream(span: Any, scratch: tuple[Any, Any, Any]) -> TileStream:
-        return TileStream(tiles, pool, table, lambda r: (span[2 * r], span[2 * r + 1]), scratch, (0, rows))
+        return TileStream(tiles, pool, table, lambda r: (span[2 * r], span[2 * r + 1]), scratch, items)
 
     sources, holes = stream(source.span, source_tiles), stream(hole.span, hole_tiles)
 
-    @pl.when(row == 0)
+    @pl.when(step == 0)
     def _():
         sources.start()
         holes.start()
@@ -282,7 +290,7 @@ def _kernel(
         start = jnp.int32(0), first_source, first_hole, sources.take(row, first_source)
         lax.while_loop(lambda state: state[0] < moves, pair, start)
 
-    @pl.when(row == rows - 1)
+    @pl.when(step == steps - 1)
     def _():
         for stage in range(STAGES):
             await_stage(jnp.int32(stage))

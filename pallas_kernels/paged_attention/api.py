@@ -57,8 +57,8 @@ def paged_attention(
 
     Returns:
       Output ``[batch, heads, head_dim]``, zeros for a head that holds no KV; and what ``observe`` comes to: of a
-      function ``f32[batch, kv_heads, max_blocks * block_size]`` in table order, zero past a head's length; of a
-      ``Significance`` a ``Significant``; of None, None.
+      function ``f32[batch, kv_heads, max_blocks * block_size]`` in table order, which mean nothing past a head's
+      length; of a ``Significance`` a ``Significant``; of None, None.
 
     Raises:
       ValueError: arguments or shapes that don't belong together, or that this implementation can't take.

@@ -34,7 +34,7 @@ CHECKS = {
     "decode": lambda interpreter: test_tpu_kernels.check_decode(interpreter, group=2),
     "prefill": lambda interpreter: test_tpu_kernels.check_prefill(interpreter, length=18, cached=MANY_TILES),
     "writes": lambda interpreter: test_tpu_kernels.check_writes(interpreter, length=3),
-    "moves": lambda interpreter: test_tpu_kernels.check_moves(interpreter, counts=[31, 20]),
+    "moves": lambda interpreter: test_tpu_kernels.check_moves(interpreter, counts=[31, 20, 31, 20]),
     "tiers": lambda interpreter: test_tiered_attention.check_tpu(
         interpreter, LAYOUTS["plain"], lengths=np.array([[[150, 130]]])
     ),
