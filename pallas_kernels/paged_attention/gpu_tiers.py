@@ -154,7 +154,7 @@ def _attend(
     own = _own_values(queries, fmt.key_groups)
     split = jnp.stack(gpu_tiers_softmax.split(own, parts), axis=2).reshape(rows, -1, QUERIES, head_dim)
 
-    block = gpu_tiers_softmax.rows_held(tier, head_dim), LANES
+    block = gpu_tiers_softmax.rows_read(tier), LANES
     stages = max(2, RING_BYTES // (4 * block[0] * LANES))
     shapes = [(segments, head_dim, QUERIES), (segments, QUERIES), (segments, QUERIES)]
     if keep:

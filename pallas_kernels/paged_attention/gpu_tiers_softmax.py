@@ -19,7 +19,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu_warpgroup import MASKED, ROWS, gather, iota, laid, load, product, store
 from pallas_kernels.paged_attention.gpu_tensor_cores import QUERIES
-from pallas_kernels.quantised_block.layout import LANES, Segments
+from pallas_kernels.quantised_block.blocks import locate
+from pallas_kernels.quantised_block.layout import LANES, Segments, unit_bits
 from pallas_kernels.quantised_block.quantizer import unpack_meta
 
 LAYOUT = plgpu.Layout.WGMMA
@@ -30,34 +31,21 @@ def tiles(tier: Segments) -> int:
     return -(-tier.tokens // ROWS)
 
 
-def turns(tier: Segments) -> int:
-    """Codes in a word of K or of V, whichever has more: so many tokens of the same words follow each other."""
-    return 32 // min(tier.format.key_bits, tier.format.value_bits)
-
-
 def token_of(row: Any, tier: Segments) -> Any:
-    """Which token of a block is the ``row``-th of its tiles."""
-    a_side = tier.tokens // tier.sides
-    vector, turn = row // turns(tier), row % turns(tier)
-    return vector % tier.sides * a_side + turn * (a_side // turns(tier)) + vector // tier.sides
+    """Which token of a block is the ``row``-th of its tiles.
 
-
-def locate(row: Array, tier: Segments, bits: int) -> tuple[Array, Array]:
-    """As ``blocks.locate``, of the ``row``-th token: its vector of words, and how far its codes are shifted."""
-    ratio = turns(tier) * bits // 32
-    vector, turn = row // turns(tier), row % turns(tier)
-    return turn % ratio * (tier.tokens // turns(tier)) + vector, turn // ratio * bits
+    Pairs of tokens that are a word's halves stay together, and those whose codes share the words of K or of V,
+    whichever has more codes a word, follow each other.
+    """
+    narrow = min(tier.format.key_bits, tier.format.value_bits)
+    a_side, slots = tier.tokens // tier.sides, unit_bits(narrow) // narrow
+    vector, slot = row // 2 // slots, row // 2 % slots
+    return vector % tier.sides * a_side + slot * (a_side // slots) + vector // tier.sides * 2 + row % 2
 
 
 def rows_read(tier: Segments) -> int:
     """Rows of a block that attention reads: all but those of nothing but scores and positions."""
     return -(-tier.scores // LANES)
-
-
-def rows_held(tier: Segments, head_dim: int) -> int:
-    """Rows of shared memory for a block: where the last tile is part-filled, its other tokens must be somewhere."""
-    past = (tiles(tier) * ROWS - tier.tokens) // turns(tier) * head_dim
-    return max(rows_read(tier), -(-(tier.key_meta + past) // LANES))
 
 
 def split(x: Array, parts: int) -> list[Array]:
@@ -171,10 +159,14 @@ def segment_kernel(tier: Segments, head_dim: int, parts: int, from_right: bool, 
             """64 tokens of a block."""
             words = words_smem.at[slot]
 
+            def tokens(row: Array) -> Array:
+                """Of the block; of rows past its end the last one."""
+                return token_of(jnp.minimum(row, tier.tokens - 1).astype(jnp.uint32), tier)
+
             def read(start: int, axis: int, bits: int) -> Array:
                 """Codes of all tokens, which lie along an axis."""
                 row = i * ROWS + iota((ROWS, head_dim) if axis == 0 else (head_dim, ROWS), axis, interpret)
-                vector, shift = locate(row.astype(jnp.uint32), tier, bits)
+                vector, shift = locate(tokens(row), tier, bits)
                 at = start + vector.astype(jnp.int32) * head_dim
                 return codes(gather(words, at, LAYOUT, interpret, axis=1 - axis), shift, bits)
 
@@ -183,7 +175,7 @@ def segment_kernel(tier: Segments, head_dim: int, parts: int, from_right: bool, 
                 return unpack_meta(gather(words, at, LAYOUT, interpret))
 
             row = i * ROWS + iota((ROWS, QUERIES), 0, interpret)
-            token = token_of(jnp.minimum(row, tier.tokens - 1).astype(jnp.uint32), tier).astype(jnp.int32)
+            token = tokens(row).astype(jnp.int32)
             held = (row < tier.tokens) & (block * tier.tokens + token < part.length)
             key = read(0, 0, fmt.key_bits)
             logits = jnp.zeros((ROWS, QUERIES), jnp.float32)

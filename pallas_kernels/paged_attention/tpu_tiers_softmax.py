@@ -11,7 +11,7 @@ from jax import Array, lax
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.quantised_block.layout import LANES, Segments
-from pallas_kernels.quantised_block.tpu_vectors import SUBLANES, halves, line, unpack
+from pallas_kernels.quantised_block.tpu_vectors import SUBLANES, halves, line, offset, unpack
 from pallas_kernels.tpu_tiles import MASKED, TileStream, Tiling, ceil_div
 
 
@@ -110,6 +110,7 @@ def attend(
     )
     key_sums = keys.sum(-1, keepdims=True)
     keys = keys.astype(dtype)
+    key_offset, value_offset = (offset(bits, dtype) for bits in (fmt.key_bits, fmt.value_bits))
     meta_at = tier.key_meta // LANES // SUBLANES * SUBLANES
 
     def over(blocks: int, tile: Array, slot: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -130,8 +131,8 @@ def attend(
             s = jnp.zeros((blocks, group, a_side))
             for part in range(fmt.key_groups):
                 rows = slice((part * tier.sides + side) * group, (part * tier.sides + side + 1) * group)
-                s += dots[:, rows] * values(scale, tier.key_meta, part, side)
-                s += key_sums[rows] * values(low, tier.key_meta, part, side)
+                factor, least = (values(meta, tier.key_meta, part, side) for meta in (scale, low))
+                s += dots[:, rows] * factor + key_sums[rows] * (least - key_offset * factor)
             logits.append(jnp.where(held[side], s * head_dim**-0.5, MASKED))
         if keep:
             keep(tile, slot, logits)
@@ -149,11 +150,13 @@ def attend(
                 factor, least = (
                     jnp.where(held[side], values(meta, tier.value_meta, part, side), 0.0) for meta in (scale, low)
                 )
-                scaled.append(p * factor)
-                minima.append((p * least).sum(0).sum(-1, keepdims=True))
+                weight = (p * factor).astype(dtype)
+                scaled.append(weight)
+                least = p * least - value_offset * weight.astype(jnp.float32)  # as rounded: most of it cancels
+                minima.append(least.sum(0).sum(-1, keepdims=True))
         words = buffer[(*first, slice(tier.value // LANES, tier.key_meta // LANES))]
         value = unpack(words, fmt.value_bits, dtype)
-        out = _batched(jnp.concatenate(scaled, axis=1).astype(dtype), value, (2, 1)).sum(0)
+        out = _batched(jnp.concatenate(scaled, axis=1), value, (2, 1)).sum(0)
         decays = jnp.concatenate([decay] * len(minima))
         return new, total, output * decays + out + jnp.concatenate(minima)
 

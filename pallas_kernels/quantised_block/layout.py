@@ -8,10 +8,12 @@ one line of words, a block of ``T`` tokens holds in this order::
     scores    [T] (f32)                positions [T] (i32)
 
 A row of 128 words has room for two vectors of 64 (two ``sides``: the block's first ``T / 2`` tokens and its last), or
-for one longer one. Codes are packed along the tokens: of a side's ``n`` rows the lowest bits of row ``r`` are those of
-its token ``r``, the next of token ``r + n``, and so on. So unpacking shifts and masks whole rows, gives the tokens in
-order and never moves a value between lanes. A word of meta is a group's scale (low half) and minimum (high half), IEEE
-half precision each.
+for one longer one. Codes are packed along the tokens. A word is two units of 16 bits, or four of 8 where a code has 8:
+``u`` units in all, of which the first of a side's row ``r`` begins with its token ``u * r``, the next with the token
+after that, and so on. Of a side's ``n`` rows the second code of a unit is ``u * n`` tokens further, the third as much
+again. So one shift and one mask unpack all units of whole rows, which lie as 16-bit (or 8-bit) values do, the rows of a
+register packed two (four) to a word; tokens come in order, and no value moves between lanes. A word of meta is a group's
+scale (low half) and minimum (high half), IEEE half precision each.
 """
 
 from __future__ import annotations
@@ -21,6 +23,11 @@ from functools import cached_property
 
 LANES = 128
 WIDTHS = (8, 4, 2, 1)
+
+
+def unit_bits(bits: int) -> int:
+    """Of the units in which a word holds codes of so many bits."""
+    return 8 if bits == 8 else 16
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ that may begin at any lane; as a vector its tokens begin at lane 0, ``[blocks, 1
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental.pallas import tpu as pltpu
 
@@ -28,12 +29,40 @@ def check_layout(layout: BlockLayout) -> None:
         )
 
 
+def offset(bits: int, dtype: jnp.dtype) -> int:
+    """By how much what ``unpack`` gives is more than the codes."""
+    return 0 if dtype == jnp.float32 else -128 if bits == 8 else 128
+
+
 def unpack(words: Array, bits: int, dtype: jnp.dtype) -> Array:
-    """Codes ``[blocks, rows * 32 / bits, 128]``, sides beside each other, of words ``[blocks, rows, 128]``."""
+    """Codes and ``offset``, ``[blocks, rows * 32 / bits, 128]``, sides beside each other, of ``[blocks, rows, 128]``.
+
+    A code of less than 8 bits below the exponent of 128 is 128 and the code in bfloat16, two of them a word; one of 8
+    bits is a signed byte less 128.
+    """
+    rows = words.shape[1]
     words = lax.bitcast_convert_type(words, jnp.int32)
-    mask = 2**bits - 1
-    parts = [(words >> shift & mask).astype(jnp.float32) for shift in range(0, 32, bits)]
-    return jnp.concatenate(parts, axis=1).astype(dtype)
+    past = -rows % SUBLANES
+    if past:
+        words = jnp.concatenate([words, jnp.zeros((words.shape[0], past, LANES), jnp.int32)], axis=1)
+    if bits == 8:
+        parts = [pltpu.bitcast(words ^ _twice(0x8080), jnp.int8)]
+    else:
+        mask, exponent = _twice(2**bits - 1), _twice(0x4300)
+        parts = [pltpu.bitcast(words >> shift & mask | exponent, jnp.bfloat16) for shift in range(0, 16, bits)]
+    if dtype == jnp.float32 or past:  # packed rows can't be cut off within a register
+        parts = [_to_float32(part)[:, : part.shape[1] // words.shape[1] * rows] for part in parts]
+    codes = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+    return codes - offset(bits, jnp.bfloat16) if dtype == jnp.float32 else codes.astype(dtype)
+
+
+def _twice(half: int) -> Array:
+    """In both halves of a word."""
+    return jnp.int32(np.uint32(half << 16 | half).view(np.int32))
+
+
+def _to_float32(x: Array) -> Array:
+    return (x.astype(jnp.int32) if x.dtype == jnp.int8 else x).astype(jnp.float32)
 
 
 def halves(meta: Array) -> tuple[Array, Array]:

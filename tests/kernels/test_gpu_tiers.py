@@ -13,7 +13,6 @@ from test_tiered_attention import check_alike, observing, query_of, reference, t
 from tiered import hold, layout_of
 
 from pallas_kernels.paged_attention import gpu_tiers, gpu_tiers_softmax, paged_attention
-from pallas_kernels.quantised_block import blocks
 from pallas_kernels.quantised_writes import gpu as writes_gpu
 from pallas_kernels.quantised_writes import write_kvs
 
@@ -28,15 +27,13 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_tiles_hold_every_token_once_where_its_codes_are(name):
+def test_tiles_hold_every_token_once(name):
+    """Pairs stay pairs: two tokens that are a word's halves are neighbours."""
     for tier in LAYOUTS[name].tiers:
-        row = np.arange(tier.tokens)
-        token = gpu_tiers_softmax.token_of(row, tier)
-        np.testing.assert_array_equal(np.sort(token), row)
-        for bits in (tier.format.key_bits, tier.format.value_bits):
-            wanted = blocks.locate(jnp.asarray(token), tier, bits)
-            for got, other in zip(gpu_tiers_softmax.locate(jnp.asarray(row), tier, bits), wanted, strict=True):
-                np.testing.assert_array_equal(got, other)
+        token = gpu_tiers_softmax.token_of(np.arange(tier.tokens), tier)
+        np.testing.assert_array_equal(np.sort(token), np.arange(tier.tokens))
+        assert (token[::2] % 2 == 0).all()
+        np.testing.assert_array_equal(token[1::2], token[::2] + 1)
 
 
 @given(st.floats(1.0, 2.0, width=32), st.integers(-60, 60), st.sampled_from([-1, 1]))

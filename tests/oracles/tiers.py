@@ -50,8 +50,11 @@ class Block:
         a_side = self.tokens // self.sides
         rows = a_side * bits // 32
         side, token = divmod(token, a_side)
-        at = start + (token % rows * self.sides + side) * self.head_dim
-        return slice(at, at + self.head_dim), np.uint32(token // rows * bits)
+        units = 4 if bits == 8 else 2
+        turn, token = divmod(token, units * rows)
+        row, unit = divmod(token, units)
+        at = start + (row * self.sides + side) * self.head_dim
+        return slice(at, at + self.head_dim), np.uint32(32 // units * unit + turn * bits)
 
     def put(self, token, key, value, score, position):
         fmt = self.fmt
