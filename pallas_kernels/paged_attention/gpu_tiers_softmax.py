@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.gpu_warpgroup import MASKED, ROWS, gather, iota, laid, load, product, store
 from pallas_kernels.paged_attention.gpu_tensor_cores import QUERIES
 from pallas_kernels.quantised_block.blocks import locate
-from pallas_kernels.quantised_block.layout import LANES, Segments, unit_bits
+from pallas_kernels.quantised_block.layout import LANES, Segments
 from pallas_kernels.quantised_block.quantizer import unpack_meta
 
 LAYOUT = plgpu.Layout.WGMMA
@@ -37,8 +37,7 @@ def token_of(row: Any, tier: Segments) -> Any:
     Pairs of tokens that are a word's halves stay together, and those whose codes share the words of K or of V,
     whichever has more codes a word, follow each other.
     """
-    narrow = min(tier.format.key_bits, tier.format.value_bits)
-    a_side, slots = tier.tokens // tier.sides, unit_bits(narrow) // narrow
+    a_side, slots = tier.tokens // tier.sides, 16 // min(tier.format.key_bits, tier.format.value_bits)
     vector, slot = row // 2 // slots, row // 2 % slots
     return vector % tier.sides * a_side + slot * (a_side // slots) + vector // tier.sides * 2 + row % 2
 

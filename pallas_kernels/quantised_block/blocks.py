@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from pallas_kernels.quantised_block.layout import LANES, Segments, unit_bits
+from pallas_kernels.quantised_block.layout import LANES, Segments
 from pallas_kernels.quantised_block.quantizer import Codes, dequantize, pack, quantize, unpack
 
 
@@ -157,13 +157,11 @@ def write_tokens(pool: Array, blocks: Array, offsets: Array, tokens: Tokens, tie
 
 def locate(offsets: Array, tier: Segments, bits: int) -> tuple[Array, Array]:
     """Where a token's codes are: which vector of words, ``i32[...]``, and how far they are shifted, ``u32[...]``."""
-    a_side, unit = tier.tokens // tier.sides, unit_bits(bits)
-    units = 32 // unit
+    a_side = tier.tokens // tier.sides
     side, index = offsets // a_side, offsets % a_side
-    of_slot = a_side * bits // unit  # tokens before the next code of a unit
-    row = index % of_slot // units
-    shift = index % units * unit + index // of_slot * bits
-    return row * tier.sides + side, shift.astype(jnp.uint32)
+    of_slot = a_side * bits // 16  # tokens in the lowest codes of all halves, or in the next
+    shift = index % 2 * 16 + index // of_slot * bits
+    return index % of_slot // 2 * tier.sides + side, shift.astype(jnp.uint32)
 
 
 def _read(pool: Array, blocks: Array, starts: Array, size: int) -> Array:

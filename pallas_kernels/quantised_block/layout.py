@@ -8,11 +8,10 @@ one line of words, a block of ``T`` tokens holds in this order::
     scores    [T] (f32)                positions [T] (i32)
 
 A row of 128 words has room for two vectors of 64 (two ``sides``: the block's first ``T / 2`` tokens and its last), or
-for one longer one. Codes are packed along the tokens. A word is two units of 16 bits, or four of 8 where a code has 8:
-``u`` units in all, of which the first of a side's row ``r`` begins with its token ``u * r``, the next with the token
-after that, and so on. Of a side's ``n`` rows the second code of a unit is ``u * n`` tokens further, the third as much
-again. So one shift and one mask unpack all units of whole rows, which lie as 16-bit (or 8-bit) values do, the rows of a
-register packed two (four) to a word; tokens come in order, and no value moves between lanes. A word of meta is a group's
+for one longer one. Codes are packed along the tokens, those of a pair 16 bits apart: of a side's ``n`` rows of words
+row ``r`` has its tokens ``2 * r`` and ``2 * r + 1`` in the lowest bits of either half, above them those ``2 * n``
+further, and so on. So a shift and a mask give whole rows of codes, two tokens to a word as 16-bit values lie in a TPU's
+registers and in the tensor cores' operands, in order, and no value moves between lanes. A word of meta is a group's
 scale (low half) and minimum (high half), IEEE half precision each.
 """
 
@@ -23,11 +22,6 @@ from functools import cached_property
 
 LANES = 128
 WIDTHS = (8, 4, 2, 1)
-
-
-def unit_bits(bits: int) -> int:
-    """Of the units in which a word holds codes of so many bits."""
-    return 8 if bits == 8 else 16
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,6 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.quantised_block.layout import unit_bits
-
 
 class Codes(NamedTuple):
     """Quantised vectors."""
@@ -68,21 +66,19 @@ def unpack_meta(meta: Array) -> tuple[Array, Array]:
 
 def pack(codes: Array, bits: int, sides: int = 1) -> Array:
     """Codes ``u32[..., tokens, head_dim]`` as words ``u32[..., tokens * bits / 32, head_dim]``, ``sides`` in turn."""
-    shifts = _shifts(bits)
-    slots, units = shifts.shape
-    parts = codes.reshape(*codes.shape[:-2], sides, slots, -1, units, codes.shape[-1])
-    words = jnp.sum(parts << shifts[:, None, :, None], axis=(-4, -2), dtype=jnp.uint32)
+    parts = codes.reshape(*codes.shape[:-2], sides, 16 // bits, -1, 2, codes.shape[-1])
+    words = jnp.sum(parts << _shifts(bits), axis=(-4, -2), dtype=jnp.uint32)
     return jnp.swapaxes(words, -3, -2).reshape(*codes.shape[:-2], -1, codes.shape[-1])
 
 
 def unpack(words: Array, bits: int, sides: int = 1) -> Array:
     """The reverse of ``pack``."""
     words = jnp.swapaxes(words.reshape(*words.shape[:-2], -1, sides, words.shape[-1]), -3, -2)
-    parts = words[..., None, :, None, :] >> _shifts(bits)[:, None, :, None] & jnp.uint32(2**bits - 1)
+    parts = words[..., None, :, None, :] >> _shifts(bits) & jnp.uint32(2**bits - 1)
     return parts.reshape(*words.shape[:-3], -1, words.shape[-1])
 
 
 def _shifts(bits: int) -> Array:
-    """Where a word's codes are, ``u32[codes of a unit, units]``."""
-    unit = unit_bits(bits)
-    return jnp.arange(0, unit, bits, dtype=jnp.uint32)[:, None] + jnp.arange(0, 32, unit, dtype=jnp.uint32)
+    """Of a word's codes, ``u32[codes of a half, 1, halves, 1]``."""
+    shifts = jnp.arange(0, 16, bits, dtype=jnp.uint32)[:, None] + jnp.array([0, 16], jnp.uint32)
+    return shifts[:, None, :, None]

@@ -50,11 +50,10 @@ class Block:
         a_side = self.tokens // self.sides
         rows = a_side * bits // 32
         side, token = divmod(token, a_side)
-        units = 4 if bits == 8 else 2
-        turn, token = divmod(token, units * rows)
-        row, unit = divmod(token, units)
+        turn, token = divmod(token, 2 * rows)
+        row, half = divmod(token, 2)
         at = start + (row * self.sides + side) * self.head_dim
-        return slice(at, at + self.head_dim), np.uint32(32 // units * unit + turn * bits)
+        return slice(at, at + self.head_dim), np.uint32(16 * half + turn * bits)
 
     def put(self, token, key, value, score, position):
         fmt = self.fmt
