@@ -12,7 +12,8 @@ from test_quantised_writes import garbage, lower, lowered, new_kvs, write
 from test_tiered_attention import check_alike, observing, query_of, reference, tiers_of
 from tiered import hold, layout_of
 
-from pallas_kernels.paged_attention import gpu_tiers, gpu_tiers_softmax, paged_attention
+from pallas_kernels.paged_attention import gpu_tiers, gpu_tiers_codes, gpu_tiers_softmax, paged_attention
+from pallas_kernels.quantised_block import blocks
 from pallas_kernels.quantised_writes import gpu as writes_gpu
 from pallas_kernels.quantised_writes import write_kvs
 
@@ -27,13 +28,19 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_tiles_hold_every_token_once(name):
-    """Pairs stay pairs: two tokens that are a word's halves are neighbours."""
+def test_tiles_hold_every_token_once_where_its_codes_are(name):
     for tier in LAYOUTS[name].tiers:
-        token = gpu_tiers_softmax.token_of(np.arange(tier.tokens), tier)
-        np.testing.assert_array_equal(np.sort(token), np.arange(tier.tokens))
-        assert (token[::2] % 2 == 0).all()
-        np.testing.assert_array_equal(token[1::2], token[::2] + 1)
+        row = np.arange(64 * gpu_tiers_codes.tiles(tier))
+        token = gpu_tiers_codes.token_of(row, tier)
+        held = token < tier.tokens
+        np.testing.assert_array_equal(np.sort(token[held]), np.arange(tier.tokens))
+        place = gpu_tiers_codes.place_of(row[held] % 64, tier)
+        for bits in (tier.format.key_bits, tier.format.value_bits):
+            vector, shift = gpu_tiers_codes.locate(place, tier, bits)
+            vector = vector + row[held] // 64 * gpu_tiers_codes.tile_vectors(tier)
+            wanted = blocks.locate(jnp.asarray(token[held]), tier, bits)
+            for got, other in zip((vector, shift + place.half * 16), wanted, strict=True):
+                np.testing.assert_array_equal(got, other)
 
 
 @given(st.floats(1.0, 2.0, width=32), st.integers(-60, 60), st.sampled_from([-1, 1]))
