@@ -113,9 +113,12 @@ class Kept:
             self._write(kvs, step * at_once, at_once, at, block)
             return weakest
 
-        nothing = Least(jnp.full((1, 1, 1), jnp.inf, jnp.float32), jnp.full((1, 1, 1), NOWHERE, jnp.int32))
+        shape = 1, 1, a_side  # lanes meet at the end alone
+        nothing = Least(jnp.full(shape, jnp.inf, jnp.float32), jnp.full(shape, NOWHERE, jnp.int32))
         self.count[self.turn, int(kvs.is_low)] = kvs.blocks
-        return lax.fori_loop(0, ceil_div(kvs.blocks, at_once), over, nothing)
+        weakest = lax.fori_loop(0, ceil_div(kvs.blocks, at_once), over, nothing)
+        value = weakest.value.min(2, keepdims=True)
+        return Least(value, jnp.where(weakest.value == value, weakest.place, NOWHERE).min(2, keepdims=True))
 
     def start(self) -> None:
         """Before a core's first row."""
@@ -144,14 +147,22 @@ class Kept:
             source = self.tails.at[self.turn, at, place + index, pl.ds(0, end - start)]
             pltpu.make_async_copy(source, block, self.wrote.at[self.turn]).start()
 
-        lax.fori_loop(0, jnp.minimum(kvs.blocks - first, most), copy, None)
+        left = kvs.blocks - first
+
+        @pl.when(left >= most)
+        def _():
+            for index in range(most):
+                copy(jnp.int32(index), None)
+
+        @pl.when(left < most)
+        def _():
+            lax.fori_loop(0, left, copy, None)
 
 
 def _weaker(weakest: Least, worth: Array, places: Array) -> Least:
-    """The weaker one, of equals the first."""
-    value = worth.min(0, keepdims=True).min(2, keepdims=True)
-    here = jnp.where(worth == value, places, NOWHERE)
-    here = here.min(0, keepdims=True).min(2, keepdims=True)
+    """In each lane the weaker one, of equals the first."""
+    value = worth.min(0, keepdims=True)
+    here = jnp.where(worth == value, places, NOWHERE).min(0, keepdims=True)
     place = jnp.where(value == weakest.value, jnp.minimum(here, weakest.place), here)
     place = jnp.where(value <= weakest.value, place, weakest.place)
     return Least(jnp.minimum(value, weakest.value), place)

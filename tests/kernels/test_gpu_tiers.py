@@ -21,6 +21,7 @@ SKEWED = np.stack([[[70, 0, 1]], [[97, 0, 130]]], axis=-1)
 """High and low tier: an empty head, blocks that are part-filled and full."""
 LAYOUTS = {
     "plain": layout_of("K8V4", "K4V2", tile=1),
+    "whole": layout_of("K8V4", "K4V2", head_dim=128, tile=1, low_step=64),
     "groups": layout_of("K8V4/1,2", "K4V2/2,4", head_dim=128, tile=1),
     "other way round": layout_of("K4V8", "K1V2/4,1", tile=1),
     "far apart": layout_of("K8V8", "K1V1", head_dim=128, tile=1),
@@ -60,7 +61,7 @@ def check_attention(run, layout, *, lengths=SKEWED, dtype=np.float32, raw=False,
     check_alike(got, wanted, held, layout, dtype)
 
 
-@pytest.mark.parametrize("name", ["plain", "other way round"])
+@pytest.mark.parametrize("name", ["plain", "whole", "other way round"])
 def test_attention(run, name):
     check_attention(run, LAYOUTS[name])
 
