@@ -38,6 +38,9 @@ from pallas_kernels.tpu_tiles import (
 TILE_BYTES = 1024 * 1024
 """Twice those of unquantised KVs: a tile's latency at its ends counts for more where there are fewer bytes."""
 
+MOST_BLOCKS = 64
+"""Of a tile: each is code of its own, which must be compiled."""
+
 
 class Beside(NamedTuple):
     """The softmax over unquantised KVs."""
@@ -128,7 +131,7 @@ def check(query: Array, raw: RawKVs | None, tiers: TieredKVs) -> None:
 
 def tiling(layout: BlockLayout, max_blocks: int) -> Tiling:
     """Tiles of about ``TILE_BYTES``, of a power of two of blocks: halves and quarters are whole, divisions shifts."""
-    blocks = max(1, min(TILE_BYTES // layout.block_bytes, max_blocks))
+    blocks = max(1, min(TILE_BYTES // layout.block_bytes, MOST_BLOCKS, max_blocks))
     blocks = 1 << blocks.bit_length() - 1
     return Tiling(block_size=layout.rows, blocks=blocks, max_blocks=max_blocks, buffers=BUFFERS)
 
