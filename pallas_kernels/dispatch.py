@@ -75,6 +75,14 @@ def block_tile() -> int:
     return 8 if choose(None).implementation == "mosaic_tpu" else 1
 
 
+def block_low_step(head_dim: int) -> int:
+    """Tokens that a quantised block's low ones should be a multiple of: ``BlockLayout.low_step``.
+
+    A TPU wants whole rows of 128 lanes on each side of a block, a GPU whole tiles of 64.
+    """
+    return {"xla": 1, "mosaic_tpu": 256 if head_dim == 64 else 128, "mosaic_gpu": 64}[choose(None).implementation]
+
+
 def check_row(pool: Array, head_dim: int) -> None:
     """Raises ValueError for pool rows that can't hold K beside V."""
     width = pool.shape[-1]

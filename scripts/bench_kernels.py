@@ -24,7 +24,7 @@ import numpy as np
 
 from pallas_kernels.block_moves import Moves, move_kvs
 from pallas_kernels.block_writes import write_blocks
-from pallas_kernels.dispatch import Implementation, block_tile
+from pallas_kernels.dispatch import Implementation, block_low_step, block_tile
 from pallas_kernels.paged_attention import RawKVs, TieredKVs, paged_attention
 from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.quantised_block import BlockLayout, Format, blocks
@@ -172,6 +172,7 @@ def measure_tiers(sizes: Sizes, found: Operations, repeats: int) -> Iterator[Row
             low=Format.named(low),
             tokens=128,
             tile=block_tile(),
+            low_step=block_low_step(sizes.head_dim),
         )
         in_high = int(share * sizes.context)
         tiers = tiered_kvs(sizes, layout, (in_high, sizes.context - in_high))

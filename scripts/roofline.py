@@ -105,7 +105,12 @@ def tier_table(models: list[str], context: int) -> str:
         model = SHAPES[name]
         tokens = 256 if model.head_dim == 64 else 128
         layout = BlockLayout(
-            head_dim=model.head_dim, high=Format.named("K8V4"), low=Format.named("K4V2"), tokens=tokens, tile=8
+            head_dim=model.head_dim,
+            high=Format.named("K8V4"),
+            low=Format.named("K4V2"),
+            tokens=tokens,
+            tile=8,
+            low_step=tokens,
         )
         whole = -(-context // BLOCK_SIZE)
         for kvs, held in (("K8V4", (context, 0)), ("half K8V4, half K4V2", (context - context // 2, context // 2))):

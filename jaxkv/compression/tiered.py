@@ -13,7 +13,7 @@ from jaxkv.checks import check_numbers, shown
 from jaxkv.compression.budget import Budget, Footprint
 from jaxkv.compression.placement import Placement
 from jaxkv.compression.scorer import Scorer
-from pallas_kernels.dispatch import block_tile
+from pallas_kernels.dispatch import block_low_step, block_tile
 from pallas_kernels.quantised_block import BlockLayout, Format
 
 K8V4 = Format(key_bits=8, value_bits=4)
@@ -36,7 +36,14 @@ class Tiered(Placement):
                 raise ValueError(f"{name} must be a format, such as Format.named('K8V4'), got {shown(format)}")
 
     def layout(self, head_dim: int) -> BlockLayout:
-        return BlockLayout(head_dim=head_dim, high=self.high, low=self.low, tokens=self.block_tokens, tile=block_tile())
+        return BlockLayout(
+            head_dim=head_dim,
+            high=self.high,
+            low=self.low,
+            tokens=self.block_tokens,
+            tile=block_tile(),
+            low_step=block_low_step(head_dim),
+        )
 
     def block_bytes(self, cache: PagedCache) -> int:
         return self.layout(cache.raw.head_dim).block_bytes

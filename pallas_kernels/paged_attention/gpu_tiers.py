@@ -25,6 +25,7 @@ from pallas_kernels.paged_attention import gpu, gpu_tiers_softmax, xla_tiers
 from pallas_kernels.paged_attention.gpu_merge import merge
 from pallas_kernels.paged_attention.gpu_segments import plan_work
 from pallas_kernels.paged_attention.gpu_tensor_cores import QUERIES
+from pallas_kernels.paged_attention.gpu_tiers_codes import rows_held, tiles, token_of
 from pallas_kernels.paged_attention.types import Significance, Significant, TieredKVs
 from pallas_kernels.quantised_block.layout import LANES, Segments
 from pallas_kernels.walk import Walk
@@ -131,7 +132,7 @@ def _attend(
     interpret: Any,
 ) -> tuple[Part, list[Array]]:
     """The softmax over a tier's KVs; and if they are to be kept the logits, ``f32[blocks of all rows, n, QUERIES]`` of
-    ``n`` KVs in the order of ``gpu_tiers_softmax.token_of``.
+    ``n`` KVs in the order of ``token_of``.
 
     Args:
       queries: ``[rows, group, head_dim]``.
@@ -154,11 +155,11 @@ def _attend(
     own = _own_values(queries, fmt.key_groups)
     split = jnp.stack(gpu_tiers_softmax.split(own, parts), axis=2).reshape(rows, -1, QUERIES, head_dim)
 
-    block = gpu_tiers_softmax.rows_held(tier, head_dim), LANES
+    block = rows_held(tier, head_dim), LANES
     stages = max(2, RING_BYTES // (4 * block[0] * LANES))
     shapes = [(segments, head_dim, QUERIES), (segments, QUERIES), (segments, QUERIES)]
     if keep:
-        shapes.append((blocks_of.most_steps * blocks_of.step, gpu_tiers_softmax.tiles(tier) * ROWS, QUERIES))
+        shapes.append((blocks_of.most_steps * blocks_of.step, tiles(tier) * ROWS, QUERIES))
     laid_out = tiled(jnp.dtype(jnp.bfloat16), bool(interpret))
     output, maximum, total, *logits = plgpu.kernel(
         gpu_tiers_softmax.segment_kernel(tier, head_dim, parts, from_right, bool(interpret)),
@@ -191,7 +192,7 @@ def _own_values(queries: Array, groups: int) -> Array:
 
 def _steps_of(kept: list[Array], tier: Segments, blocks_of: Walk, group: int) -> Callable[[Array], Array]:
     """What gives the logits of a step of the walk, for powers of e: ``f32[step, group, tokens]``."""
-    place = np.argsort(gpu_tiers_softmax.token_of(np.arange(tier.tokens), tier))
+    place = np.argsort(token_of(np.arange(tiles(tier) * ROWS), tier))[: tier.tokens]
 
     def step(i: Array) -> Array:
         logits = lax.dynamic_slice_in_dim(kept[0], i * blocks_of.step, blocks_of.step)

@@ -19,45 +19,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu_warpgroup import MASKED, ROWS, gather, iota, laid, load, product, store
 from pallas_kernels.paged_attention.gpu_tensor_cores import QUERIES
+from pallas_kernels.paged_attention.gpu_tiers_codes import EXPONENT, read, tiles, token_of
 from pallas_kernels.quantised_block.layout import LANES, Segments
 from pallas_kernels.quantised_block.quantizer import unpack_meta
 
 LAYOUT = plgpu.Layout.WGMMA
 
 
-def tiles(tier: Segments) -> int:
-    """Tiles of 64 tokens in a block, the last one part-filled."""
-    return -(-tier.tokens // ROWS)
-
-
-def turns(tier: Segments) -> int:
-    """Codes in a word of K or of V, whichever has more: so many tokens of the same words follow each other."""
-    return 32 // min(tier.format.key_bits, tier.format.value_bits)
-
-
-def token_of(row: Any, tier: Segments) -> Any:
-    """Which token of a block is the ``row``-th of its tiles."""
-    a_side = tier.tokens // tier.sides
-    vector, turn = row // turns(tier), row % turns(tier)
-    return vector % tier.sides * a_side + turn * (a_side // turns(tier)) + vector // tier.sides
-
-
-def locate(row: Array, tier: Segments, bits: int) -> tuple[Array, Array]:
-    """As ``blocks.locate``, of the ``row``-th token: its vector of words, and how far its codes are shifted."""
-    ratio = turns(tier) * bits // 32
-    vector, turn = row // turns(tier), row % turns(tier)
-    return turn % ratio * (tier.tokens // turns(tier)) + vector, turn // ratio * bits
-
-
 def rows_read(tier: Segments) -> int:
     """Rows of a block that attention reads: all but those of nothing but scores and positions."""
     return -(-tier.scores // LANES)
-
-
-def rows_held(tier: Segments, head_dim: int) -> int:
-    """Rows of shared memory for a block: where the last tile is part-filled, its other tokens must be somewhere."""
-    past = (tiles(tier) * ROWS - tier.tokens) // turns(tier) * head_dim
-    return max(rows_read(tier), -(-(tier.key_meta + past) // LANES))
 
 
 def split(x: Array, parts: int) -> list[Array]:
@@ -138,20 +109,12 @@ class Ring(NamedTuple):
 def segment_kernel(tier: Segments, head_dim: int, parts: int, from_right: bool, interpret: bool) -> Callable[..., None]:
     """One segment: partial output, maximum (base 2) and sum, and where it is asked for the logits."""
     fmt = tier.format
+    more = [EXPONENT if parts == 1 and bits < 8 else 0 for bits in (fmt.key_bits, fmt.value_bits)]  # than codes
     scale = head_dim**-0.5 * math.log2(math.e)  # powers of two are one instruction each
 
     def across(x: Array, length: int) -> Array:
         """A value a query, repeated down so many rows."""
         return laid(lax.broadcast_in_dim(x, (length, QUERIES), (1,)), LAYOUT, interpret)
-
-    def codes(words: Array, shift: Array, bits: int) -> Array:
-        """Put below the bits of a power of two a code is that number more: several times as fast as converting it."""
-        found = lax.shift_right_logical(words, shift)
-        if bits == 8:
-            found = found & jnp.uint32(255) | jnp.uint32(0x4B000000)  # 2**23 as float32
-            return (lax.bitcast_convert_type(found, jnp.float32) - 2.0**23).astype(jnp.bfloat16)
-        found = found.astype(jnp.uint16) & jnp.uint16(2**bits - 1) | jnp.uint16(0x4300)  # 2**7 as bfloat16
-        return lax.bitcast_convert_type(found, jnp.bfloat16) - jnp.bfloat16(2**7)
 
     def kernel(
         q_ref: Any,  # bf16[rows, key groups * parts, QUERIES, head_dim], zero outside the group
@@ -171,28 +134,24 @@ def segment_kernel(tier: Segments, head_dim: int, parts: int, from_right: bool, 
             """64 tokens of a block."""
             words = words_smem.at[slot]
 
-            def read(start: int, axis: int, bits: int) -> Array:
-                """Codes of all tokens, which lie along an axis."""
-                row = i * ROWS + iota((ROWS, head_dim) if axis == 0 else (head_dim, ROWS), axis, interpret)
-                vector, shift = locate(row.astype(jnp.uint32), tier, bits)
-                at = start + vector.astype(jnp.int32) * head_dim
-                return codes(gather(words, at, LAYOUT, interpret, axis=1 - axis), shift, bits)
+            def codes(start: int, axis: int, bits: int) -> Array:
+                return read(words, i, tier, start, bits, head_dim, interpret, axis=axis, exact=parts > 1)
 
             def meta(start: int, group: int) -> tuple[Array, Array]:
                 at = start + group * tier.tokens + token
                 return unpack_meta(gather(words, at, LAYOUT, interpret))
 
-            row = i * ROWS + iota((ROWS, QUERIES), 0, interpret)
-            token = token_of(jnp.minimum(row, tier.tokens - 1).astype(jnp.uint32), tier).astype(jnp.int32)
-            held = (row < tier.tokens) & (block * tier.tokens + token < part.length)
-            key = read(0, 0, fmt.key_bits)
+            token = token_of(i * ROWS + iota((ROWS, QUERIES), 0, interpret), tier)
+            held = (token < tier.tokens) & (block * tier.tokens + token < part.length)
+            token = jnp.minimum(token, tier.tokens - 1)
+            key = codes(0, 0, fmt.key_bits)
             logits = jnp.zeros((ROWS, QUERIES), jnp.float32)
             for group in range(fmt.key_groups):
                 dots = laid(jnp.zeros((ROWS, QUERIES), jnp.float32), LAYOUT, interpret)
                 for k in range(parts):
                     dots = product(key, q_smem.at[group * parts + k], interpret, transpose="b", start=dots)
                 factor, low = meta(tier.key_meta, group)
-                logits += dots * factor + across(sums[group], ROWS) * low
+                logits += dots * factor + across(sums[group], ROWS) * (low - more[0] * factor)
             logits = jnp.where(held, logits * scale, MASKED)
             for ref in logits_ref:
                 store(ref.at[part.place + block, pl.ds(i * ROWS, ROWS)], logits, interpret)
@@ -204,8 +163,12 @@ def segment_kernel(tier: Segments, head_dim: int, parts: int, from_right: bool, 
             for group in range(fmt.value_groups):
                 # A freed block keeps its old bytes, and 0 * NaN is NaN.
                 factor, low = (jnp.where(held, x, 0.0) for x in meta(tier.value_meta, group))
-                minima.append(softmax.minima[group] * across(decay, ROWS) + p * low)
-                for k, weights in enumerate(split(p * factor, parts)):
+                scaled = split(p * factor, parts)
+                least = p * low
+                if more[1]:  # as rounded: most of it cancels
+                    least -= scaled[0].astype(jnp.float32) * more[1]
+                minima.append(softmax.minima[group] * across(decay, ROWS) + least)
+                for k, weights in enumerate(scaled):
                     target = p_smem.at[group * parts + k]
                     if interpret:
                         target[...] = weights.T
@@ -213,7 +176,7 @@ def segment_kernel(tier: Segments, head_dim: int, parts: int, from_right: bool, 
                         weights = plgpu.layout_cast(weights, plgpu.Layout.WGMMA_TRANSPOSED)
                         target.transpose((1, 0))[...] = weights
             plgpu.commit_smem()
-            value = read(tier.value, 1, fmt.value_bits)
+            value = codes(tier.value, 1, fmt.value_bits)
             output = [x * across(decay, head_dim) for x in softmax.output]
             for group in range(fmt.value_groups):
                 for k in range(parts):

@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.kvs import RawKVs
 from pallas_kernels.paged_attention import tpu
 from pallas_kernels.paged_attention.tpu_tiers_significance import Kept, Least
-from pallas_kernels.paged_attention.tpu_tiers_softmax import BlockStream, KVs, Softmax, attend, join
+from pallas_kernels.paged_attention.tpu_tiers_softmax import Attention, BlockStream, KVs, Softmax, join
 from pallas_kernels.paged_attention.types import Significance, Significant, TieredKVs, Weakest
 from pallas_kernels.quantised_block import BlockLayout
 from pallas_kernels.quantised_block.layout import LANES
@@ -29,12 +29,17 @@ from pallas_kernels.tpu_tiles import (
     BUFFERS,
     CORES,
     SMEM_ENTRIES,
-    TILE_BYTES,
     UNCHECKED,
     Tiling,
     ceil_div,
     rows_at_once,
 )
+
+TILE_BYTES = 1024 * 1024
+"""Twice those of unquantised KVs: a tile's latency at its ends counts for more where there are fewer bytes."""
+
+MOST_BLOCKS = 64
+"""Of a tile: each is code of its own, which must be compiled."""
 
 
 class Beside(NamedTuple):
@@ -125,8 +130,9 @@ def check(query: Array, raw: RawKVs | None, tiers: TieredKVs) -> None:
 
 
 def tiling(layout: BlockLayout, max_blocks: int) -> Tiling:
-    """Tiles of about ``TILE_BYTES``."""
-    blocks = max(1, min(TILE_BYTES // layout.block_bytes, max_blocks))
+    """Tiles of about ``TILE_BYTES``, of a power of two of blocks: halves and quarters are whole, divisions shifts."""
+    blocks = max(1, min(TILE_BYTES // layout.block_bytes, MOST_BLOCKS, max_blocks))
+    blocks = 1 << blocks.bit_length() - 1
     return Tiling(block_size=layout.rows, blocks=blocks, max_blocks=max_blocks, buffers=BUFFERS)
 
 
@@ -243,7 +249,7 @@ def _kernel(
     parts = []
     for kvs, tiles_before in zip(tiers, before, strict=True):
         keep = partial(kept.keep, kvs, tiles_before) if kept else None
-        parts.append(attend(stream, kvs, query[0], layout.head_dim, dtype, keep))
+        parts.append(Attention(stream, kvs, query[0], layout.head_dim, dtype, keep).run())
     if raw:
         sums = raw.sums[0]
         parts.append(Softmax(sums[:, :1], sums[:, 1:2], raw.output[0]))

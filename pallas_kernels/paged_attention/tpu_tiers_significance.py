@@ -18,7 +18,7 @@ from pallas_kernels.paged_attention.types import Significance
 from pallas_kernels.quantised_block import BlockLayout
 from pallas_kernels.quantised_block.layout import LANES, Segments
 from pallas_kernels.quantised_block.tpu_vectors import SUBLANES, lay, line
-from pallas_kernels.tpu_tiles import Tiling
+from pallas_kernels.tpu_tiles import Tiling, ceil_div, floor_div
 
 NOWHERE = jnp.iinfo(jnp.int32).max
 
@@ -65,14 +65,15 @@ class Kept:
             pltpu.SMEM((2, 2), jnp.int32),
         )
 
-    def keep(self, kvs: KVs, before: Array, tile: Array, slot: Array, logits: list[Array]) -> None:
-        """A tile's; ``before``: tiles of the row that were kept before its tier's."""
-        blocks, _, tokens = logits[0].shape
+    def keep(self, kvs: KVs, before: Array, tile: Array, slot: Array, blocks: range, logits: list[Array]) -> None:
+        """Some blocks' of a tile; ``before``: tiles of the row that were kept before its tier's."""
+        tokens = logits[0].shape[1] // len(blocks)
         first, end = tail(kvs.tier)
         for side, s in enumerate(logits):
-            self.logits[before + tile, side, :blocks, :, :tokens] = s
-        rows = self.stream.buffer[slot, :blocks, first:end]
-        self.tails[self.turn, before + tile, :blocks, : end - first] = rows
+            for k, block in enumerate(blocks):
+                self.logits[before + tile, side, block, :, :tokens] = s[:, k * tokens : (k + 1) * tokens]
+        here = slice(blocks.start, blocks.stop)
+        self.tails[self.turn, before + tile, here, : end - first] = self.stream.buffer[slot, here, first:end]
 
     def observe(
         self,
@@ -85,18 +86,21 @@ class Kept:
     ) -> Least:
         """Adds to a tier's scores, starts to write them, and finds its weakest KV."""
         tier, per_tile = kvs.tier, self.stream.tiling.blocks
+        at_once = per_tile // 4 or per_tile
         first, end = tail(tier)
         a_side = tier.tokens // tier.sides
         share = 1.0 / jnp.maximum(softmax.total, jnp.finfo(jnp.float32).tiny)
         following = jnp.full((1, 1, 1), next_position, jnp.int32)
 
-        def over(tile: Array, weakest: Least) -> Least:
-            at = before + tile
-            rows = self.tails[self.turn, at, :, : end - first]
+        def over(step: Array, weakest: Least) -> Least:
+            tile = floor_div(step * at_once, per_tile)
+            at, block = before + tile, step * at_once - tile * per_tile
+            here = pl.ds(block, at_once)
+            rows = self.tails[self.turn, at, here, : end - first]
             for side in range(tier.sides):
-                places = kvs.places(tile, per_tile, per_tile, side)
+                places = kvs.places(step, (at_once, 1, a_side), at_once, side)
                 held = kvs.held(places)
-                p = jnp.exp(self.logits[at, side, :, :, :a_side] - softmax.maximum) * share
+                p = jnp.exp(self.logits[at, side, here, :, :a_side] - softmax.maximum) * share
                 p = jnp.where(held, p, 0.0)
                 start = tier.scores - first * LANES + side * a_side
                 scores = lax.bitcast_convert_type(line(rows, start, a_side), jnp.float32)
@@ -105,13 +109,16 @@ class Kept:
                 worth = jnp.where(held, significance.value(scores, positions, following), jnp.inf)
                 weakest = _weaker(weakest, worth, places)
                 rows = lay(rows, start, lax.bitcast_convert_type(scores, jnp.uint32))
-            self.tails[self.turn, at, :, : end - first] = rows
-            self._write(kvs, tile, at)
+            self.tails[self.turn, at, here, : end - first] = rows
+            self._write(kvs, step * at_once, at_once, at, block)
             return weakest
 
-        nothing = Least(jnp.full((1, 1, 1), jnp.inf, jnp.float32), jnp.full((1, 1, 1), NOWHERE, jnp.int32))
+        shape = 1, 1, a_side  # lanes meet at the end alone
+        nothing = Least(jnp.full(shape, jnp.inf, jnp.float32), jnp.full(shape, NOWHERE, jnp.int32))
         self.count[self.turn, int(kvs.is_low)] = kvs.blocks
-        return lax.fori_loop(0, self.stream.tiles(kvs.item)[1], over, nothing)
+        weakest = lax.fori_loop(0, ceil_div(kvs.blocks, at_once), over, nothing)
+        value = weakest.value.min(2, keepdims=True)
+        return Least(value, jnp.where(weakest.value == value, weakest.place, NOWHERE).min(2, keepdims=True))
 
     def start(self) -> None:
         """Before a core's first row."""
@@ -130,24 +137,32 @@ class Kept:
 
             lax.fori_loop(0, self.count[turn, index], wait, None)
 
-    def _write(self, kvs: KVs, tile: Array, at: Array) -> None:
-        first, end = tail(kvs.tier)
-        entries = self.stream._entries(kvs.item, tile)
-        row = self.row * self.stream.tiling.max_blocks
+    def _write(self, kvs: KVs, first: Array, most: int, at: Array, place: Array) -> None:
+        """Starts to write tails of the item's blocks from a first on, kept from a place of a tile on."""
+        start, end = tail(kvs.tier)
+        origin = self.row * self.stream.tiling.max_blocks + self.stream.span(kvs.item)[0] + first
 
-        def copy(entry: Array, _: None) -> None:
-            block = self.written.at[self.stream.table[row + entry], pl.ds(first, end - first)]
-            source = self.tails.at[self.turn, at, entry - entries[0], pl.ds(0, end - first)]
+        def copy(index: Array, _: None) -> None:
+            block = self.written.at[self.stream.table[origin + index], pl.ds(start, end - start)]
+            source = self.tails.at[self.turn, at, place + index, pl.ds(0, end - start)]
             pltpu.make_async_copy(source, block, self.wrote.at[self.turn]).start()
 
-        lax.fori_loop(*entries, copy, None)
+        left = kvs.blocks - first
+
+        @pl.when(left >= most)
+        def _():
+            for index in range(most):
+                copy(jnp.int32(index), None)
+
+        @pl.when(left < most)
+        def _():
+            lax.fori_loop(0, left, copy, None)
 
 
 def _weaker(weakest: Least, worth: Array, places: Array) -> Least:
-    """The weaker one, of equals the first."""
-    value = worth.min(0, keepdims=True).min(2, keepdims=True)
-    here = jnp.where(worth == value, places, NOWHERE)
-    here = here.min(0, keepdims=True).min(2, keepdims=True)
+    """In each lane the weaker one, of equals the first."""
+    value = worth.min(0, keepdims=True)
+    here = jnp.where(worth == value, places, NOWHERE).min(0, keepdims=True)
     place = jnp.where(value == weakest.value, jnp.minimum(here, weakest.place), here)
     place = jnp.where(value <= weakest.value, place, weakest.place)
     return Least(jnp.minimum(value, weakest.value), place)

@@ -11,8 +11,13 @@ from jax import Array, lax
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.quantised_block.layout import LANES, Segments
-from pallas_kernels.quantised_block.tpu_vectors import SUBLANES, halves, line, unpack
-from pallas_kernels.tpu_tiles import MASKED, TileStream, Tiling, ceil_div
+from pallas_kernels.quantised_block.tpu_vectors import SUBLANES, halves, line, offset, unpack
+from pallas_kernels.tpu_tiles import MASKED, TileStream, Tiling, ceil_div, product
+
+WIDE = 256
+"""Tokens of a product: so wide are the newest TPUs' matrix units."""
+CHUNK = 8
+"""Pieces of so many tokens that wait for each other's maximum: enough to hide the time that one takes."""
 
 
 class BlockStream(TileStream):
@@ -47,15 +52,21 @@ class KVs(NamedTuple):
     length: Array
     blocks: Array
 
-    def places(self, tile: Array, blocks: int, per_tile: int, side: int) -> Array:
-        """``i32[blocks, 1, tokens of a side]``: which KV of the tier each is; as many as there are, or less than none,
+    def places(self, tile: Array, shape: tuple[int, ...], per_tile: int, side: int) -> Array:
+        """``i32[blocks, ..., tokens of a side]``: which KV of the tier each is; as many as there are, or less than 0,
         where it is no KV."""
-        a_side = self.tier.tokens // self.tier.sides
-        shape = (blocks, 1, a_side)
         block = tile * per_tile + lax.broadcasted_iota(jnp.int32, shape, 0)
         if self.is_low:  # from the right: the last block comes first
             block = self.blocks - 1 - block
-        return block * self.tier.tokens + side * a_side + lax.broadcasted_iota(jnp.int32, shape, 2)
+        token = lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
+        return block * self.tier.tokens + side * (self.tier.tokens // self.tier.sides) + token
+
+    def left(self, block: Array, side: int) -> Array:
+        """How many of a side's tokens of one of the stream's blocks are KVs, if they are fewer than all."""
+        if self.is_low:
+            block = self.blocks - 1 - block
+        first = block * self.tier.tokens + side * (self.tier.tokens // self.tier.sides)
+        return jnp.where(block < 0, 0, self.length - first)
 
     def held(self, places: Array) -> Array:
         return (places >= 0) & (places < self.length)
@@ -80,101 +91,171 @@ def join(parts: list[Softmax]) -> Softmax:
     return reduce(both, parts)
 
 
-def attend(
-    stream: BlockStream,
-    kvs: KVs,
-    query: Array,
-    head_dim: int,
-    dtype: Any,
-    keep: Callable[[Array, Array, list[Array]], None] | None,
-) -> Softmax:
-    """The softmax over a tier's KVs.
+Keep = Callable[[Array, Array, range, list[Array]], None]
 
-    Args:
-      stream: whose next tiles are these.
-      kvs: which they are.
-      query: ``f32[group, 128]``, zero past the head dimension.
-      head_dim: 64 or 128.
-      dtype: of what goes to the matrix unit.
-      keep: is given each tile, its buffer's slot and the logits of each side, ``f32[blocks, group, tokens]``.
+
+class Factors(NamedTuple):
+    """By which codes are multiplied, and what is added, ``f32[blocks, tokens of a side]`` each."""
+
+    scale: Array
+    low: Array
+
+    def of(self, blocks: range) -> tuple[Array, Array]:
+        """Of some blocks, beside each other: ``[1, n]`` each."""
+        scale, low = (jnp.concatenate([x[block : block + 1] for block in blocks], axis=1) for x in self)
+        return scale, low
+
+
+class Carry(NamedTuple):
+    """A softmax in progress: a part of ``output``, ``[rows, 128]``, for each group of values and side."""
+
+    maximum: Array
+    total: Array
+    output: Array
+
+
+class Attention:
+    """Inside a kernel: the softmax of a query group over its head's KVs of one tier.
+
+    Blocks that make a product as wide as the matrix unit are a piece, pieces that wait for each other's maximum a
+    chunk. Logits of the next chunk are asked for before this one's are used, so that the units don't wait.
     """
-    tier, fmt, buffer = kvs.tier, kvs.tier.format, stream.buffer
-    per_tile, group = stream.tiling.blocks, query.shape[0]
-    a_side, sides = tier.tokens // tier.sides, range(tier.sides)
-    keys = jnp.concatenate(
-        [
+
+    def __init__(self, stream: BlockStream, kvs: KVs, query: Array, head_dim: int, dtype: Any, keep: Keep | None):
+        """
+        Args:
+          stream: whose next tiles are these.
+          kvs: which they are.
+          query: ``f32[group, 128]``, zero past the head dimension.
+          head_dim: 64 or 128.
+          dtype: of what goes to the matrix unit.
+          keep: is given each tile, its buffer's slot, some of its blocks and their logits of each side,
+            ``f32[group, tokens of a side of these blocks]``.
+        """
+        self.stream, self.kvs, self.keep = stream, kvs, keep
+        self.group, self.head_dim, self.dtype = query.shape[0], head_dim, dtype
+        tier, fmt = kvs.tier, kvs.tier.format
+        self.a_side, self.sides = tier.tokens // tier.sides, range(tier.sides)
+        keys = [
             jnp.where(_lanes(query.shape, side, part, fmt.key_groups, head_dim), _turn(query, side, head_dim), 0.0)
             for part in range(fmt.key_groups)
-            for side in sides
+            for side in self.sides
         ]
-    )
-    key_sums = keys.sum(-1, keepdims=True)
-    keys = keys.astype(dtype)
-    meta_at = tier.key_meta // LANES // SUBLANES * SUBLANES
+        self.key_sums = [key.sum(-1, keepdims=True) for key in keys]
+        self.keys = jnp.concatenate(keys).astype(dtype)
 
-    def over(blocks: int, tile: Array, slot: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        """The tile's first so many blocks into the running softmax."""
-        maximum, total, output = carry
-        first = [slot, slice(0, blocks)]
-        scale, low = halves(buffer[(*first, slice(meta_at, -(-tier.scores // LANES)))])
-
-        def values(meta: Array, start: int, part: int, side: int) -> Array:
-            return line(meta, start - meta_at * LANES + part * tier.tokens + side * a_side, a_side)
-
-        key = unpack(buffer[(*first, slice(0, tier.value // LANES))], fmt.key_bits, dtype)
-        dots = _batched(jnp.broadcast_to(keys, (blocks, *keys.shape)), key, (2, 2))
-        places = [kvs.places(tile, blocks, per_tile, side) for side in sides]
-        held = [kvs.held(place) for place in places]
-        logits = []
-        for side in sides:
-            s = jnp.zeros((blocks, group, a_side))
-            for part in range(fmt.key_groups):
-                rows = slice((part * tier.sides + side) * group, (part * tier.sides + side + 1) * group)
-                s += dots[:, rows] * values(scale, tier.key_meta, part, side)
-                s += key_sums[rows] * values(low, tier.key_meta, part, side)
-            logits.append(jnp.where(held[side], s * head_dim**-0.5, MASKED))
-        if keep:
-            keep(tile, slot, logits)
-
-        new = maximum
-        for s in logits:
-            new = jnp.maximum(new, s.max(0).max(-1, keepdims=True))
-        decay = jnp.exp(maximum - new)
-        weights = [jnp.exp(s - new) for s in logits]
-        total = total * decay + sum(p.sum(0).sum(-1, keepdims=True) for p in weights)
-        scaled, minima = [], []
+    def run(self) -> Softmax:
+        """Over all of the tier's tiles."""
+        tier, fmt, group = self.kvs.tier, self.kvs.tier.format, self.group
+        rows = fmt.value_groups * tier.sides * group
+        start = Carry(jnp.full((group, 1), MASKED), jnp.zeros((group, 1)), jnp.zeros((rows, LANES)))
+        maximum, total, outputs = lax.fori_loop(0, self.stream.tiles(self.kvs.item)[1], self._tile, start)
+        output = jnp.zeros((group, LANES))
         for part in range(fmt.value_groups):
-            for side, p in enumerate(weights):
+            for side in self.sides:
+                at = (part * tier.sides + side) * group
+                own = _lanes(output.shape, side, part, fmt.value_groups, self.head_dim)
+                output += _turn(jnp.where(own, outputs[at : at + group], 0.0), side, self.head_dim)
+        return Softmax(maximum, total, output)
+
+    def _tile(self, tile: Array, carry: Carry) -> Carry:
+        slot, blocks = self.stream.take(self.kvs.item, tile), self.stream.tiling.blocks
+        left = self.kvs.blocks - tile * blocks
+
+        def first(blocks: int, smaller: list[int]) -> Carry:
+            """Or fewer, if there aren't so many: a compressed head may be shorter than a tile."""
+            if not smaller:
+                return self._over(blocks, tile, slot, carry)
+            few, *rest = smaller
+            whole = partial(self._over, blocks, tile, slot, carry)
+            return lax.cond(left <= few, lambda: first(few, rest), whole)
+
+        return first(blocks, [few for few in (blocks // 2, blocks // 4) if few])
+
+    def _over(self, blocks: int, tile: Array, slot: Array, carry: Carry) -> Carry:
+        """The tile's first so many blocks into the softmax."""
+        factors = self._factors(blocks, tile, slot)
+        together = max(1, WIDE // self.a_side) if self.a_side % LANES == 0 else 1
+        pieces = [range(k, min(k + together, blocks)) for k in range(0, blocks, together)]
+        chunks = [pieces[k : k + CHUNK] for k in range(0, len(pieces), CHUNK)]
+        dots = self._dots(slot, chunks[0])
+        for chunk, following in zip(chunks, [*chunks[1:], []], strict=True):
+            ahead = self._dots(slot, following)
+            logits = [self._logits(tile, slot, *each, factors[0]) for each in zip(chunk, dots, strict=True)]
+            carry, dots = self._add(slot, chunk, logits, factors[1], carry), ahead
+        return carry
+
+    def _factors(self, blocks: int, tile: Array, slot: Array) -> tuple[list[Factors], list[Factors]]:
+        """Of K, for logits, and of V, for each of their groups and sides."""
+        tier, fmt = self.kvs.tier, self.kvs.tier.format
+        first = tier.key_meta // LANES // SUBLANES * SUBLANES
+        words = self.stream.buffer[slot, slice(0, blocks), slice(first, -(-tier.scores // LANES))]
+
+        def meta(start: int, part: int, side: int) -> Array:
+            return line(words, start - first * LANES + part * tier.tokens + side * self.a_side, self.a_side)[:, 0]
+
+        of_keys, of_values = [], []
+        for part in range(fmt.key_groups):
+            for side in self.sides:
+                scale, low = (x * self.head_dim**-0.5 for x in halves(meta(tier.key_meta, part, side)))
+                of_keys.append(Factors(scale, low - offset(fmt.key_bits, self.dtype) * scale))
+        for part in range(fmt.value_groups):
+            for side in self.sides:
+                places = self.kvs.places(tile, (blocks, self.a_side), self.stream.tiling.blocks, side)
                 # A freed block keeps its old bytes, and 0 * NaN is NaN.
-                factor, least = (
-                    jnp.where(held[side], values(meta, tier.value_meta, part, side), 0.0) for meta in (scale, low)
-                )
-                scaled.append(p * factor)
-                minima.append((p * least).sum(0).sum(-1, keepdims=True))
-        words = buffer[(*first, slice(tier.value // LANES, tier.key_meta // LANES))]
-        value = unpack(words, fmt.value_bits, dtype)
-        out = _batched(jnp.concatenate(scaled, axis=1).astype(dtype), value, (2, 1)).sum(0)
-        decays = jnp.concatenate([decay] * len(minima))
-        return new, total, output * decays + out + jnp.concatenate(minima)
+                held = jnp.where(self.kvs.held(places), meta(tier.value_meta, part, side), jnp.uint32(0))
+                of_values.append(Factors(*halves(held)))
+        return of_keys, of_values
 
-    def step(tile: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        slot = stream.take(kvs.item, tile)
-        few = per_tile // 4  # a compressed head may be shorter than a tile
-        if not few:
-            return over(per_tile, tile, slot, carry)
-        left = kvs.blocks - tile * per_tile
-        return lax.cond(left <= few, partial(over, few, tile, slot), partial(over, per_tile, tile, slot), carry)
+    def _codes(self, slot: Array, piece: range, start: int, end: int, bits: int) -> Array:
+        """Those of all tokens of some blocks, ``[tokens, 128]``, and ``offset``."""
+        words = self.stream.buffer[slot, slice(piece.start, piece.stop), slice(start // LANES, end // LANES)]
+        return unpack(words, bits, self.dtype).reshape(-1, LANES)
 
-    rows = fmt.value_groups * tier.sides * group
-    start = jnp.full((group, 1), MASKED), jnp.zeros((group, 1)), jnp.zeros((rows, LANES))
-    maximum, total, outputs = lax.fori_loop(0, stream.tiles(kvs.item)[1], step, start)
-    output = jnp.zeros((group, LANES))
-    for part in range(fmt.value_groups):
-        for side in sides:
-            at = (part * tier.sides + side) * group
-            own = _lanes(query.shape, side, part, fmt.value_groups, head_dim)
-            output += _turn(jnp.where(own, outputs[at : at + group], 0.0), side, head_dim)
-    return Softmax(maximum, total, output)
+    def _dots(self, slot: Array, chunk: list[range]) -> list[Array]:
+        """Of each piece the products of its K codes with the query."""
+        tier = self.kvs.tier
+        return [
+            product(self.keys, self._codes(slot, piece, 0, tier.value, tier.format.key_bits), (1, 1)) for piece in chunk
+        ]
+
+    def _logits(self, tile: Array, slot: Array, piece: range, dots: Array, factors: list[Factors]) -> list[Array]:
+        """Of each side, ``f32[group, tokens]``."""
+        found = []
+        for side in self.sides:
+            parts = []
+            for index in range(side, len(factors), len(self.sides)):
+                scale, low = factors[index].of(piece)
+                parts.append(dots[index * self.group : (index + 1) * self.group] * scale + self.key_sums[index] * low)
+            left = [self.kvs.left(tile * self.stream.tiling.blocks + block, side) for block in piece]
+            found.append(_masked(reduce(jnp.add, parts), left))
+        if self.keep:
+            self.keep(tile, slot, piece, found)
+        return found
+
+    def _add(
+        self, slot: Array, chunk: list[range], logits: list[list[Array]], factors: list[Factors], carry: Carry
+    ) -> Carry:
+        """The softmax with a chunk in it; ``logits`` of each piece and side."""
+        tier, fmt = self.kvs.tier, self.kvs.tier.format
+        highest = _over_lanes(jnp.maximum, [s for of_piece in logits for s in of_piece]).max(-1, keepdims=True)
+        maximum = jnp.maximum(carry.maximum, highest)
+        decay = jnp.exp(carry.maximum - maximum)
+        weights = [[jnp.exp(s - maximum) for s in of_piece] for of_piece in logits]
+        total = _over_lanes(jnp.add, [p for of_piece in weights for p in of_piece]).sum(-1, keepdims=True)
+        outputs, minima = [], [[] for _ in factors]
+        for piece, of_piece in zip(chunk, weights, strict=True):
+            scaled = []
+            for index, factor in enumerate(factors):
+                p, (scale, low) = of_piece[index % tier.sides], factor.of(piece)
+                scaled.append((p * scale).astype(self.dtype))
+                # As they were rounded: most of it cancels.
+                minima[index].append(p * low - offset(fmt.value_bits, self.dtype) * scaled[-1].astype(jnp.float32))
+            codes = self._codes(slot, piece, tier.value, tier.key_meta, fmt.value_bits)
+            outputs.append(product(jnp.concatenate(scaled), codes, (1, 0)))
+        least = jnp.concatenate([_over_lanes(jnp.add, parts).sum(-1, keepdims=True) for parts in minima])
+        output = carry.output * jnp.concatenate([decay] * len(minima)) + reduce(jnp.add, outputs) + least
+        return Carry(maximum, carry.total * decay + total, output)
 
 
 def _lanes(shape: tuple[int, ...], side: int, part: int, parts: int, head_dim: int) -> Array:
@@ -189,8 +270,17 @@ def _turn(x: Array, side: int, head_dim: int) -> Array:
     return pltpu.roll(x, side * head_dim, axis=1) if side else x
 
 
-def _batched(a: Array, b: Array, contract: tuple[int, int]) -> Array:
-    """Products of matrices, summed in float32."""
-    precision = lax.Precision.HIGHEST if b.dtype == jnp.float32 else None
-    axes = (((contract[0],), (contract[1],)), ((0,), (0,)))
-    return lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
+def _over_lanes(add: Callable[[Array, Array], Array], parts: list[Array]) -> Array:
+    """Of arrays as wide as each other, but for the last one, so wide: what they have in each lane."""
+    *whole, last = parts
+    if whole and last.shape != whole[0].shape:
+        return jnp.concatenate([reduce(add, whole), last], axis=1)
+    return reduce(add, parts)
+
+
+def _masked(logits: Array, left: list[Array]) -> Array:
+    """Logits of as many blocks, but for the first so many of each that which are no KVs."""
+    tokens = logits.shape[1] // len(left)
+    lane = lax.broadcasted_iota(jnp.int32, (logits.shape[0], tokens), 1)
+    parts = (logits[:, k * tokens : (k + 1) * tokens] for k in range(len(left)))
+    return jnp.concatenate([jnp.where(lane < n, part, MASKED) for part, n in zip(parts, left, strict=True)], axis=1)

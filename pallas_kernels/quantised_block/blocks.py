@@ -158,9 +158,10 @@ def write_tokens(pool: Array, blocks: Array, offsets: Array, tokens: Tokens, tie
 def locate(offsets: Array, tier: Segments, bits: int) -> tuple[Array, Array]:
     """Where a token's codes are: which vector of words, ``i32[...]``, and how far they are shifted, ``u32[...]``."""
     a_side = tier.tokens // tier.sides
-    rows = a_side * bits // 32
     side, index = offsets // a_side, offsets % a_side
-    return index % rows * tier.sides + side, (index // rows * bits).astype(jnp.uint32)
+    of_slot = a_side * bits // 16  # tokens in the lowest codes of all halves, or in the next
+    shift = index % 2 * 16 + index // of_slot * bits
+    return index % of_slot // 2 * tier.sides + side, shift.astype(jnp.uint32)
 
 
 def _read(pool: Array, blocks: Array, starts: Array, size: int) -> Array:

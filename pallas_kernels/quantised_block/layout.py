@@ -8,14 +8,16 @@ one line of words, a block of ``T`` tokens holds in this order::
     scores    [T] (f32)                positions [T] (i32)
 
 A row of 128 words has room for two vectors of 64 (two ``sides``: the block's first ``T / 2`` tokens and its last), or
-for one longer one. Codes are packed along the tokens: of a side's ``n`` rows the lowest bits of row ``r`` are those of
-its token ``r``, the next of token ``r + n``, and so on. So unpacking shifts and masks whole rows, gives the tokens in
-order and never moves a value between lanes. A word of meta is a group's scale (low half) and minimum (high half), IEEE
-half precision each.
+for one longer one. Codes are packed along the tokens, those of a pair 16 bits apart: of a side's ``n`` rows of words
+row ``r`` has its tokens ``2 * r`` and ``2 * r + 1`` in the lowest bits of either half, above them those ``2 * n``
+further, and so on. So a shift and a mask give whole rows of codes, two tokens to a word as 16-bit values lie in a TPU's
+registers and in the tensor cores' operands, in order, and no value moves between lanes. A word of meta is a group's
+scale (low half) and minimum (high half), IEEE half precision each.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -99,6 +101,9 @@ class BlockLayout:
     """Tokens of a high block."""
     tile: int = 1
     """A block's rows are a multiple of this. A TPU keeps arrays in tiles of 8 rows, part-filled ones too."""
+    low_step: int = 1
+    """Where a high block's tokens are a multiple of this a low block's are too, and a block is up to a quarter larger
+    for it: what kernels work on at once is then whole."""
 
     def __post_init__(self) -> None:
         if self.head_dim % 16:
@@ -122,7 +127,11 @@ class BlockLayout:
     @cached_property
     def rows(self) -> int:
         """Rows of 128 words in a block."""
-        return -(-_words(self.high, self.head_dim, self.tokens) // (LANES * self.tile)) * self.tile
+        least = self._rows(self.high, self.tokens)
+        if self.tokens % self.low_step:
+            return least
+        larger = self._rows(self.low, -(-self._fitting(least, 1) // self.low_step) * self.low_step)
+        return max(least, larger) if 4 * larger <= 5 * least else least
 
     @property
     def sides(self) -> int:
@@ -140,9 +149,17 @@ class BlockLayout:
     @cached_property
     def tiers(self) -> tuple[Segments, Segments]:
         """High and low."""
-        step = self._step(self.low)
-        fitting = self.words // _words(self.low, self.head_dim, step) * step
-        return self._segments(self.high, self.tokens), self._segments(self.low, fitting)
+        step = 1 if self.tokens % self.low_step else self.low_step
+        return self._segments(self.high, self.tokens), self._segments(self.low, self._fitting(self.rows, step))
+
+    def _rows(self, tier: Format, tokens: int) -> int:
+        """That so many tokens take."""
+        return -(-_words(tier, self.head_dim, tokens) // (LANES * self.tile)) * self.tile
+
+    def _fitting(self, rows: int, step: int) -> int:
+        """Tokens of the low tier in so many rows, a multiple of a step."""
+        step = math.lcm(step, self._step(self.low))
+        return rows * LANES // _words(self.low, self.head_dim, step) * step
 
     def _step(self, tier: Format) -> int:
         """Tokens that fill whole words of K and of V codes on each side."""

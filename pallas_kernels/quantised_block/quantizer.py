@@ -66,16 +66,19 @@ def unpack_meta(meta: Array) -> tuple[Array, Array]:
 
 def pack(codes: Array, bits: int, sides: int = 1) -> Array:
     """Codes ``u32[..., tokens, head_dim]`` as words ``u32[..., tokens * bits / 32, head_dim]``, ``sides`` in turn."""
-    count = 32 // bits
-    parts = codes.reshape(*codes.shape[:-2], sides, count, -1, codes.shape[-1])
-    shifts = jnp.arange(count, dtype=jnp.uint32)[:, None, None] * bits
-    words = jnp.sum(parts << shifts, axis=-3, dtype=jnp.uint32)
+    parts = codes.reshape(*codes.shape[:-2], sides, 16 // bits, -1, 2, codes.shape[-1])
+    words = jnp.sum(parts << _shifts(bits), axis=(-4, -2), dtype=jnp.uint32)
     return jnp.swapaxes(words, -3, -2).reshape(*codes.shape[:-2], -1, codes.shape[-1])
 
 
 def unpack(words: Array, bits: int, sides: int = 1) -> Array:
     """The reverse of ``pack``."""
     words = jnp.swapaxes(words.reshape(*words.shape[:-2], -1, sides, words.shape[-1]), -3, -2)
-    parts = [words >> jnp.uint32(shift) & jnp.uint32(2**bits - 1) for shift in range(0, 32, bits)]
-    parts = jnp.concatenate(parts, axis=-2)
-    return parts.reshape(*parts.shape[:-3], -1, parts.shape[-1])
+    parts = words[..., None, :, None, :] >> _shifts(bits) & jnp.uint32(2**bits - 1)
+    return parts.reshape(*words.shape[:-3], -1, words.shape[-1])
+
+
+def _shifts(bits: int) -> Array:
+    """Of a word's codes, ``u32[codes of a half, 1, halves, 1]``."""
+    shifts = jnp.arange(0, 16, bits, dtype=jnp.uint32)[:, None] + jnp.array([0, 16], jnp.uint32)
+    return shifts[:, None, :, None]

@@ -28,26 +28,59 @@ def check_layout(layout: BlockLayout) -> None:
         )
 
 
+def offset(bits: int, dtype: jnp.dtype) -> int:
+    """By how much what ``unpack`` gives is more than the codes."""
+    return 0 if dtype == jnp.float32 or bits == 8 else 128
+
+
 def unpack(words: Array, bits: int, dtype: jnp.dtype) -> Array:
-    """Codes ``[blocks, rows * 32 / bits, 128]``, sides beside each other, of words ``[blocks, rows, 128]``."""
+    """Codes and ``offset``, ``[blocks, rows * 32 / bits, 128]``, sides beside each other, of ``[blocks, rows, 128]``.
+
+    A code of less than 8 bits below the exponent of 128 is 128 and the code in bfloat16, two of them a word.
+    """
+    rows = words.shape[1]
     words = lax.bitcast_convert_type(words, jnp.int32)
-    mask = 2**bits - 1
-    parts = [(words >> shift & mask).astype(jnp.float32) for shift in range(0, 32, bits)]
-    return jnp.concatenate(parts, axis=1).astype(dtype)
+    past = -rows % SUBLANES
+    if past:
+        words = jnp.concatenate([words, jnp.zeros((words.shape[0], past, LANES), jnp.int32)], axis=1)
+    mask = _twice(2**bits - 1)
+    pairs = [words >> shift & mask for shift in range(0, 16, bits)]
+    if bits == 8:
+        parts = [_of_bytes(pair) for pair in pairs]
+    else:
+        parts = [pltpu.bitcast(pair | _twice(0x4300), jnp.bfloat16) for pair in pairs]
+    if dtype == jnp.float32 or past:  # packed rows can't be cut off within a register
+        parts = [part.astype(jnp.float32)[:, : 2 * rows] for part in parts]
+    codes = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+    return codes - offset(bits, jnp.bfloat16) if dtype == jnp.float32 else codes.astype(dtype)
+
+
+def _of_bytes(pairs: Array) -> Array:
+    """bfloat16 of whole numbers below 256, two to a word: float32 has no more in its other half."""
+    low, high = (lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) for x in (pairs & 0xFFFF, pairs >> 16))
+    return pltpu.bitcast(lax.shift_right_logical(low, jnp.int32(16)) | high, jnp.bfloat16)
+
+
+def _twice(half: int) -> Array:
+    """In both halves of a word."""
+    return jnp.int32(half << 16 | half)
 
 
 def halves(meta: Array) -> tuple[Array, Array]:
-    """Scale and minimum, float32, of words of meta: TPUs know no IEEE half precision."""
+    """Scale, which is not negative, and minimum, float32, of words of meta: TPUs know no IEEE half precision."""
     meta = lax.bitcast_convert_type(meta, jnp.int32)
-    return _from_half(meta & 0xFFFF), _from_half(lax.shift_right_logical(meta, jnp.int32(16)))
+    low = lax.bitcast_convert_type(_from_half((meta & 0x7FFF0000) >> 3), jnp.int32)
+    sign = meta & jnp.int32(-(2**31))
+    return _from_half((meta & 0x7FFF) << 13), lax.bitcast_convert_type(low | sign, jnp.float32)
 
 
-def _from_half(bits: Array) -> Array:
-    fraction, exponent = bits & 0x3FF, bits >> 10 & 0x1F
-    power = jnp.where(exponent == 31, 255, exponent + 112)  # 31: infinite or no number
-    normal = lax.bitcast_convert_type(power << 23 | fraction << 13, jnp.float32)
-    size = jnp.where(exponent == 0, fraction.astype(jnp.float32) * 2.0**-24, normal)
-    return jnp.where(bits >= 0x8000, -size, size)
+def _from_half(size: Array) -> Array:
+    """Of exponent and fraction, already where float32 has them."""
+    one = jnp.int32(1 << 23)
+    bias = jnp.where(size >= 31 * one, 224 * one, 112 * one)  # 31: infinite or no number
+    normal = lax.bitcast_convert_type(size + bias, jnp.float32)
+    tiny = lax.bitcast_convert_type(size + 113 * one, jnp.float32) - 2.0**-14
+    return jnp.where(size < one, tiny, normal)
 
 
 def line(rows: Array, start: int, count: int) -> Array:

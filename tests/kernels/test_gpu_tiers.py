@@ -12,7 +12,7 @@ from test_quantised_writes import garbage, lower, lowered, new_kvs, write
 from test_tiered_attention import check_alike, observing, query_of, reference, tiers_of
 from tiered import hold, layout_of
 
-from pallas_kernels.paged_attention import gpu_tiers, gpu_tiers_softmax, paged_attention
+from pallas_kernels.paged_attention import gpu_tiers, gpu_tiers_codes, gpu_tiers_softmax, paged_attention
 from pallas_kernels.quantised_block import blocks
 from pallas_kernels.quantised_writes import gpu as writes_gpu
 from pallas_kernels.quantised_writes import write_kvs
@@ -21,6 +21,7 @@ SKEWED = np.stack([[[70, 0, 1]], [[97, 0, 130]]], axis=-1)
 """High and low tier: an empty head, blocks that are part-filled and full."""
 LAYOUTS = {
     "plain": layout_of("K8V4", "K4V2", tile=1),
+    "whole": layout_of("K8V4", "K4V2", head_dim=128, tile=1, low_step=64),
     "groups": layout_of("K8V4/1,2", "K4V2/2,4", head_dim=128, tile=1),
     "other way round": layout_of("K4V8", "K1V2/4,1", tile=1),
     "far apart": layout_of("K8V8", "K1V1", head_dim=128, tile=1),
@@ -30,12 +31,16 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_tiles_hold_every_token_once_where_its_codes_are(name):
     for tier in LAYOUTS[name].tiers:
-        row = np.arange(tier.tokens)
-        token = gpu_tiers_softmax.token_of(row, tier)
-        np.testing.assert_array_equal(np.sort(token), row)
+        row = np.arange(64 * gpu_tiers_codes.tiles(tier))
+        token = gpu_tiers_codes.token_of(row, tier)
+        held = token < tier.tokens
+        np.testing.assert_array_equal(np.sort(token[held]), np.arange(tier.tokens))
+        place = gpu_tiers_codes.place_of(row[held] % 64, tier)
         for bits in (tier.format.key_bits, tier.format.value_bits):
-            wanted = blocks.locate(jnp.asarray(token), tier, bits)
-            for got, other in zip(gpu_tiers_softmax.locate(jnp.asarray(row), tier, bits), wanted, strict=True):
+            vector, shift = gpu_tiers_codes.locate(place, tier, bits)
+            vector = vector + row[held] // 64 * gpu_tiers_codes.tile_vectors(tier)
+            wanted = blocks.locate(jnp.asarray(token[held]), tier, bits)
+            for got, other in zip((vector, shift + place.half * 16), wanted, strict=True):
                 np.testing.assert_array_equal(got, other)
 
 
@@ -56,7 +61,7 @@ def check_attention(run, layout, *, lengths=SKEWED, dtype=np.float32, raw=False,
     check_alike(got, wanted, held, layout, dtype)
 
 
-@pytest.mark.parametrize("name", ["plain", "other way round"])
+@pytest.mark.parametrize("name", ["plain", "whole", "other way round"])
 def test_attention(run, name):
     check_attention(run, LAYOUTS[name])
 

@@ -170,6 +170,24 @@ def test_both_tiers_fit_in_a_block(head_dim, tokens, tile):
 
 
 @pytest.mark.parametrize(
+    ("low", "options", "rows", "tokens"),
+    [
+        ("K4V2", {"head_dim": 128}, 26, 112),
+        ("K4V2", {"head_dim": 128, "low_step": 64}, 28, 128),
+        ("K4V2", {"low_step": 64}, 16, 128),
+        ("K4V2", {"tokens": 256, "tile": 8, "low_step": 256}, 64, 512),
+        ("K4V2", {"head_dim": 128, "tokens": 128, "tile": 8, "low_step": 128}, 56, 256),
+        ("K8V2", {"head_dim": 128, "low_step": 64}, 26, 64),  # for 128 a block would be far larger
+        ("K4V2", {"tokens": 32, "low_step": 64}, 7, 32),  # high blocks aren't whole either
+    ],
+)
+def test_low_blocks_are_whole_where_it_costs_little(low, options, rows, tokens):
+    layout = layout_of("K8V4", low, **{"tile": 1, **options})
+    assert (layout.rows, layout.tiers[1].tokens) == (rows, tokens)
+    assert layout.tiers[1].end <= layout.words
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"tokens": 40}, "holds a multiple of 16 tokens, got 40"),

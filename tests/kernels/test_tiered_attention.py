@@ -131,9 +131,11 @@ def check_alike(got, wanted, held, layout, dtype):
         np.testing.assert_array_equal(np.asarray(weakest.index)[finite], np.asarray(wanted_weakest.index)[finite])
 
 
-def check_tpu(interpreter, layout, *, lengths=SKEWED, dtype=np.float32, raw=False, significance=True, **more):
+def check_tpu(
+    interpreter, layout, *, lengths=SKEWED, dtype=np.float32, raw=False, significance=True, max_blocks=None, **more
+):
     rng = np.random.default_rng()
-    held = hold(rng, layout, lengths, dtype=dtype)
+    held = hold(rng, layout, lengths, dtype=dtype, max_blocks=max_blocks)
     query = query_of(rng, held, layout, dtype)
     beside, tiers = (held.raw if raw else None), tiers_of(held, layout)
     observed = observing(held) if significance else {}
@@ -161,6 +163,14 @@ def test_tpu_with_blocks_as_a_tpu_likes_them(eager):
     assert layout.rows == 56
     assert layout.tiers[1].positions % 128
     check_tpu(eager, layout, lengths=np.array([[[300, 500]]]), tiles=None)
+
+
+def test_tpu_with_low_blocks_of_whole_lanes(eager):
+    """Two tiles of several chunks, the second of them part-filled, in bfloat16."""
+    layout = layout_of("K8V4", "K4V2", tokens=256, low_step=256)
+    tiles = Tiling(block_size=layout.rows, blocks=16, max_blocks=20, buffers=3)
+    lengths = np.array([[[19 * 256 - 7, 40]]])
+    check_tpu(eager, layout, lengths=lengths, tiles=tiles, max_blocks=20, dtype=jnp.bfloat16)
 
 
 def test_tpu_over_a_table_too_large_for_one_call(eager):

@@ -18,8 +18,9 @@ SIGNIFICANCE = Significance(
 )
 
 
-def layout_of(high, low, *, head_dim=64, tokens=64, tile=8):
-    return BlockLayout(head_dim=head_dim, high=Format.named(high), low=Format.named(low), tokens=tokens, tile=tile)
+def layout_of(high, low, *, head_dim=64, tokens=64, tile=8, low_step=1):
+    high, low = Format.named(high), Format.named(low)
+    return BlockLayout(head_dim=head_dim, high=high, low=low, tokens=tokens, tile=tile, low_step=low_step)
 
 
 LAYOUTS = {

@@ -50,8 +50,10 @@ class Block:
         a_side = self.tokens // self.sides
         rows = a_side * bits // 32
         side, token = divmod(token, a_side)
-        at = start + (token % rows * self.sides + side) * self.head_dim
-        return slice(at, at + self.head_dim), np.uint32(token // rows * bits)
+        turn, token = divmod(token, 2 * rows)
+        row, half = divmod(token, 2)
+        at = start + (row * self.sides + side) * self.head_dim
+        return slice(at, at + self.head_dim), np.uint32(16 * half + turn * bits)
 
     def put(self, token, key, value, score, position):
         fmt = self.fmt
