@@ -56,10 +56,16 @@ def prefetched(case: Case, kvs: int) -> dict[int, np.ndarray]:
 class Run:
     """Passes of the grid's loop for heads of one length."""
 
-    def __init__(self, steps: list[Step], rows: int):
-        """``rows``: heads that the core visited."""
-        passes = len(steps) - 2  # what the first fetches the next works on, and the next stores
-        self.steps, self.rows, self.a_row = steps[1:-1], rows, Fraction(passes, rows)
+    def __init__(self, steps: list[Step], kinds: np.ndarray, rows: int):
+        """
+        Args:
+          steps: passes, with those that only fetch for the next, or store.
+          kinds: of each bundle.
+          rows: heads that the core visited.
+        """
+        works = np.flatnonzero(kinds == "vector")
+        self.steps = [step for step in steps if any(step.counts[at] for at in works)]
+        self.rows, self.a_row = rows, Fraction(len(self.steps), rows)
 
     def row(self, quarter: slice) -> tuple[np.ndarray, float]:
         """How often each bundle runs for a head in the steady state, and the copies that start; of a quarter of its
@@ -116,9 +122,8 @@ def count(chip: str, case: Case, directory: Path) -> list[Count]:
     program = dumped(chip, case, directory)
     device = DEVICES[chip]
     kinds = kinds_of(program)
-    runs = {
-        kvs: Run(ScalarCore(program, prefetched(case, kvs)).run(), case.rows // device.cores) for kvs in case.runs
-    }
+    rows = case.rows // device.cores
+    runs = {kvs: Run(ScalarCore(program, prefetched(case, kvs)).run(), kinds, rows) for kvs in case.runs}
     return [_count(chip, case, part, program, kinds, lambda run: runs[run[0]].row(run[1])) for part in case.parts]
 
 

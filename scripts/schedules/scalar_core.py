@@ -39,6 +39,7 @@ ARITHMETIC: dict[str, Callable[..., int]] = {
     "sadd": operator.add,
     "ssub": operator.sub,
     "smul": operator.mul,
+    "smulhi.u32": _of_unsigned(lambda a, b: a * b >> 32),
     "sand": operator.and_,
     "sor": operator.or_,
     "sxor": operator.xor,
@@ -137,7 +138,7 @@ class ScalarCore:
             return True
         known = self.values.get(op.predicate)
         if known is None:
-            why = self.unknown.get(op.predicate, "it is never set")
+            why = self.unknown.get(op.predicate, "nothing sets it")
             raise ScheduleError(f"the branch in bundle {at:#x} depends on {op.predicate}, which isn't known: {why}")
         return known != op.negated
 
@@ -161,19 +162,19 @@ class ScalarCore:
     def _register(self, value: str) -> str:
         return value.rsplit("_", 1)[-1]
 
-    def _set(self, name: str, value: Any, why: str) -> None:
+    def _set(self, op: Op, value: Any) -> None:
+        name = str(op.result)
         self.values[name] = self.registers[self._register(name)] = value
         if value is None:
-            self.unknown[name] = why
+            self.unknown[name] = next((self.unknown[x] for x in op.reads if x in self.unknown), f"{op.name} gives it")
 
     def _phi(self, op: Op) -> Callable[[], None]:
-        result, register = str(op.result), self._register(str(op.result))
+        register = self._register(str(op.result))
         if any(self._register(x) != register for x in op.operands):
             raise ScheduleError(f"{op.result} comes from another register: {op.operands}")
 
         def run() -> None:
-            value = self.registers.get(register)
-            self._set(result, value, f"{register} isn't")
+            self._set(op, self.registers.get(register))
 
         return run
 
@@ -185,19 +186,18 @@ class ScalarCore:
         return lambda: None if (known := values.get(predicate)) is None else known != negated
 
     def _assign(self, op: Op, evaluate: Callable[[], Any]) -> Callable[[], None]:
-        result, why = str(op.result), f"it comes of {op.name}"
         if op.predicate is None:
-            return lambda: self._set(result, evaluate(), why)
+            return lambda: self._set(op, evaluate())
         runs, otherwise = self._runs(op), self._term(op.otherwise) if op.otherwise else None
 
         def run() -> None:
             known = runs()
             if known is None:
-                self._set(result, None, f"its predicate {op.predicate} isn't")
+                self._set(op, None)
             elif known:
-                self._set(result, evaluate(), why)
+                self._set(op, evaluate())
             elif otherwise is not None:
-                self._set(result, otherwise(), why)
+                self._set(op, otherwise())
 
         return run
 
