@@ -1,6 +1,6 @@
 """What bounds each kernel, by the compiler's own schedule of it.
 
-    python scripts/kernel_schedule.py [--chips v5e v6e] [--only decode llama] [--json FILE]
+python scripts/kernel_schedule.py [--chips v5e v6e] [--only decode llama] [--json FILE]
 """
 
 import argparse
@@ -8,13 +8,12 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from schedules.cases import cases
 from schedules.counting import Count, as_record, count
-from targets import TPUS, why_not
+from targets import TPUS
 
 
 def in_a_process(chip: str, case: str) -> list[Count]:
@@ -26,13 +25,14 @@ def in_a_process(chip: str, case: str) -> list[Count]:
 
 
 HEADER = (
-    "kernel", "part", "KVs", "chip", "cycles", "copy starts", "other scalar", "empty", "MXU", "XLU", "VALU",
-    "needed", "share", "cycles / 1,024 KVs", "bound",
+    "kernel", "part", "KVs", "chip", "cycles", "copy starts", "other scalar", "empty", "MXU", "MXU weights", "XLU",
+    "VALU", "needed", "share", "cycles / 1,024 KVs", "bound",
 )  # fmt: skip
 
 
 def line(row: Count) -> str:
-    numbers = (row.cycles, row.copying, row.scalar, row.empty, *(row.slots[u] for u in ("MXU", "XLU", "VALU")), row.needed)
+    busy = (row.busy[unit] for unit in ("MXU", "MXU weights", "XLU", "VALU"))
+    numbers = row.cycles, row.copying, row.scalar, row.empty, *busy, row.needed
     cells = [row.case, row.part, f"{row.kvs:,}", row.chip, *(f"{n:,.0f}" for n in numbers), f"{row.share:.0%}"]
     return "| " + " | ".join([*cells, f"{row.cycles / row.kvs * 1024:,.0f}", row.bound]) + " |"
 

@@ -84,7 +84,7 @@ def parse_op(text: str) -> Op | None:
 
 
 def in_order(ops: list[Op]) -> tuple[Op, ...]:
-    """Those whose result another of the same bundle takes before it: they cost no instruction, or name a register anew."""
+    """Those first whose result another of the same bundle takes: they only name a register anew."""
     left, done = [*(op for op in ops if op.name != "sphi")], [op for op in ops if op.name == "sphi"]
     while left:
         waiting = {op.result for op in left if op.result}

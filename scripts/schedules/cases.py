@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from compile_tpu import BLOCK_SIZE, CONTEXT, TIER_POLICIES, layout_of, shape, squared_mass
@@ -75,18 +74,18 @@ def raw_pool(model: LlamaConfig) -> Any:
     return shape((POOL_BYTES // (BLOCK_SIZE * row * 2), BLOCK_SIZE, row), jnp.bfloat16)
 
 
-def of_heads(size: Callable[[int], float], unit: int, flops: Callable[[int], float] = lambda _: 0.0) -> tuple[Part, ...]:
+def of_heads(size: Callable[[int], float], unit: int) -> tuple[Part, ...]:
     """A tile of so many KVs, from two heads of whole tiles, and whole heads."""
     tiles = max(2, HEADS[-1] // unit // 2)
     tile = Part(
         name="tile",
-        need=Need(size(unit), flops(unit)),
+        need=Need(size(unit)),
         kvs=unit,
         more=(2 * tiles * unit, ALL),
         less=(tiles * unit, ALL),
         times=tiles,
     )
-    heads = (Part(name="head", need=Need(size(n), flops(n)), kvs=n, more=(n, ALL)) for n in HEADS)
+    heads = (Part(name="head", need=Need(size(n)), kvs=n, more=(n, ALL)) for n in HEADS)
     return tile, *heads
 
 
@@ -155,7 +154,7 @@ def tiers(name: str, *, is_low: bool, significance: bool = False) -> Case:
 
 
 def prefill(name: str) -> Case:
-    """A chunk of a prompt over what is cached of it. A tile: 512 KVs of it, or of the chunk's own, under 512 query rows."""
+    """A chunk of a prompt over what is cached of it. A tile: 512 KVs of either, under 512 query rows."""
     model = SHAPES[name]
     heads, kv_heads, head_dim = model.num_heads, model.num_kv_heads, model.head_dim
     batch, entries = 2, CONTEXT // BLOCK_SIZE

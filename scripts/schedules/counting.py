@@ -1,11 +1,12 @@
 """From a kernel and a chip to cycles: compiled with the compiler's dumps, followed, and counted."""
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
@@ -20,27 +21,35 @@ from schedules.cases import Case, Part
 from schedules.scalar_core import ScalarCore, Step
 
 DUMP = "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true"
-MXU_CYCLES = 8
-"""A matrix unit is busy for so long with an operation of it that the compiler counts."""
+PUSH_CYCLES = {True: 8, False: 4}
+"""That a matrix unit takes in one register of weights, transposed or not: no schedule has them closer."""
 
 
 def dumped(chip: str, case: Case, directory: Path) -> Program:
     """The schedule of a kernel; once a process, since the compiler reads where to dump as it is loaded."""
-    if "libtpu" in os.environ.get("LIBTPU_INIT_ARGS", ""):
-        raise RuntimeError("the compiler was told already")
     os.environ["LIBTPU_INIT_ARGS"] = DUMP.format(directory)
     compile_for_tpu(chip, case.function, case.pool, *jax.eval_shape(lambda: case.arguments(1024)))
     return read(directory, case.kernel)
 
 
-def prefetched(case: Case, kvs: int) -> dict[int, np.ndarray]:
-    """What the kernel gets in SMEM for heads of so many KVs, flat, by its number among the operands."""
-    found: dict[str, list[np.ndarray]] = {}
+class Call(NamedTuple):
+    """Of a kernel, as the wrapper around it makes it."""
+
+    prefetched: dict[int, np.ndarray]
+    """What it gets in SMEM, flat, by its number among the operands."""
+    passes: int
+    """Steps of the grid."""
+
+
+def called(case: Case, kvs: int) -> Call:
+    """For heads of so many KVs."""
+    found: dict[str, Call] = {}
 
     def instead(kernel: Any, *_: Any, grid_spec: Any = None, out_shape: Any, name: str | None = None, **__: Any) -> Any:
         def call(*operands: Any) -> Any:
             scalars = jax.tree.leaves(operands[: grid_spec.num_scalar_prefetch])
-            found.setdefault(name or kernel.__name__, [np.asarray(x).reshape(-1) for x in scalars])
+            flat = {number: np.asarray(x).reshape(-1) for number, x in enumerate(scalars)}
+            found.setdefault(name or kernel.__name__, Call(flat, math.prod(grid_spec.grid)))
             return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out_shape)
 
         return call
@@ -50,22 +59,28 @@ def prefetched(case: Case, kvs: int) -> dict[int, np.ndarray]:
         case.function(pool, *case.arguments(kvs))
     if case.kernel not in found:
         raise ScheduleError(f"{case.name} calls {sorted(found)}, and not {case.kernel}")
-    return dict(enumerate(found[case.kernel]))
+    return found[case.kernel]
 
 
 class Run:
-    """Passes of the grid's loop for heads of one length."""
+    """Passes of the grid's loop for heads of one length, those that only fetch for the next or store left out."""
 
-    def __init__(self, steps: list[Step], kinds: np.ndarray, rows: int):
+    def __init__(self, steps: list[Step], kinds: np.ndarray, passes: int, rows: int, cores: int):
         """
         Args:
-          steps: passes, with those that only fetch for the next, or store.
+          steps: what one core ran.
           kinds: of each bundle.
-          rows: heads that the core visited.
+          passes: of the whole grid, which may be divided among the cores.
+          rows: heads that the whole grid visits.
+          cores: that the chip has.
         """
-        works = np.flatnonzero(kinds == "vector")
-        self.steps = [step for step in steps if any(step.counts[at] for at in works)]
-        self.rows, self.a_row = rows, Fraction(len(self.steps), rows)
+        here = next((n for n in (passes, passes // cores) if 0 <= len(steps) - n <= 2), None)
+        if here is None:
+            raise ScheduleError(f"a grid of {passes} steps on {cores} cores ran {len(steps)} passes")
+        work = np.array([np.dot(step.counts, kinds == "vector") for step in steps])
+        first = max(range(len(steps) - here + 1), key=lambda at: work[at : at + here].sum())
+        self.steps, self.rows = steps[first : first + here], rows * here // passes
+        self.a_row = Fraction(here, self.rows)
 
     def row(self, quarter: slice) -> tuple[np.ndarray, float]:
         """How often each bundle runs for a head in the steady state, and the copies that start; of a quarter of its
@@ -104,8 +119,8 @@ class Count:
     """Of them, with nothing: results are waited for."""
     copies: float
     """Copies started."""
-    slots: dict[str, float]
-    """Filled of each unit."""
+    busy: dict[str, float]
+    """That each kind of unit takes at least: its slots over how many there are of it."""
     needed: float
     """That the bytes take at the published bandwidth, or the FLOPs at the published rate, if nothing else did."""
     is_compute: bool
@@ -122,8 +137,13 @@ def count(chip: str, case: Case, directory: Path) -> list[Count]:
     program = dumped(chip, case, directory)
     device = DEVICES[chip]
     kinds = kinds_of(program)
-    rows = case.rows // device.cores
-    runs = {kvs: Run(ScalarCore(program, prefetched(case, kvs)).run(), kinds, rows) for kvs in case.runs}
+
+    def run(kvs: int) -> Run:
+        call = called(case, kvs)
+        steps = ScalarCore(program, call.prefetched).run()
+        return Run(steps, kinds, call.passes, case.rows, device.cores)
+
+    runs = {kvs: run(kvs) for kvs in case.runs}
     return [_count(chip, case, part, program, kinds, lambda run: runs[run[0]].row(run[1])) for part in case.parts]
 
 
@@ -144,7 +164,9 @@ def _count(
     if counts.sum() <= 0:
         raise ScheduleError(f"{case.name}, {part.name}: {counts.sum()} cycles")
     by_kind = {kind: float(counts[kinds == kind].sum()) for kind in ("empty", "copying", "scalar")}
-    slots = dict(zip(UNITS, (counts @ np.array(program.slots)).tolist(), strict=True))
+    filled = counts @ np.array(program.slots) / np.array(program.capacity)
+    busy = dict(zip(UNITS, filled.tolist(), strict=True))
+    busy["MXU weights"] = float(counts @ pushing(program)) / program.capacity[0]
     seconds = part.need.bytes / device.bandwidth + part.need.flops / device.flops
     needed = seconds * device.clock * device.cores
     cycles = float(counts.sum())
@@ -155,26 +177,32 @@ def _count(
         kvs=part.kvs,
         cycles=cycles,
         copies=copies,
-        slots=slots,
+        busy=busy,
         needed=needed,
         is_compute=part.need.flops > 0,
-        bound=bound(cycles, needed, part.need.flops > 0, by_kind, slots, program.capacity),
+        bound=bound(cycles, needed, part.need.flops > 0, by_kind | busy),
         **by_kind,
     )
 
 
-def bound(
-    cycles: float, needed: float, is_compute: bool, kinds: dict[str, float], slots: dict[str, float], capacity: Any
-) -> str:
-    """What takes most: the bytes, or the unit that is busy longest, or waiting and scalar instructions."""
+def bound(cycles: float, needed: float, is_compute: bool, parts: dict[str, float]) -> str:
+    """What takes most: the bytes or FLOPs, or two of what a bundle may be full of or lack."""
     if needed >= cycles:
         return "FLOPs" if is_compute else "bandwidth"
-    room = dict(zip(UNITS, capacity, strict=True))
-    busy = {unit: slots[unit] / room[unit] for unit in ("VALU", "XLU", "VLOAD", "VSTORE")}
-    busy["MXU"] = slots["MXU"] * MXU_CYCLES / room["MXU"]
-    busy |= {"latency": kinds["empty"], "copy starts": kinds["copying"], "scalar": kinds["scalar"]}
-    most = sorted(busy, key=lambda unit: -busy[unit])[:2]
-    return ", ".join(f"{unit} {busy[unit] / cycles:.0%}" for unit in most)
+    names = {"empty": "latency", "copying": "copy starts", "scalar": "other scalar", "MXU weights": "MXU weights"}
+    names |= {unit: unit for unit in ("MXU", "XLU", "VALU", "VLOAD", "VSTORE")}
+    most = sorted(names, key=lambda part: -parts[part])[:2]
+    return ", ".join(f"{names[part]} {parts[part] / cycles:.0%}" for part in most)
+
+
+def pushing(program: Program) -> np.ndarray:
+    """Of each bundle: cycles of matrix units in which weights are taken in."""
+    return np.array(
+        [
+            sum(PUSH_CYCLES["xpose" in op.name] for op in bundle.ops if op.name.startswith("vmatpush"))
+            for bundle in program.bundles
+        ]
+    )
 
 
 def kinds_of(program: Program) -> np.ndarray:

@@ -210,7 +210,7 @@ class ScalarCore:
             [address] = operands
             return lambda: self.smem.get(address(), 0) if address() is not None else None
         if name == "scalar_select":
-            return lambda: (operands[1]() if chosen else operands[2]()) if (chosen := operands[0]()) is not None else None
+            return _known(lambda chosen, yes, no: yes if chosen else no, operands)
         if parts[0] == "scmp":
             compare = COMPARISON[parts[1]]
             view = unsigned if parts[2] == "u32" else signed
