@@ -13,6 +13,7 @@ from typing import Any
 
 from schedules.cases import cases
 from schedules.counting import Count, as_record, count
+from schedules.peers import peers
 from targets import TPUS
 
 
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--json", help="write the counts to this file too")
     parser.add_argument("--one", nargs=2, metavar=("CHIP", "CASE"), help="in this process, a JSON line a part")
     options = parser.parse_args()
-    known = {case.name: case for case in cases()}
+    known = {case.name: case for case in (*cases(), *peers())}
     if options.one:
         chip, name = options.one
         with tempfile.TemporaryDirectory() as directory:

@@ -11,6 +11,7 @@ from compile_tpu import BLOCK_SIZE, CONTEXT, TIER_POLICIES, layout_of, shape, sq
 
 from models import LlamaConfig
 from models.shapes import SHAPES
+from pallas_kernels.block_moves import Moves, move_kvs
 from pallas_kernels.paged_attention import RawKVs, Significance, TieredKVs, paged_attention
 from pallas_kernels.paged_attention import tpu_tiers as tiers_tpu
 from pallas_kernels.prefill_attention import prefill_attention
@@ -53,12 +54,14 @@ class Case:
     function: Callable[..., Any]
     """Of a pool and what ``arguments`` gives."""
     pool: Any
-    """Shape and dtype."""
+    """Shape and dtype; or several."""
     arguments: Callable[[int], tuple[Any, ...]]
     """For heads that hold so many KVs."""
     rows: int
     """KV heads of all sequences."""
     parts: tuple[Part, ...]
+    blocks_axis: int = 0
+    """Of the pool."""
 
     @property
     def runs(self) -> list[int]:
@@ -208,6 +211,34 @@ def prefill(name: str) -> Case:
     )
 
 
+def moves(name: str, ratio: int = 8) -> Case:
+    """The survivors of an eviction, evenly spread, into the blocks that stay."""
+    model = SHAPES[name]
+    entries, kept = CONTEXT // BLOCK_SIZE, CONTEXT // ratio
+    pool = raw_pool(model)
+    values = (pool.shape[0] * BLOCK_SIZE // 128, 128)
+    block = BLOCK_SIZE * 2 * model.head_dim * 2
+
+    def arguments(kvs: int) -> tuple[Any, ...]:
+        stays, survives = np.arange(kvs) < kept, np.arange(kvs) % ratio == 0
+        scores, positions = jnp.zeros(values, jnp.float32), jnp.zeros(values, jnp.int32)
+        table = np.arange(ROWS * entries, dtype=np.int32).reshape(ROWS, entries)
+        marks = (jnp.asarray(np.tile(marked, (ROWS, 1))) for marked in (survives & ~stays, stays & ~survives))
+        is_source, is_hole = marks
+        return scores, positions, jnp.asarray(table), Moves(is_source=is_source, is_hole=is_hole)
+
+    blocks = entries + kept // BLOCK_SIZE  # all are read, and those that stay written
+    return Case(
+        name=f"moves, {name}",
+        kernel="move_kvs",
+        function=move_kvs,
+        pool=pool,
+        arguments=arguments,
+        rows=ROWS,
+        parts=(Part(name="head", need=Need(bytes=blocks * block), kvs=CONTEXT, more=(CONTEXT, ALL)),),
+    )
+
+
 def cases() -> Iterator[Case]:
     for name in ("llama-3.1-8b", "smollm2-135m"):
         yield decode(name)
@@ -216,3 +247,4 @@ def cases() -> Iterator[Case]:
             yield tiers(name, is_low=is_low)
             yield tiers(name, is_low=is_low, significance=True)
         yield prefill(name)
+        yield moves(name)

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 from targets import DEVICES, compile_for_tpu
 
 from pallas_kernels import use_implementation
@@ -28,8 +30,16 @@ PUSH_CYCLES = {True: 8, False: 4}
 def dumped(chip: str, case: Case, directory: Path) -> Program:
     """The schedule of a kernel; once a process, since the compiler reads where to dump as it is loaded."""
     os.environ["LIBTPU_INIT_ARGS"] = DUMP.format(directory)
-    compile_for_tpu(chip, case.function, case.pool, *jax.eval_shape(lambda: case.arguments(1024)))
+    with use_abstract_mesh(_mesh(chip)):
+        compile_for_tpu(chip, case.function, case.pool, *jax.eval_shape(lambda: case.arguments(1024)))
     return read(directory, case.kernel)
+
+
+def _mesh(chip: str) -> AbstractMesh:
+    """Tells kernels that ask which chip they are for."""
+    device = topologies.get_topology_desc(platform="tpu", topology_name=DEVICES[chip].topology).devices[0]
+    kind = AbstractDevice(device.device_kind, device.num_cores, "tpu")
+    return AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=kind)
 
 
 class Call(NamedTuple):
@@ -48,18 +58,37 @@ def called(case: Case, kvs: int) -> Call:
     def instead(kernel: Any, *_: Any, grid_spec: Any = None, out_shape: Any, name: str | None = None, **__: Any) -> Any:
         def call(*operands: Any) -> Any:
             scalars = jax.tree.leaves(operands[: grid_spec.num_scalar_prefetch])
-            flat = {number: np.asarray(x).reshape(-1) for number, x in enumerate(scalars)}
-            found.setdefault(name or kernel.__name__, Call(flat, math.prod(grid_spec.grid)))
+            flat = dict(enumerate(map(_words, scalars)))
+            found.setdefault(name or case.kernel, Call(flat, math.prod(grid_spec.grid)))
             return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out_shape)
 
         return call
 
-    pool = jnp.zeros((1, *case.pool.shape[1:]), case.pool.dtype)
+    small = jax.tree.map(lambda pool: jnp.zeros(_of_one(pool.shape, case.blocks_axis), pool.dtype), case.pool)
     with mock.patch.object(pl, "pallas_call", instead), jax.disable_jit(), use_implementation("mosaic_tpu"):
-        case.function(pool, *case.arguments(kvs))
+        case.function(small, *case.arguments(kvs))
     if case.kernel not in found:
         raise ScheduleError(f"{case.name} calls {sorted(found)}, and not {case.kernel}")
     return found[case.kernel]
+
+
+def _of_one(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return (*shape[:axis], 1, *shape[axis + 1 :])
+
+
+def _words(x: Any) -> np.ndarray:
+    """As SMEM holds an array: rows of 128 words, or of four rows of bytes each, if it has rows."""
+    array = np.asarray(x)
+    if array.ndim > 1:
+        rows, lanes = (-n % unit for n, unit in zip(array.shape[-2:], (8, 128), strict=True))
+        bytewise = array.dtype.itemsize == 1
+        array = np.pad(array, [*[(0, 0)] * (array.ndim - 2), (0, rows * bytewise), (0, lanes)])
+        if bytewise:
+            tiled = array.reshape(-1, array.shape[-2] // 8, 2, 4, array.shape[-1] // 128, 128)
+            array = np.ascontiguousarray(tiled.transpose(0, 1, 4, 2, 5, 3)).view(np.int32)
+    if array.dtype.itemsize != 4:
+        raise ScheduleError(f"a prefetched array of {array.dtype} whose place in SMEM isn't known")
+    return array.reshape(-1)
 
 
 class Run:

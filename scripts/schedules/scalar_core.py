@@ -223,10 +223,15 @@ class ScalarCore:
         return _known(lambda *xs: signed(function(*xs)) if type(xs[0]) is int else function(*xs), operands)
 
     def _operand(self, op: Op) -> Callable[[], int]:
-        found = re.search(r"index: (\d+), kind: input", ", ".join(op.operands))
+        """Its address; or itself, if it is one word in a register."""
+        text = ", ".join(op.operands)
+        found = re.search(r"index: (\d+), kind: input", text)
+        words = self.operands.get(int(found[1])) if found else None
+        if words is not None and "no memory space" in text:
+            return lambda: int(words[0])
         address = SPAN * (1000 + len(self.sources))
-        if found and int(found[1]) in self.operands:
-            self.sources[address] = self.sources[signed(address << 4)] = self.operands[int(found[1])]
+        if words is not None:
+            self.sources[address] = self.sources[signed(address << 4)] = words
         return lambda: address
 
     def _address(self, allocation: str) -> int:
