@@ -8,11 +8,12 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from schedules.cases import cases
-from schedules.counting import Count, as_record, count
+from schedules.counting import Count, count
 from schedules.peers import peers
 from targets import TPUS
 
@@ -50,7 +51,7 @@ def main() -> None:
         chip, name = options.one
         with tempfile.TemporaryDirectory() as directory:
             for row in count(chip, known[name], Path(directory)):
-                print(json.dumps(as_record(row)), flush=True)
+                print(json.dumps(asdict(row)), flush=True)
         return
     print("| " + " | ".join(HEADER) + " |\n|" + " --- |" * len(HEADER), flush=True)
     rows: list[Any] = []
@@ -60,7 +61,7 @@ def main() -> None:
             rows += found
             print("\n".join(map(line, found)), flush=True)
     if options.json:
-        Path(options.json).write_text(json.dumps([as_record(row) for row in rows], indent=1) + "\n")
+        Path(options.json).write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
 if __name__ == "__main__":

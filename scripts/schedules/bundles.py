@@ -12,7 +12,7 @@ ATTRIBUTE = re.compile(r"\[\w+:\$\w+\]")
 PREDICATE = re.compile(r"\((!?)(%\w*p\d+|%\w+)(?:, (%\w+))?\)(?:, )?")
 VALUE = re.compile(r"%\w+")
 TARGET = re.compile(r"target bundleno = (\d+)")
-UNITS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "VLOAD:FILL", "VSTORE", "VSTORE:SPILL", "SALU")
+UNITS: tuple[str, ...] = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "VLOAD:FILL", "VSTORE", "VSTORE:SPILL", "SALU")
 """Columns of the compiler's table of the slots that a bundle fills."""
 
 
@@ -84,14 +84,15 @@ def parse_op(text: str) -> Op | None:
 
 
 def in_order(ops: list[Op]) -> tuple[Op, ...]:
-    """Those first whose result another of the same bundle takes: they only name a register anew."""
-    left, done = [*(op for op in ops if op.name != "sphi")], [op for op in ops if op.name == "sphi"]
+    """As they take effect: a loop's values; what only names a register anew before what takes it; stores."""
+    done = [op for op in ops if op.name == "sphi"]
+    left = [op for op in ops if op.name not in ("sphi", "sst")]
     while left:
         waiting = {op.result for op in left if op.result}
         ready = [op for op in left if not waiting & op.reads - {op.result}] or left
         done += ready
         left = [op for op in left if op not in ready]
-    return tuple(done)
+    return (*done, *(op for op in ops if op.name == "sst"))
 
 
 def parse(text: str) -> tuple[Bundle, ...]:

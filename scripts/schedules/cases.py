@@ -40,7 +40,7 @@ class Part:
     need: Need
     kvs: int
     more: tuple[int, slice]
-    """A run, and the passes of a row that count; of several, as a mean over rows."""
+    """A run, by the KVs a head, and of a head's passes the quarters that count, or all."""
     less: tuple[int, slice] | None = None
     times: float = 1.0
     """Parts in the difference."""
@@ -197,8 +197,8 @@ def prefill(name: str) -> Case:
                 need=flops(queries, keys),
                 kvs=keys,
                 more=(0, slice(3, 4)),
-                less=(0, slice(0, 1)),
-                times=CHUNK * 3 / 4 / keys * (CHUNK / 4) / queries,
+                less=(0, slice(1, 2)),
+                times=CHUNK / 2 / keys * (CHUNK / 4) / queries,
             ),
             Part(name="chunk alone", need=Need(flops=flops(1, 1).flops * causal), kvs=CHUNK, more=(0, ALL)),
             Part(
@@ -247,4 +247,4 @@ def cases() -> Iterator[Case]:
             yield tiers(name, is_low=is_low)
             yield tiers(name, is_low=is_low, significance=True)
         yield prefill(name)
-        yield moves(name)
+    yield moves("llama-3.1-8b")

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,13 +31,13 @@ def dumped(chip: str, case: Case, directory: Path) -> Program:
     """The schedule of a kernel; once a process, since the compiler reads where to dump as it is loaded."""
     os.environ["LIBTPU_INIT_ARGS"] = DUMP.format(directory)
     with use_abstract_mesh(_mesh(chip)):
-        compile_for_tpu(chip, case.function, case.pool, *jax.eval_shape(lambda: case.arguments(1024)))
+        compile_for_tpu(chip, case.function, case.pool, *jax.eval_shape(lambda: case.arguments(case.runs[0])))
     return read(directory, case.kernel)
 
 
 def _mesh(chip: str) -> AbstractMesh:
     """Tells kernels that ask which chip they are for."""
-    device = topologies.get_topology_desc(platform="tpu", topology_name=DEVICES[chip].topology).devices[0]
+    device = topologies.get_topology_desc(platform="tpu", topology_name=str(DEVICES[chip].topology)).devices[0]
     kind = AbstractDevice(device.device_kind, device.num_cores, "tpu")
     return AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=kind)
 
@@ -103,9 +103,10 @@ class Run:
           rows: heads that the whole grid visits.
           cores: that the chip has.
         """
-        here = next((n for n in (passes, passes // cores) if 0 <= len(steps) - n <= 2), None)
-        if here is None:
+        here = next((n for n in (passes, passes / cores) if 0 <= len(steps) - n <= 2), None)
+        if here is None or here != int(here):
             raise ScheduleError(f"a grid of {passes} steps on {cores} cores ran {len(steps)} passes")
+        here = int(here)
         work = np.array([np.dot(step.counts, kinds == "vector") for step in steps])
         first = max(range(len(steps) - here + 1), key=lambda at: work[at : at + here].sum())
         self.steps, self.rows = steps[first : first + here], rows * here // passes
@@ -141,7 +142,7 @@ class Count:
     cycles: float
     """As scheduled."""
     copying: float
-    """Of them, with scalar instructions for the start of copies, and nothing else."""
+    """Of them, with no vector instruction, but one that starts a copy or only serves that."""
     scalar: float
     """Of them, with other scalar instructions alone."""
     empty: float
@@ -272,7 +273,3 @@ def feeding_copies(program: Program) -> set[str]:
                 feeds.add(name)
                 grows = True
     return feeds
-
-
-def as_record(found: Count) -> dict[str, Any]:
-    return asdict(found)

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from compile_tpu import BLOCK_SIZE, shape
 from jax.experimental.pallas.ops.tpu import paged_attention as paged
 from jax.experimental.pallas.ops.tpu import ragged_paged_attention as ragged

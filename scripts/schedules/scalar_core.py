@@ -8,8 +8,9 @@ their bytes are counted beside.
 
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from schedules.bundles import Bundle, Op, Program, ScheduleError
@@ -19,7 +20,8 @@ DELAY_SLOTS = 4
 MOST_CYCLES = 20_000_000
 SPAN = 1 << 20
 """Words between the made-up addresses of two allocations, or operands."""
-ALLOCATION = re.compile(r"#allocation\w+")
+CORE = "#allocation0"
+"""The word of SMEM that tells a core its number."""
 TERM = re.compile(r"%\w+|\$0x[0-9a-f]+|#allocation\w+|-?\d+")
 
 
@@ -79,7 +81,7 @@ class Step:
 class ScalarCore:
     """One core, at the start of a kernel."""
 
-    def __init__(self, program: Program, operands: dict[int, Sequence[int]]):
+    def __init__(self, program: Program, operands: Mapping[int, Any]):
         """
         Args:
           program: the schedule.
@@ -88,9 +90,9 @@ class ScalarCore:
         self.program, self.operands = program, operands
         self.values: dict[str, Any] = {}
         self.registers: dict[str, Any] = {}
-        self.smem: dict[int, int | None] = {}
         self.allocations: dict[str, int] = {}
-        self.sources: dict[int, Sequence[int]] = {}
+        self.smem: dict[int, int | None] = {self._address(CORE): 0}
+        self.sources: dict[int, Any] = {}
         self.unknown: dict[str, str] = {}
         self.copies = 0
         self.code = [self._compile(bundle) for bundle in program.bundles]
@@ -116,7 +118,7 @@ class ScalarCore:
             at += 1
             if pending is not None and branch_in == 0:
                 at, pending = pending, None
-            if at == header and pending is None and branch_in <= 0:
+            if at == header and pending is None:
                 step.copies, self.copies = self.copies, 0
                 steps.append(step)
                 step = Step([0] * len(bundles))
@@ -159,7 +161,8 @@ class ScalarCore:
             return self._copy(op)
         return self._assign(op, self._evaluation(op))
 
-    def _register(self, value: str) -> str:
+    @staticmethod
+    def _register(value: str) -> str:
         return value.rsplit("_", 1)[-1]
 
     def _set(self, op: Op, value: Any) -> None:
@@ -208,7 +211,7 @@ class ScalarCore:
             return self._operand(op)
         if name == "sld":
             [address] = operands
-            return lambda: self.smem.get(address(), 0) if address() is not None else None
+            return lambda: self.smem.get(address())
         if name == "scalar_select":
             return _known(lambda chosen, yes, no: yes if chosen else no, operands)
         if parts[0] == "scmp":
@@ -239,7 +242,7 @@ class ScalarCore:
 
     def _term(self, text: str) -> Callable[[], Any]:
         """The value of an operand: a sum of registers, numbers and allocations' addresses."""
-        known, names = 0, []
+        known, names = 0, list[str]()
         if re.fullmatch(r"-?\d+", text):
             number = signed(int(text))
             return lambda: number
@@ -254,23 +257,17 @@ class ScalarCore:
         if not names:
             return lambda: known
         if len(names) == 1 and known == 0:
-            [name] = names
-            return lambda: values.get(name)
-
-        def total() -> int | None:
-            parts = [values.get(name) for name in names]
-            return None if None in parts else known + sum(parts)
-
-        return total
+            return partial(values.get, names[0])
+        return _known(lambda *parts: known + sum(parts), [partial(values.get, name) for name in names])
 
     def _store(self, op: Op) -> Callable[[], None]:
         runs, (address, value) = self._runs(op), (self._term(x) for x in _store_parts(op))
 
         def run() -> None:
-            at, known = address(), runs()
-            if at is None:
-                raise ScheduleError(f"sst to an address that isn't known: {op.operands}")
+            known = runs()
             if known is not False:
+                if (at := address()) is None:
+                    raise ScheduleError(f"sst to an address that isn't known: {op.operands}")
                 self.smem[at] = value() if known else None
 
         return run
