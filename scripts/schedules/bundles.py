@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-BUNDLE = re.compile(r"\s*(0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:[> ]*\{(.*)")
+BUNDLE = re.compile(r"\s*(0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:[> ]*\{(.*)")
 COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 OP = re.compile(r"(?:(%\w+)(?:, %\w+)* = )?([a-z][\w.]*)\s*(.*)", re.DOTALL)
 ATTRIBUTE = re.compile(r"\[\w+:\$\w+\]")
 PREDICATE = re.compile(r"\((!?)(%\w*p\d+|%\w+)(?:, (%\w+))?\)(?:, )?")
 VALUE = re.compile(r"%\w+")
+MOST_DELAY_SLOTS = 8
 TARGET = re.compile(r"target bundleno = (\d+)")
 UNITS: tuple[str, ...] = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "VLOAD:FILL", "VSTORE", "VSTORE:SPILL", "SALU")
 """Columns of the compiler's table of the slots that a bundle fills."""
@@ -52,6 +53,8 @@ class Op:
 @dataclass(frozen=True)
 class Bundle:
     ops: tuple[Op, ...]
+    is_labelled: bool = False
+    """Branches come here, or fall through to it."""
 
     @cached_property
     def branch(self) -> Op | None:
@@ -65,6 +68,19 @@ class Program:
     """Of each bundle, how many of each of ``UNITS`` it fills; without any where the compiler gave no table."""
     capacity: tuple[int, ...]
     """Slots of each of ``UNITS`` in a bundle."""
+
+    @cached_property
+    def delay_slots(self) -> int:
+        """Bundles after a branch that still run: a loop's end is labelled after them."""
+        labelled = [at for at, bundle in enumerate(self.bundles) if bundle.is_labelled]
+        after = [
+            min((label - at for label in labelled if label > at), default=len(self.bundles))
+            for at, bundle in enumerate(self.bundles)
+            if bundle.branch is not None and bundle.branch.target is not None and bundle.branch.target <= at
+        ]
+        if not after or min(after) > MOST_DELAY_SLOTS + 1:
+            raise ScheduleError("no loop whose end is labelled: is the grid of one step only?")
+        return min(after) - 1
 
 
 def parse_op(text: str) -> Op | None:
@@ -97,20 +113,20 @@ def in_order(ops: list[Op]) -> tuple[Op, ...]:
 
 def parse(text: str) -> tuple[Bundle, ...]:
     """The bundles of a schedule; they are numbered from 0 on, as branches name them."""
-    lines: list[str] = []
+    lines: list[tuple[bool, str]] = []
     for line in COMMENT.sub("", text).splitlines():
         if match := BUNDLE.match(line):
             if int(match[1], 16) != len(lines):
                 raise ScheduleError(f"bundle {match[1]} follows on {len(lines) - 1:#x}")
-            lines.append(match[2])
+            lines.append((match[2] is not None, match[3]))
         elif lines:
-            lines[-1] += line
+            lines[-1] = lines[-1][0], lines[-1][1] + line
     if not lines:
         raise ScheduleError("no bundle in the text")
     bundles = []
-    for line in lines:
+    for is_labelled, line in lines:
         ops = [parse_op(part) for part in line[: line.rfind("}")].split(";;")]
-        bundles.append(Bundle(in_order([op for op in ops if op is not None])))
+        bundles.append(Bundle(in_order([op for op in ops if op is not None]), is_labelled))
     return tuple(bundles)
 
 

@@ -15,8 +15,6 @@ from typing import Any
 
 from schedules.bundles import Bundle, Op, Program, ScheduleError
 
-DELAY_SLOTS = 4
-"""Bundles after a branch that still run."""
 MOST_CYCLES = 20_000_000
 SPAN = 1 << 20
 """Words between the made-up addresses of two allocations, or operands."""
@@ -113,7 +111,7 @@ class ScalarCore:
             if branch is not None and self._holds(branch, at):
                 if pending is not None:
                     raise ScheduleError(f"a branch in another's delay slots, in bundle {at:#x}")
-                pending, branch_in = branch.target, DELAY_SLOTS + 1
+                pending, branch_in = branch.target, self.program.delay_slots + 1
             branch_in -= 1
             at += 1
             if pending is not None and branch_in == 0:
