@@ -1,16 +1,20 @@
-"""What a device could do at best: the bound on decoding and compressing, from bytes, FLOPs and copies counted.
+"""What a device could do at best: the bound on decoding and compressing, from bytes and FLOPs counted, and on a TPU from
+the cycles of attention and moves by its compiler's schedule.
 
     python scripts/roofline.py [--models llama-3.1-8b] [--context 16384] [--ratios 1 8] [--figure FILE]
 
-For each device, model and ratio: the largest batch that fits, what a decode step of it must move, compute and start,
+For each device, model and ratio: the largest batch that fits, what a decode step of it must move and compute,
 the tokens a second that follow, and what a compression costs beside the prefill. Where the compiler for TPUs is
 installed, two small programs are compiled too, and the count is set beside their own. Nothing here is measured.
 """
 
 import argparse
+import json
 import sys
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +29,8 @@ from pallas_kernels.quantised_block import BlockLayout, Format
 BLOCK_SIZE = 64
 USABLE = 0.92
 """Share of a device's memory for weights and cache; the rest is the program's, its temporaries and fragmentation."""
-COPY_BUNDLES = 12
-"""Instruction bundles that starting one copy takes on a TPU: the loop of the compiled kernel, for v5e and v6e."""
+CYCLES: dict[str, dict[str, float]] = json.loads((Path(__file__).parent / "schedules" / "cycles.json").read_text())
+"""Of each TPU: what a head, or a KV, takes by the compiler's schedule; ``kernel_schedule.py --for-roofline`` wrote it."""
 ITEM = 2
 """Bytes of a weight or of a cached value: bfloat16."""
 
@@ -37,8 +41,8 @@ class Work:
 
     bytes: float
     flops: float
-    copies: float = 0.0
-    """Block copies that a TPU's core starts one by one."""
+    scheduled: Mapping[str, float] = field(default_factory=dict)
+    """How many of what ``CYCLES`` tells."""
 
     def seconds(self, device: Device) -> float:
         return max(self.parts(device).values())
@@ -46,8 +50,8 @@ class Work:
     def parts(self, device: Device) -> dict[str, float]:
         """Seconds that each part alone would take: the largest is the bound."""
         parts = {"bandwidth": self.bytes / device.bandwidth, "FLOPs": self.flops / device.flops}
-        if device.clock:
-            parts["copies"] = self.copies * COPY_BUNDLES / device.clock / device.cores
+        if cycles := CYCLES.get(device.name):
+            parts["schedule"] = sum(n * cycles[of] for of, n in self.scheduled.items()) / device.clock
         return parts
 
 
@@ -64,18 +68,38 @@ def kept_blocks(tokens: int, ratio: float) -> int:
     return max(1, int(-(-tokens // BLOCK_SIZE) / ratio))
 
 
-def decode_work(model: LlamaConfig, batch: int, context: int, ratio: float) -> Work:
-    """One step: all weights once, every kept KV once, one register's worth of rows rewritten a head."""
+class Step(NamedTuple):
+    """What a decode step does, one after the other."""
+
+    weights: Work
+    attention: Work
+
+    def seconds(self, device: Device) -> float:
+        return sum(work.seconds(device) for work in self)
+
+    def bound(self, device: Device) -> str:
+        """The part that takes longest, and what bounds it."""
+        name, work = max(self._asdict().items(), key=lambda part: part[1].seconds(device))
+        parts = work.parts(device)
+        return f"{name}, {max(parts, key=lambda part: parts[part])}"
+
+
+def decode_work(model: LlamaConfig, batch: int, context: int, ratio: float) -> Step:
+    """All weights once, every kept KV once, one register's worth of rows rewritten a head."""
     heads = batch * model.num_layers * model.num_kv_heads
     blocks = heads * kept_blocks(context, ratio)
     row = 2 * model.head_dim * ITEM
     tables = heads * 4 * (context // BLOCK_SIZE)
     group = model.num_heads // model.num_kv_heads
     attention = 2 * 2 * group * blocks * BLOCK_SIZE * max(model.head_dim, 128)  # 64-wide heads fill 128 lanes
-    return Work(
-        bytes=weight_count(model, read=True) * ITEM + blocks * BLOCK_SIZE * row + heads * 2 * 16 * row + tables,
-        flops=2 * weight_count(model, read=True) * batch + attention,
-        copies=blocks + 2 * heads,
+    width = 64 if model.head_dim <= 64 else 128
+    return Step(
+        weights=Work(bytes=weight_count(model, read=True) * ITEM, flops=2 * weight_count(model, read=True) * batch),
+        attention=Work(
+            bytes=blocks * BLOCK_SIZE * row + heads * 2 * 16 * row + tables,
+            flops=attention,
+            scheduled={f"head of {width}": heads, f"KV of {width}": blocks * BLOCK_SIZE},
+        ),
     )
 
 
@@ -93,7 +117,7 @@ def compress_work(model: LlamaConfig, context: int, ratio: float) -> Work:
         * 256
         * 2
         * max(model.head_dim, 64),  # each KV against a tile of holes
-        copies=heads * (all_blocks + kept),
+        scheduled={"KV moved": heads * context},
     )
 
 
@@ -174,12 +198,11 @@ def rows(models: list[str], devices: list[str], context: int, ratios: list[float
                 row = {"model": name, "device": chip, "context": tokens, "ratio": ratio, "batch": batch}
                 if batch:
                     work = decode_work(model, batch, tokens, ratio)
-                    parts = work.parts(device)
                     row |= {
-                        "gigabytes": work.bytes / 1e9,
-                        "gigaflops": work.flops / 1e9,
+                        "gigabytes": sum(part.bytes for part in work) / 1e9,
+                        "gigaflops": sum(part.flops for part in work) / 1e9,
                         "milliseconds": 1e3 * work.seconds(device),
-                        "bound": max(parts, key=lambda part: parts[part]),
+                        "bound": work.bound(device),
                         "tokens_a_second": batch / work.seconds(device),
                         "compression": compress_work(model, tokens, ratio).seconds(device)
                         / prefill_work(model, tokens).seconds(device),

@@ -2,7 +2,6 @@
 
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -106,7 +105,7 @@ class Run:
         here = next((n for n in (passes, passes / cores) if 0 <= len(steps) - n <= 2), None)
         if here is None or here != int(here):
             raise ScheduleError(f"a grid of {passes} steps on {cores} cores ran {len(steps)} passes")
-        here = int(here)
+        here, self.cores = int(here), passes // int(here)
         work = np.array([np.dot(step.counts, kinds == "vector") for step in steps])
         first = max(range(len(steps) - here + 1), key=lambda at: work[at : at + here].sum())
         self.steps, self.rows = steps[first : first + here], rows * here // passes
@@ -156,6 +155,8 @@ class Count:
     is_compute: bool
     """What is needed are FLOPs."""
     bound: str
+    cores: int
+    """That share the heads."""
 
     @property
     def share(self) -> float:
@@ -174,21 +175,14 @@ def count(chip: str, case: Case, directory: Path) -> list[Count]:
         return Run(steps, kinds, call.passes, case.rows, device.cores)
 
     runs = {kvs: run(kvs) for kvs in case.runs}
-    return [_count(chip, case, part, program, kinds, lambda run: runs[run[0]].row(run[1])) for part in case.parts]
+    return [_count(chip, case, part, program, kinds, runs) for part in case.parts]
 
 
-def _count(
-    chip: str,
-    case: Case,
-    part: Part,
-    program: Program,
-    kinds: np.ndarray,
-    row: Callable[[tuple[int, slice]], tuple[np.ndarray, float]],
-) -> Count:
-    device = DEVICES[chip]
-    counts, copies = row(part.more)
+def _count(chip: str, case: Case, part: Part, program: Program, kinds: np.ndarray, runs: dict[int, Run]) -> Count:
+    device, (kvs, quarters) = DEVICES[chip], part.more
+    counts, copies = runs[kvs].row(quarters)
     if part.less is not None:
-        less, fewer = row(part.less)
+        less, fewer = runs[part.less[0]].row(part.less[1])
         counts, copies = counts - less, copies - fewer
     counts, copies = counts / part.times, copies / part.times
     if counts.sum() <= 0:
@@ -210,6 +204,7 @@ def _count(
         busy=busy,
         needed=needed,
         is_compute=part.need.flops > 0,
+        cores=runs[kvs].cores,
         bound=bound(cycles, needed, part.need.flops > 0, by_kind | busy),
         **by_kind,
     )
