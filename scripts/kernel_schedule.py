@@ -1,4 +1,4 @@
-"""What bounds each kernel, by the compiler's own schedule of it.
+"""What bounds each TPU kernel, by the compiler's own schedule of it.
 
 python scripts/kernel_schedule.py [--chips v5e v6e] [--only decode llama] [--json FILE]
 """
@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,33 +29,41 @@ def in_a_process(chip: str, case: str) -> list[Count]:
 
 
 CYCLES = Path(__file__).parent / "schedules" / "cycles.json"
-HEADER = (
-    "kernel", "part", "KVs", "chip", "cycles", "copy starts", "other scalar", "empty", "MXU", "MXU weights", "XLU",
-    "VALU", "needed", "share", "cycles / 1,024 KVs", "bound",
-)  # fmt: skip
+COLUMNS: dict[str, Callable[[Count], str]] = {
+    "cycles": lambda row: f"{row.cycles:,.0f}",
+    "copy starts": lambda row: f"{row.copying:,.0f}",
+    "other scalar": lambda row: f"{row.scalar:,.0f}",
+    "empty": lambda row: f"{row.empty:,.0f}",
+    "MXU": lambda row: f"{row.busy['MXU']:,.0f}",
+    "MXU weights": lambda row: f"{row.busy['MXU weights']:,.0f}",
+    "XLU": lambda row: f"{row.busy['XLU']:,.0f}",
+    "VALU": lambda row: f"{row.busy['VALU']:,.0f}",
+    "bytes or FLOPs": lambda row: f"{row.needed:,.0f}",
+    "share": lambda row: f"{row.share:.0%}",
+    "cycles a 1,024 KVs": lambda row: f"{row.cycles / row.kvs * 1024:,.0f}",
+    "bound": lambda row: row.bound,
+}
 
 
-def line(row: Count) -> str:
-    busy = (row.busy[unit] for unit in ("MXU", "MXU weights", "XLU", "VALU"))
-    numbers = row.cycles, row.copying, row.scalar, row.empty, *busy, row.needed
-    cells = [row.case, row.part, f"{row.kvs:,}", row.chip, *(f"{n:,.0f}" for n in numbers), f"{row.share:.0%}"]
-    return "| " + " | ".join([*cells, f"{row.cycles / row.kvs * 1024:,.0f}", row.bound]) + " |"
+def line(rows: list[Count]) -> str:
+    """One part of a kernel, chip after chip."""
+    cells = (
+        " / ".join(dict.fromkeys(map(cell, rows)) if name == "bound" else map(cell, rows))
+        for name, cell in COLUMNS.items()
+    )
+    return "| " + " | ".join([rows[0].case, f"{rows[0].part}, {rows[0].kvs:,} KVs", *cells]) + " |"
 
 
-def cycles(rows: list[Count]) -> dict[str, dict[str, float]]:
-    """What ``roofline.py`` takes: cycles of a chip for a head and for each of its KVs, by head dimension, and for each KV
-    that the moves after an eviction pass."""
-    found: dict[str, dict[str, float]] = {}
-    heads = [row for row in rows if row.part == "head"]
-    for row in heads:
-        of_chip = found.setdefault(row.chip, {})
-        if row.case.startswith("moves"):
-            of_chip["KV moved"] = row.cycles / row.kvs / row.cores
-    for short, long in ((a, b) for a in heads for b in heads if (a.case, a.chip) == (b.case, b.chip) and a.kvs < b.kvs):
-        width = SHAPES[short.case.removeprefix("decode, ")].head_dim
-        a_kv = (long.cycles - short.cycles) / (long.kvs - short.kvs)
-        found[short.chip][f"KV of {width}"] = a_kv / short.cores
-        found[short.chip][f"head of {width}"] = (short.cycles - a_kv * short.kvs) / short.cores
+def cycles(rows: list[Count]) -> dict[str, dict[str, dict[str, float]]]:
+    """What ``roofline.py`` takes of each chip, in its cycles: a head by its KVs, for each head dimension, and one whose
+    survivors are moved."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for row in rows:
+        if row.part == "head":
+            kind, model = row.case.split(", ")
+            width = SHAPES[model].head_dim
+            of = found.setdefault(row.chip, {}).setdefault(f"{kind}, {width}", {})
+            of[str(row.kvs)] = float(f"{row.cycles / row.cores:.4g}")
     return found
 
 
@@ -75,19 +84,19 @@ def main() -> None:
             for row in count(chip, known[name], Path(directory)):
                 print(json.dumps(asdict(row)), flush=True)
         return
-    print("| " + " | ".join(HEADER) + " |\n|" + " --- |" * len(HEADER), flush=True)
+    header = ("kernel", "part", *COLUMNS)
+    print("| " + " | ".join(header) + " |\n|" + " --- |" * len(header), flush=True)
+    names, chips = [name for name in known if all(word in name for word in options.only)], options.chips
+    if options.for_roofline:
+        names, chips = ["decode, llama-3.1-8b", "decode, smollm2-135m", "moves, llama-3.1-8b"], TPUS
     rows: list[Count] = []
-    names = [name for name in known if all(word in name for word in options.only)]
-    if options.for_roofline:
-        names = ["decode, llama-3.1-8b", "decode, smollm2-135m", "moves, llama-3.1-8b"]
     for name in names:
-        for chip in TPUS if options.for_roofline else options.chips:
-            found = in_a_process(chip, name)
-            rows += found
-            print("\n".join(map(line, found)), flush=True)
+        found = [in_a_process(chip, name) for chip in chips]
+        for of_chips in zip(*found, strict=True):
+            print(line(list(of_chips)), flush=True)
+        rows += [row for of_chip in found for row in of_chip]
     if options.for_roofline:
-        rounded = {chip: {of: float(f"{n:.4g}") for of, n in each.items()} for chip, each in cycles(rows).items()}
-        CYCLES.write_text(json.dumps(rounded, indent=1) + "\n")
+        CYCLES.write_text(json.dumps(cycles(rows), indent=1) + "\n")
     if options.json:
         Path(options.json).write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 

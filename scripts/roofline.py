@@ -1,18 +1,18 @@
-"""What a device could do at best: the bound on decoding and compressing, from bytes and FLOPs counted, and on a TPU from
-the cycles of attention and moves by its compiler's schedule.
+"""What a device could do at best: the bound on decoding and compressing, from bytes and FLOPs counted, and on a TPU
+from the cycles of attention and of the moves, as its compiler schedules them.
 
     python scripts/roofline.py [--models llama-3.1-8b] [--context 16384] [--ratios 1 8] [--figure FILE]
 
-For each device, model and ratio: the largest batch that fits, what a decode step of it must move and compute,
-the tokens a second that follow, and what a compression costs beside the prefill. Where the compiler for TPUs is
-installed, two small programs are compiled too, and the count is set beside their own. Nothing here is measured.
+For each device, model and ratio: the largest batch that fits, what a decode step of it must move and compute, the
+tokens a second that follow, and what a compression costs beside the prefill. Where the compiler for TPUs is installed,
+two small programs are compiled too, and the count is set beside their own. Nothing here is measured.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from bisect import bisect_left
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,10 +29,30 @@ from pallas_kernels.quantised_block import BlockLayout, Format
 BLOCK_SIZE = 64
 USABLE = 0.92
 """Share of a device's memory for weights and cache; the rest is the program's, its temporaries and fragmentation."""
-CYCLES: dict[str, dict[str, float]] = json.loads((Path(__file__).parent / "schedules" / "cycles.json").read_text())
-"""Of each TPU: what a head, or a KV, takes by the compiler's schedule; ``kernel_schedule.py --for-roofline`` wrote it."""
+CYCLES: dict[str, dict[str, dict[str, float]]] = json.loads(
+    (Path(__file__).parent / "schedules" / "cycles.json").read_text()
+)
+"""Of each TPU, what a head takes by its KVs, as its compiler schedules it: by ``kernel_schedule.py --for-roofline``."""
 ITEM = 2
 """Bytes of a weight or of a cached value: bfloat16."""
+
+
+class Heads(NamedTuple):
+    """What a kernel of ``CYCLES`` works on."""
+
+    kernel: str
+    number: int
+    kvs: float
+    """Of each."""
+
+    def cycles(self, device: Device) -> float:
+        """In all, of a chip; between the heads that were counted in proportion, and beyond them too."""
+        known = sorted((int(kvs), cycles) for kvs, cycles in CYCLES[device.name][self.kernel].items())
+        if len(known) == 1:
+            known = [(0, 0.0), *known]
+        at = min(max(1, bisect_left(known, (int(self.kvs), 0.0))), len(known) - 1)
+        (few, less), (many, more) = known[at - 1], known[at]
+        return self.number * max(known[0][1], less + (more - less) * (self.kvs - few) / (many - few))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +61,8 @@ class Work:
 
     bytes: float
     flops: float
-    scheduled: Mapping[str, float] = field(default_factory=dict)
-    """How many of what ``CYCLES`` tells."""
+    heads: Heads | None = None
+    """Worked on by a kernel whose schedule on a TPU is known."""
 
     def seconds(self, device: Device) -> float:
         return max(self.parts(device).values())
@@ -50,8 +70,8 @@ class Work:
     def parts(self, device: Device) -> dict[str, float]:
         """Seconds that each part alone would take: the largest is the bound."""
         parts = {"bandwidth": self.bytes / device.bandwidth, "FLOPs": self.flops / device.flops}
-        if cycles := CYCLES.get(device.name):
-            parts["schedule"] = sum(n * cycles[of] for of, n in self.scheduled.items()) / device.clock
+        if self.heads and device.name in CYCLES:
+            parts["schedule"] = self.heads.cycles(device) / device.clock
         return parts
 
 
@@ -92,13 +112,13 @@ def decode_work(model: LlamaConfig, batch: int, context: int, ratio: float) -> S
     tables = heads * 4 * (context // BLOCK_SIZE)
     group = model.num_heads // model.num_kv_heads
     attention = 2 * 2 * group * blocks * BLOCK_SIZE * max(model.head_dim, 128)  # 64-wide heads fill 128 lanes
-    width = 64 if model.head_dim <= 64 else 128
+    kernel = f"decode, {64 if model.head_dim <= 64 else 128}"
     return Step(
         weights=Work(bytes=weight_count(model, read=True) * ITEM, flops=2 * weight_count(model, read=True) * batch),
         attention=Work(
             bytes=blocks * BLOCK_SIZE * row + heads * 2 * 16 * row + tables,
             flops=attention,
-            scheduled={f"head of {width}": heads, f"KV of {width}": blocks * BLOCK_SIZE},
+            heads=Heads(kernel, heads, kept_blocks(context, ratio) * BLOCK_SIZE),
         ),
     )
 
@@ -117,7 +137,7 @@ def compress_work(model: LlamaConfig, context: int, ratio: float) -> Work:
         * 256
         * 2
         * max(model.head_dim, 64),  # each KV against a tile of holes
-        scheduled={"KV moved": heads * context},
+        heads=Heads("moves, 128", heads, context),
     )
 
 

@@ -21,6 +21,8 @@ ROWS = 32
 """KV heads of all sequences in a call, about: a quarter of them is in the steady state, on each of two cores."""
 HEADS = (2048, 16_384)
 """KVs of the heads that are counted whole."""
+SHORT = 256
+"""Of a head that is compressed 64 times; shorter than a tile."""
 CHUNK = 2048
 """Tokens of a prompt that are read at once."""
 
@@ -77,7 +79,7 @@ def raw_pool(model: LlamaConfig) -> Any:
     return shape((POOL_BYTES // (BLOCK_SIZE * row * 2), BLOCK_SIZE, row), jnp.bfloat16)
 
 
-def of_heads(size: Callable[[int], float], unit: int) -> tuple[Part, ...]:
+def of_heads(size: Callable[[int], float], unit: int, heads: tuple[int, ...] = HEADS) -> tuple[Part, ...]:
     """A tile of so many KVs, from two heads of whole tiles, and whole heads."""
     tiles = max(2, HEADS[-1] // unit // 2)
     tile = Part(
@@ -88,8 +90,7 @@ def of_heads(size: Callable[[int], float], unit: int) -> tuple[Part, ...]:
         less=(tiles * unit, ALL),
         times=tiles,
     )
-    heads = (Part(name="head", need=Need(size(n)), kvs=n, more=(n, ALL)) for n in HEADS)
-    return tile, *heads
+    return tile, *(Part(name="head", need=Need(size(n)), kvs=n, more=(n, ALL)) for n in heads)
 
 
 def decode(name: str, *, observe: Any = None) -> Case:
@@ -113,7 +114,7 @@ def decode(name: str, *, observe: Any = None) -> Case:
         pool=raw_pool(model),
         arguments=arguments,
         rows=batch * kv_heads,
-        parts=of_heads(lambda kvs: kvs * width * 2, 2**19 // (width * 2)),
+        parts=of_heads(lambda kvs: kvs * width * 2, 2**19 // (width * 2), (SHORT, *HEADS)),
     )
 
 

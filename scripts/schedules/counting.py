@@ -211,13 +211,13 @@ def _count(chip: str, case: Case, part: Part, program: Program, kinds: np.ndarra
 
 
 def bound(cycles: float, needed: float, is_compute: bool, parts: dict[str, float]) -> str:
-    """What takes most: the bytes or FLOPs, or two of what a bundle may be full of or lack."""
+    """What takes most: the bytes or FLOPs, or what most bundles are full of, or lack."""
     if needed >= cycles:
         return "FLOPs" if is_compute else "bandwidth"
     names = {"empty": "latency", "copying": "copy starts", "scalar": "other scalar", "MXU weights": "MXU weights"}
     names |= {unit: unit for unit in ("MXU", "XLU", "VALU", "VLOAD", "VSTORE")}
-    most = sorted(names, key=lambda part: -parts[part])[:2]
-    return ", ".join(f"{names[part]} {parts[part] / cycles:.0%}" for part in most)
+    most = max(names, key=lambda part: parts[part])
+    return f"{names[most]} {parts[most] / cycles:.0%}"
 
 
 def pushing(program: Program) -> np.ndarray:
