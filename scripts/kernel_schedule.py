@@ -1,6 +1,16 @@
 """What bounds each TPU kernel, by the compiler's own schedule of it.
 
-python scripts/kernel_schedule.py [--chips v5e v6e] [--only decode llama] [--json FILE]
+    python scripts/kernel_schedule.py [--chips v5e v6e] [--only decode llama] [--json FILE]
+    python scripts/kernel_schedule.py --for-roofline
+    python scripts/kernel_schedule.py --gpu
+
+prints a row a part of a kernel, with the chips' numbers beside each other: cycles as scheduled, what they go into, and
+what its bytes or FLOPs alone would take. jax's own kernels stand beside ours. The second writes what ``roofline.py``
+takes of it; the third counts the instructions of decode attention on an H200 (``schedules/sass.py``).
+
+The schedule is libtpu's after registers are given out: a bundle a cycle, results after their latency, empty bundles for
+waiting. Its scalar code is run (``schedules/scalar_core.py``) for heads of several lengths: a tile is the difference of
+two, a head is one in the steady state. Nothing is measured: contention for memory, for one, isn't in it.
 """
 
 import argparse
@@ -12,6 +22,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import targets_gpu
+from schedules import sass
 from schedules.cases import cases
 from schedules.counting import Count, count
 from schedules.peers import peers
@@ -67,6 +79,18 @@ def cycles(rows: list[Count]) -> dict[str, dict[str, dict[str, float]]]:
     return found
 
 
+def of_gpu() -> str | None:
+    """Prints the table; why there is none."""
+    if reason := targets_gpu.why_not() or sass.why_not():
+        return f"nothing can be compiled for a GPU: {reason}"
+    loops = []
+    for case in sass.CASES:
+        with tempfile.TemporaryDirectory() as directory:
+            loops.append(sass.count(case, Path(directory)))
+    print("\n".join(sass.table(loops)))
+    return None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", nargs="+", choices=TPUS, default=["v5e", "v5p", "v6e"])
@@ -76,7 +100,10 @@ def main() -> None:
     parser.add_argument(
         "--for-roofline", action="store_true", help=f"count what {CYCLES.name} holds, and write it anew"
     )
+    parser.add_argument("--gpu", action="store_true", help="decode attention as compiled for an H200 instead")
     options = parser.parse_args()
+    if options.gpu:
+        sys.exit(of_gpu())
     known = {case.name: case for case in (*cases(), *peers())}
     if options.one:
         chip, name = options.one

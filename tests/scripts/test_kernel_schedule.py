@@ -9,6 +9,7 @@ import kernel_schedule
 import numpy as np
 import pytest
 import targets
+from schedules import sass
 from schedules.bundles import Program, ScheduleError, parse, parse_slots
 from schedules.counting import Run, kinds_of
 from schedules.scalar_core import ScalarCore
@@ -142,6 +143,36 @@ def test_the_table_of_slots():
     assert slots == [(0, 1, 2, 0, 0, 0, 0, 0, 0, 1)]
     with pytest.raises(ScheduleError, match="columns"):
         parse_slots("1 2 3\n")
+
+
+SASS = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   IADD3 R2, R2, 0x1, RZ ;
+.L_x_2:
+        /*0020*/                   HGMMA.64x8x16.F32.BF16 R24, R4, gdesc[UR4], R24 ;
+        /*0030*/              @!P0 LOP3.LUT R5, R5, 0xf, RZ, 0xc0, !PT ;
+        /*0040*/              @!UP1 BRA `(.L_x_3) ;
+        /*0050*/                   HGMMA.64x8x16.F32.BF16 R24, R8, gdesc[UR4], R24, gsb0 ;
+        /*0060*/               @P1 BRA `(.L_x_2) ;
+.L_x_3:
+        /*0070*/               @P2 BRA `(.L_x_1) ;
+.L_x_4:
+        /*0080*/                   BRA `(.L_x_4);
+"""
+
+
+def test_the_loop_of_a_gpu_kernel_is_the_shortest_on_its_tensor_cores():
+    assert sass.steady_loop(SASS) == (5, 2)
+    with pytest.raises(ValueError, match="no loop that uses the tensor cores"):
+        sass.steady_loop(SASS.replace("HGMMA", "HFMA2"))
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "programs"), [(93, 105_472, 2), (93, 1000, 5), (24, 0, 16), (223, 46_080, 2)]
+)
+def test_programs_that_fit_a_multiprocessor(registers, shared, programs):
+    assert sass.fitting(registers, shared, 128) == programs
 
 
 def test_decode_attention_as_compiled(tmp_path):
