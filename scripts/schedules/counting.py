@@ -37,7 +37,10 @@ def dumped(chip: str, case: Case, directory: Path) -> Program:
 def _mesh(chip: str) -> AbstractMesh:
     """Tells kernels that ask which chip they are for."""
     device = topologies.get_topology_desc(platform="tpu", topology_name=str(DEVICES[chip].topology)).devices[0]
-    kind = AbstractDevice(device.device_kind, device.num_cores, "tpu")
+    try:
+        kind = AbstractDevice(device.device_kind, device.num_cores, "tpu")
+    except TypeError:  # jax 0.10
+        kind = AbstractDevice(device.device_kind, device.num_cores)  # pyright: ignore[reportCallIssue]
     return AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=kind)
 
 

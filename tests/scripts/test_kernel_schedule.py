@@ -200,4 +200,4 @@ def test_decode_attention_as_compiled(tmp_path):
     assert tile["copies"] == pytest.approx(16)  # blocks of 64
     head = found["decode, llama-3.1-8b", "head", 16_384]
     assert 16 * tile["cycles"] <= head["cycles"] < 18 * tile["cycles"]
-    assert "decode, llama-3.1-8b | tile | 1,024 | v5e" in done.stdout
+    assert "| decode, llama-3.1-8b | tile, 1,024 KVs |" in done.stdout
