@@ -15,6 +15,8 @@ from typing import Any
 
 from schedules.bundles import Bundle, Op, Program, ScheduleError
 
+DIVISION = "sdivrem.u32"
+"""Its quotient and then its remainder are taken from the result one by one."""
 MOST_CYCLES = 20_000_000
 SPAN = 1 << 20
 """Words between the made-up addresses of two allocations, or operands."""
@@ -147,7 +149,7 @@ class ScalarCore:
 
     @staticmethod
     def _matters(op: Op) -> bool:
-        return op.name == "sst" or op.starts_copy or (op.result or "")[1:2] in ("s", "p")
+        return op.name in ("sst", DIVISION) or op.starts_copy or (op.result or "")[1:2] in ("s", "p")
 
     def _of(self, op: Op) -> Callable[[], None]:
         """What an instruction does."""
@@ -210,6 +212,10 @@ class ScalarCore:
         if name == "sld":
             [address] = operands
             return lambda: self.smem.get(address())
+        if name == DIVISION:
+            return _known(lambda a, b: [signed(x) for x in divmod(unsigned(a), unsigned(b))], operands)
+        if name == "spop.drf":
+            return _known(lambda results: results.pop(0), operands)
         if name == "scalar_select":
             return _known(lambda chosen, yes, no: yes if chosen else no, operands)
         if parts[0] == "scmp":

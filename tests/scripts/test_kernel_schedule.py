@@ -74,6 +74,17 @@ def test_heads_take_the_tiles_that_they_hold():
     assert [step.copies for step in steps([2, 0, 5, 1])] == [2, 0, 5, 1]
 
 
+def test_a_division_gives_quotient_and_remainder_in_turn():
+    """Here of the lengths, by 7: as many tiles as the one, or the other, says."""
+    length = "%s9_s3 = sld [smem:[#allocation2 + %s8_s2]]"
+    divided = KERNEL.replace(length, length.replace("%s9_s3", "%s80_s9"))
+    divided = divided.replace("0x4   : > {", "0x4   : > { %82 = sdivrem.u32 %s80_s9, 7  ;; ")
+    quotient = divided.replace("0x5   :  {}", "0x5   : > { %s9_s3 = spop.drf %82 }")
+    remainder = divided.replace("0x5   :  {}", "0x5   : > { %s84_s11 = spop.drf %82  ;;  %s9_s3 = spop.drf %82 }")
+    assert [step.copies for step in steps([14, 6, 27, 8], quotient)] == [2, 0, 3, 1]
+    assert [step.copies for step in steps([14, 6, 27, 8], remainder)] == [0, 6, 6, 1]
+
+
 def test_what_runs_is_told_apart():
     kinds = kinds_of(program())
     assert [kinds[at] for at in (0x5, 0x6, 0x9, 0xE, 0xF, 0x10, 0x14)] == [
