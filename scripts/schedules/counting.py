@@ -105,11 +105,13 @@ class Run:
           rows: heads that the whole grid visits.
           cores: that the chip has.
         """
-        here = next((n for n in (passes, passes / cores) if 0 <= len(steps) - n <= 2), None)
-        if here is None or here != int(here):
-            raise ScheduleError(f"a grid of {passes} steps on {cores} cores ran {len(steps)} passes")
-        here, self.cores = int(here), passes // int(here)
         work = np.array([np.dot(step.counts, kinds == "vector") for step in steps])
+        busy = int((work > work.max() / 100).sum())
+        possible = [n for n in (passes, passes / cores) if n == int(n) and 0 <= len(steps) - n <= 2]
+        if not possible:
+            raise ScheduleError(f"a grid of {passes} steps on {cores} cores ran {len(steps)} passes")
+        here = int(min(possible, key=lambda n: abs(n - busy)))
+        self.cores = passes // here
         first = max(range(len(steps) - here + 1), key=lambda at: work[at : at + here].sum())
         self.steps, self.rows = steps[first : first + here], rows * here // passes
         self.a_row = Fraction(here, self.rows)
@@ -118,9 +120,12 @@ class Run:
         """How often each bundle runs for a head in the steady state, and the copies that start; of a quarter of its
         passes, or of all: a mean over some rows in the middle of those that follow each other on a core."""
         first, end = self.rows // 8, self.rows // 8 + max(1, self.rows // 8)
+        rows: float = end - first
         passes: list[Step] = []
         if quarter == slice(None):
-            passes = self.steps[int(first * self.a_row) : int(end * self.a_row)]
+            begin = int(first * self.a_row)
+            passes = self.steps[begin : max(begin + 1, int(end * self.a_row))]  # one may be of many heads
+            rows = float(len(passes) / self.a_row)
         else:
             if self.a_row % 4:
                 raise ScheduleError(f"{self.a_row} passes a head aren't four quarters")
@@ -128,7 +133,6 @@ class Run:
             for row in range(first, end):
                 begin = int(row * self.a_row)
                 passes += self.steps[begin + quarter.start * part : begin + quarter.stop * part]
-        rows = end - first
         counts = np.sum([step.counts for step in passes], axis=0) / rows
         return counts, sum(step.copies for step in passes) / rows
 
