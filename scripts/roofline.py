@@ -1,16 +1,20 @@
-"""What a device could do at best: the bound on decoding and compressing, from bytes, FLOPs and copies counted.
+"""What a device could do at best: the bound on decoding and compressing, from bytes and FLOPs counted, and on a TPU
+from the cycles of attention and of the moves, as its compiler schedules them.
 
     python scripts/roofline.py [--models llama-3.1-8b] [--context 16384] [--ratios 1 8] [--figure FILE]
 
-For each device, model and ratio: the largest batch that fits, what a decode step of it must move, compute and start,
-the tokens a second that follow, and what a compression costs beside the prefill. Where the compiler for TPUs is
-installed, two small programs are compiled too, and the count is set beside their own. Nothing here is measured.
+For each device, model and ratio: the largest batch that fits, what a decode step of it must move and compute, the
+tokens a second that follow, and what a compression costs beside the prefill. Where the compiler for TPUs is installed,
+two small programs are compiled too, and the count is set beside their own. Nothing here is measured.
 """
 
 import argparse
+import json
 import sys
+from bisect import bisect_left
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +29,30 @@ from pallas_kernels.quantised_block import BlockLayout, Format
 BLOCK_SIZE = 64
 USABLE = 0.92
 """Share of a device's memory for weights and cache; the rest is the program's, its temporaries and fragmentation."""
-COPY_BUNDLES = 12
-"""Instruction bundles that starting one copy takes on a TPU: the loop of the compiled kernel, for v5e and v6e."""
+CYCLES: dict[str, dict[str, dict[str, float]]] = json.loads(
+    (Path(__file__).parent / "schedules" / "cycles.json").read_text()
+)
+"""Of each TPU, what a head takes by its KVs, as its compiler schedules it: by ``kernel_schedule.py --for-roofline``."""
 ITEM = 2
 """Bytes of a weight or of a cached value: bfloat16."""
+
+
+class Heads(NamedTuple):
+    """What a kernel of ``CYCLES`` works on."""
+
+    kernel: str
+    number: int
+    kvs: float
+    """Of each."""
+
+    def cycles(self, device: Device) -> float:
+        """In all, of a chip; between the heads that were counted in proportion, and beyond them too."""
+        known = sorted((int(kvs), cycles) for kvs, cycles in CYCLES[device.name][self.kernel].items())
+        if len(known) == 1:
+            known = [(0, 0.0), *known]
+        at = min(max(1, bisect_left(known, (int(self.kvs), 0.0))), len(known) - 1)
+        (few, less), (many, more) = known[at - 1], known[at]
+        return self.number * max(known[0][1], less + (more - less) * (self.kvs - few) / (many - few))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +61,8 @@ class Work:
 
     bytes: float
     flops: float
-    copies: float = 0.0
-    """Block copies that a TPU's core starts one by one."""
+    heads: Heads | None = None
+    """Worked on by a kernel whose schedule on a TPU is known."""
 
     def seconds(self, device: Device) -> float:
         return max(self.parts(device).values())
@@ -46,8 +70,8 @@ class Work:
     def parts(self, device: Device) -> dict[str, float]:
         """Seconds that each part alone would take: the largest is the bound."""
         parts = {"bandwidth": self.bytes / device.bandwidth, "FLOPs": self.flops / device.flops}
-        if device.clock:
-            parts["copies"] = self.copies * COPY_BUNDLES / device.clock / device.cores
+        if self.heads and device.name in CYCLES:
+            parts["schedule"] = self.heads.cycles(device) / device.clock
         return parts
 
 
@@ -64,18 +88,38 @@ def kept_blocks(tokens: int, ratio: float) -> int:
     return max(1, int(-(-tokens // BLOCK_SIZE) / ratio))
 
 
-def decode_work(model: LlamaConfig, batch: int, context: int, ratio: float) -> Work:
-    """One step: all weights once, every kept KV once, one register's worth of rows rewritten a head."""
+class Step(NamedTuple):
+    """What a decode step does, one after the other."""
+
+    weights: Work
+    attention: Work
+
+    def seconds(self, device: Device) -> float:
+        return sum(work.seconds(device) for work in self)
+
+    def bound(self, device: Device) -> str:
+        """The part that takes longest, and what bounds it."""
+        name, work = max(self._asdict().items(), key=lambda part: part[1].seconds(device))
+        parts = work.parts(device)
+        return f"{name}, {max(parts, key=lambda part: parts[part])}"
+
+
+def decode_work(model: LlamaConfig, batch: int, context: int, ratio: float) -> Step:
+    """All weights once, every kept KV once, one register's worth of rows rewritten a head."""
     heads = batch * model.num_layers * model.num_kv_heads
     blocks = heads * kept_blocks(context, ratio)
     row = 2 * model.head_dim * ITEM
     tables = heads * 4 * (context // BLOCK_SIZE)
     group = model.num_heads // model.num_kv_heads
     attention = 2 * 2 * group * blocks * BLOCK_SIZE * max(model.head_dim, 128)  # 64-wide heads fill 128 lanes
-    return Work(
-        bytes=weight_count(model, read=True) * ITEM + blocks * BLOCK_SIZE * row + heads * 2 * 16 * row + tables,
-        flops=2 * weight_count(model, read=True) * batch + attention,
-        copies=blocks + 2 * heads,
+    kernel = f"decode, {64 if model.head_dim <= 64 else 128}"
+    return Step(
+        weights=Work(bytes=weight_count(model, read=True) * ITEM, flops=2 * weight_count(model, read=True) * batch),
+        attention=Work(
+            bytes=blocks * BLOCK_SIZE * row + heads * 2 * 16 * row + tables,
+            flops=attention,
+            heads=Heads(kernel, heads, kept_blocks(context, ratio) * BLOCK_SIZE),
+        ),
     )
 
 
@@ -93,7 +137,7 @@ def compress_work(model: LlamaConfig, context: int, ratio: float) -> Work:
         * 256
         * 2
         * max(model.head_dim, 64),  # each KV against a tile of holes
-        copies=heads * (all_blocks + kept),
+        heads=Heads("moves, 128", heads, context),
     )
 
 
@@ -179,12 +223,11 @@ def rows(models: list[str], devices: list[str], context: int, ratios: list[float
                 row = {"model": name, "device": chip, "context": tokens, "ratio": ratio, "batch": batch}
                 if batch:
                     work = decode_work(model, batch, tokens, ratio)
-                    parts = work.parts(device)
                     row |= {
-                        "gigabytes": work.bytes / 1e9,
-                        "gigaflops": work.flops / 1e9,
+                        "gigabytes": sum(part.bytes for part in work) / 1e9,
+                        "gigaflops": sum(part.flops for part in work) / 1e9,
                         "milliseconds": 1e3 * work.seconds(device),
-                        "bound": max(parts, key=lambda part: parts[part]),
+                        "bound": work.bound(device),
                         "tokens_a_second": batch / work.seconds(device),
                         "compression": compress_work(model, tokens, ratio).seconds(device)
                         / prefill_work(model, tokens).seconds(device),

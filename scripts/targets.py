@@ -36,6 +36,7 @@ GIB = 2**30
 class Device:
     """What a device offers, as its maker publishes it. For v7x: one of a chip's two, as JAX sees them."""
 
+    name: str
     memory: int
     """Bytes."""
     bandwidth: float
@@ -51,13 +52,18 @@ class Device:
 
 
 DEVICES = {
-    "v5e": Device(memory=16 * GIB, bandwidth=819e9, flops=197e12, topology="v5e:2x2", clock=1.5e9),
-    "v5p": Device(memory=95 * GIB, bandwidth=2765e9, flops=459e12, topology="v5p:2x2x1", clock=1.75e9, cores=2),
-    "v6e": Device(memory=32 * GIB, bandwidth=1640e9, flops=918e12, topology="v6e:2x2", clock=1.75e9),
-    "v7x": Device(memory=96 * GIB, bandwidth=3690e9, flops=1153e12, topology="tpu7x:2x2x1", clock=2.2e9),
-    "l4": Device(memory=24 * 10**9, bandwidth=300e9, flops=121e12),
-    "h100": Device(memory=80 * 10**9, bandwidth=3350e9, flops=989e12),
-    "h200": Device(memory=141 * 10**9, bandwidth=4800e9, flops=989e12),
+    device.name: device
+    for device in (
+        Device(name="v5e", memory=16 * GIB, bandwidth=819e9, flops=197e12, topology="v5e:2x2", clock=1.5e9),
+        Device(
+            name="v5p", memory=95 * GIB, bandwidth=2765e9, flops=459e12, topology="v5p:2x2x1", clock=1.75e9, cores=2
+        ),
+        Device(name="v6e", memory=32 * GIB, bandwidth=1640e9, flops=918e12, topology="v6e:2x2", clock=1.75e9),
+        Device(name="v7x", memory=96 * GIB, bandwidth=3690e9, flops=1153e12, topology="tpu7x:2x2x1", clock=2.2e9),
+        Device(name="l4", memory=24 * 10**9, bandwidth=300e9, flops=121e12),
+        Device(name="h100", memory=80 * 10**9, bandwidth=3350e9, flops=989e12),
+        Device(name="h200", memory=141 * 10**9, bandwidth=4800e9, flops=989e12),
+    )
 }
 TPUS = tuple(name for name, device in DEVICES.items() if device.topology)
 

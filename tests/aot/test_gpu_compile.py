@@ -11,7 +11,7 @@ import compile_tpu
 import jax
 import jax.numpy as jnp
 import pytest
-from gpu import compile_for_h200, why_not
+from targets_gpu import compile_for_h200, why_not
 
 from models.shapes import SHAPES
 from pallas_kernels import use_implementation

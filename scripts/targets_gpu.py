@@ -65,5 +65,5 @@ def _mesh() -> AbstractMesh:
     try:
         device = AbstractDevice("NVIDIA H200", CORES, "gpu")
     except TypeError:  # jax 0.10
-        device = AbstractDevice("NVIDIA H200", CORES)
+        device = AbstractDevice("NVIDIA H200", CORES)  # pyright: ignore[reportCallIssue]
     return AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
