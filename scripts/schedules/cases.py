@@ -17,13 +17,14 @@ from pallas_kernels.paged_attention import tpu_tiers as tiers_tpu
 from pallas_kernels.prefill_attention import prefill_attention
 
 POOL_BYTES = 2**31
-ROWS = 32
-"""KV heads of all sequences in a call, about: a quarter of them is in the steady state, on each of two cores."""
+ROWS = 256
+"""KV heads of all sequences in a call, about: so many that of those on each of two cores some in the middle see neither
+the first step of the grid nor the last."""
 HEADS = (2048, 16_384)
 """KVs of the heads that are counted whole."""
 SHORT = 256
 """Of a head that is compressed 64 times; shorter than a tile."""
-CHUNK = 2048
+CHUNK = 512
 """Tokens of a prompt that are read at once."""
 
 
@@ -41,9 +42,9 @@ class Part:
     name: str
     need: Need
     kvs: int
-    more: tuple[int, slice]
-    """A run, by the KVs a head, and of a head's passes the quarters that count, or all."""
-    less: tuple[int, slice] | None = None
+    more: int
+    """A run, by the KVs a head."""
+    less: int | None = None
     times: float = 1.0
     """Parts in the difference."""
 
@@ -68,10 +69,7 @@ class Case:
     @property
     def runs(self) -> list[int]:
         """KVs a head."""
-        return sorted({run[0] for part in self.parts for run in (part.more, part.less) if run})
-
-
-ALL = slice(None)
+        return sorted({run for part in self.parts for run in (part.more, part.less) if run is not None})
 
 
 def raw_pool(model: LlamaConfig) -> Any:
@@ -86,11 +84,11 @@ def of_heads(size: Callable[[int], float], unit: int, heads: tuple[int, ...] = H
         name="tile",
         need=Need(size(unit)),
         kvs=unit,
-        more=(2 * tiles * unit, ALL),
-        less=(tiles * unit, ALL),
+        more=2 * tiles * unit,
+        less=tiles * unit,
         times=tiles,
     )
-    return tile, *(Part(name="head", need=Need(size(n)), kvs=n, more=(n, ALL)) for n in heads)
+    return tile, *(Part(name="head", need=Need(size(n)), kvs=n, more=n) for n in heads)
 
 
 def decode(name: str, *, observe: Any = None) -> Case:
@@ -189,24 +187,16 @@ def prefill(name: str) -> Case:
                 name="cached tile",
                 need=flops(queries, keys),
                 kvs=keys,
-                more=(many, ALL),
-                less=(few, ALL),
+                more=many,
+                less=few,
                 times=(many - few) / keys * CHUNK / queries,
             ),
-            Part(
-                name="own tile",
-                need=flops(queries, keys),
-                kvs=keys,
-                more=(0, slice(3, 4)),
-                less=(0, slice(1, 2)),
-                times=CHUNK / 2 / keys * (CHUNK / 4) / queries,
-            ),
-            Part(name="chunk alone", need=Need(flops=flops(1, 1).flops * causal), kvs=CHUNK, more=(0, ALL)),
+            Part(name="own keys", need=Need(flops=flops(1, 1).flops * causal), kvs=CHUNK, more=0),
             Part(
                 name=f"chunk after {many:,}",
                 need=Need(flops=flops(1, 1).flops * (causal + CHUNK * many)),
                 kvs=CHUNK + many,
-                more=(many, ALL),
+                more=many,
             ),
         ),
     )
@@ -236,7 +226,7 @@ def moves(name: str, ratio: int = 8) -> Case:
         pool=pool,
         arguments=arguments,
         rows=ROWS,
-        parts=(Part(name="head", need=Need(bytes=blocks * block), kvs=CONTEXT, more=(CONTEXT, ALL)),),
+        parts=(Part(name="head", need=Need(bytes=blocks * block), kvs=CONTEXT, more=CONTEXT),),
     )
 
 

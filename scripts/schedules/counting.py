@@ -116,25 +116,14 @@ class Run:
         self.steps, self.rows = steps[first : first + here], rows * here // passes
         self.a_row = Fraction(here, self.rows)
 
-    def row(self, quarter: slice) -> tuple[np.ndarray, float]:
-        """How often each bundle runs for a head in the steady state, and the copies that start; of a quarter of its
-        passes, or of all: a mean over some rows in the middle of those that follow each other on a core."""
+    def row(self) -> tuple[np.ndarray, float]:
+        """How often each bundle runs for a head in the steady state, and the copies that start: a mean over some passes
+        in the middle of those that follow each other on a core."""
         first, end = self.rows // 8, self.rows // 8 + max(1, self.rows // 8)
-        rows: float = end - first
-        passes: list[Step] = []
-        if quarter == slice(None):
-            begin = int(first * self.a_row)
-            passes = self.steps[begin : max(begin + 1, int(end * self.a_row))]  # one may be of many heads
-            rows = float(len(passes) / self.a_row)
-        else:
-            if self.a_row % 4:
-                raise ScheduleError(f"{self.a_row} passes a head aren't four quarters")
-            part = int(self.a_row) // 4
-            for row in range(first, end):
-                begin = int(row * self.a_row)
-                passes += self.steps[begin + quarter.start * part : begin + quarter.stop * part]
-        counts = np.sum([step.counts for step in passes], axis=0) / rows
-        return counts, sum(step.copies for step in passes) / rows
+        begin = -(-first * self.a_row.numerator // self.a_row.denominator)
+        passes = self.steps[begin : max(begin + 1, int(end * self.a_row))]  # one may be of many heads
+        rows = float(len(passes) / self.a_row)
+        return np.sum([step.counts for step in passes], axis=0) / rows, sum(step.copies for step in passes) / rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,10 +175,10 @@ def count(chip: str, case: Case, directory: Path) -> list[Count]:
 
 
 def _count(chip: str, case: Case, part: Part, program: Program, kinds: np.ndarray, runs: dict[int, Run]) -> Count:
-    device, (kvs, quarters) = DEVICES[chip], part.more
-    counts, copies = runs[kvs].row(quarters)
+    device = DEVICES[chip]
+    counts, copies = runs[part.more].row()
     if part.less is not None:
-        less, fewer = runs[part.less[0]].row(part.less[1])
+        less, fewer = runs[part.less].row()
         counts, copies = counts - less, copies - fewer
     counts, copies = counts / part.times, copies / part.times
     if counts.sum() <= 0:
@@ -211,7 +200,7 @@ def _count(chip: str, case: Case, part: Part, program: Program, kinds: np.ndarra
         busy=busy,
         needed=needed,
         is_compute=part.need.flops > 0,
-        cores=runs[kvs].cores,
+        cores=runs[part.more].cores,
         bound=bound(cycles, needed, part.need.flops > 0, by_kind | busy),
         **by_kind,
     )

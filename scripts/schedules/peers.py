@@ -10,7 +10,7 @@ from jax.experimental.pallas.ops.tpu import ragged_paged_attention as ragged
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from models.shapes import SHAPES
-from schedules.cases import ALL, HEADS, ROWS, Case, Need, Part, of_heads
+from schedules.cases import HEADS, ROWS, Case, Need, Part, of_heads
 
 MODEL = SHAPES["llama-3.1-8b"]
 HEADS_OF_MODEL, KV_HEADS, HEAD_DIM = MODEL.num_heads, MODEL.num_kv_heads, MODEL.head_dim
@@ -73,8 +73,8 @@ def ragged_paged_attention() -> Case:
                 name="tile",
                 need=Need(bytes=unit * KV_BYTES),
                 kvs=unit,
-                more=(2 * tiles * unit, ALL),
-                less=(tiles * unit, ALL),
+                more=2 * tiles * unit,
+                less=tiles * unit,
                 times=tiles * KV_HEADS,
             ),
         ),
@@ -99,8 +99,8 @@ def splash_attention() -> Case:
         name="cached tile",
         need=Need(flops=2 * 2 * block * block * HEAD_DIM),
         kvs=block,
-        more=(length, slice(1, 3)),
-        times=2 * keys / block,
+        more=length,
+        times=length / block,  # with what a row of them begins and ends with
     )
     return Case(
         name="jax's splash_attention, llama-3.1-8b",
