@@ -212,7 +212,8 @@ def _as_bfloat16(pair: _Int, shift: _Int, bits: int, exact: bool) -> ir.Value:
         return arith.truncf(numbers, both)
     # One instruction, of which the compiler makes two.
     words, i32 = [_word(x) for x in (pair, mask, 0x43004300)], ir.IntegerType.get_signless(32)
-    found = _Int(llvm.inline_asm(i32, words, "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r")).as_type(numbers)
+    found = llvm.InlineAsmOp(i32, words, "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r").result
+    found = _Int(found).as_type(numbers)
     if exact:
         one = utils.c(float(EXPONENT), ir.BF16Type.get())
         found = arith.subf(found, vector.broadcast(numbers, one))
