@@ -19,18 +19,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import slot_values
 from pallas_kernels.block_moves.types import Moves
-from pallas_kernels.tpu_tiles import (
-    CORES,
-    SMEM_ENTRIES,
-    UNCHECKED,
-    TileStream,
-    Tiling,
-    as_column,
-    check_pool,
-    product,
-    rows_at_once,
-    tiling,
-)
+from pallas_kernels.tpu_tiles import CORES, SMEM_ENTRIES, UNCHECKED, TileStream, Tiling, rows_at_once, tiling
+from pallas_kernels.tpu_values import as_column, check_pool, product
 
 TILE_KVS = 256
 BUFFERS = 8

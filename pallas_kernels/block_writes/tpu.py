@@ -14,7 +14,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu_tiles import SMEM_ENTRIES, UNCHECKED, check_pool, floor_div, rows_at_once, sublanes
+from pallas_kernels.tpu_tiles import SMEM_ENTRIES, UNCHECKED, rows_at_once
+from pallas_kernels.tpu_values import check_pool, floor_div, sublanes
 
 STEP_BYTES = 2 * 2**20
 """New KVs that one grid step lays out in VMEM."""

@@ -24,19 +24,15 @@ from pallas_kernels.paged_attention.tpu_masses import Kept, masses_shape
 from pallas_kernels.paged_attention.types import Observe
 from pallas_kernels.tpu_tiles import (
     CORES,
-    LANES,
-    MASKED,
     SMEM_ENTRIES,
     UNCHECKED,
     TileStream,
     Tiling,
-    check_pool,
     held_blocks,
-    lanes_of,
-    product,
     rows_at_once,
     tiling,
 )
+from pallas_kernels.tpu_values import LANES, MASKED, check_pool, lanes_of, product
 
 
 class Results(NamedTuple):

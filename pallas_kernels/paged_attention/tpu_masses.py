@@ -13,7 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.paged_attention.types import Observe
-from pallas_kernels.tpu_tiles import LANES, Tiling, ceil_div, floor_div
+from pallas_kernels.tpu_tiles import Tiling
+from pallas_kernels.tpu_values import LANES, ceil_div, floor_div
 
 TOGETHER = 2
 """Tiles of a pass, whose latencies overlap, and of a copy."""

@@ -25,15 +25,8 @@ from pallas_kernels.paged_attention.types import Significance, Significant, Tier
 from pallas_kernels.quantised_block import BlockLayout
 from pallas_kernels.quantised_block.layout import LANES
 from pallas_kernels.quantised_block.tpu_vectors import SUBLANES, check_layout
-from pallas_kernels.tpu_tiles import (
-    BUFFERS,
-    CORES,
-    SMEM_ENTRIES,
-    UNCHECKED,
-    Tiling,
-    ceil_div,
-    rows_at_once,
-)
+from pallas_kernels.tpu_tiles import BUFFERS, CORES, SMEM_ENTRIES, UNCHECKED, Tiling, rows_at_once
+from pallas_kernels.tpu_values import ceil_div
 
 TILE_BYTES = 1024 * 1024
 """Twice those of unquantised KVs: a tile's latency at its ends counts for more where there are fewer bytes."""

@@ -18,7 +18,8 @@ from pallas_kernels.paged_attention.types import Significance
 from pallas_kernels.quantised_block import BlockLayout
 from pallas_kernels.quantised_block.layout import LANES, Segments
 from pallas_kernels.quantised_block.tpu_vectors import SUBLANES, lay, line
-from pallas_kernels.tpu_tiles import Tiling, ceil_div, floor_div
+from pallas_kernels.tpu_tiles import Tiling
+from pallas_kernels.tpu_values import ceil_div, floor_div
 
 NOWHERE = jnp.iinfo(jnp.int32).max
 

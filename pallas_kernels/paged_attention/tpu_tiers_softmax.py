@@ -12,7 +12,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.quantised_block.layout import LANES, Segments
 from pallas_kernels.quantised_block.tpu_vectors import SUBLANES, halves, line, offset, unpack
-from pallas_kernels.tpu_tiles import MASKED, TileStream, Tiling, ceil_div, product
+from pallas_kernels.tpu_tiles import TileStream, Tiling
+from pallas_kernels.tpu_values import MASKED, ceil_div, product
 
 WIDE = 256
 """Tokens of a product: so wide are the newest TPUs' matrix units."""

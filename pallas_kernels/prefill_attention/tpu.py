@@ -22,19 +22,15 @@ from pallas_kernels.prefill_attention.tpu_masses import LOG2_E, as_wide, masses,
 from pallas_kernels.prefill_attention.types import ObservedQueries
 from pallas_kernels.tpu_tiles import (
     CORES,
-    LANES,
-    MASKED,
     SMEM_ENTRIES,
     UNCHECKED,
     TileStream,
     Tiling,
-    check_pool,
     held_blocks,
-    lanes_of,
-    product,
     rows_at_once,
     tiling,
 )
+from pallas_kernels.tpu_values import LANES, MASKED, check_pool, lanes_of, product
 
 QUERY_ROWS = 512
 """Queries of all heads of a group in one product, about."""

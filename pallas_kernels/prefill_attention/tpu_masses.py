@@ -13,7 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.prefill_attention.types import ObservedQueries
-from pallas_kernels.tpu_tiles import CORES, LANES, UNCHECKED, TileStream, Tiling, as_column, held_blocks, product
+from pallas_kernels.tpu_tiles import CORES, UNCHECKED, TileStream, Tiling, held_blocks
+from pallas_kernels.tpu_values import LANES, as_column, product
 
 LOG2_E = math.log2(math.e)
 

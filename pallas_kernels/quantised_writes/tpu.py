@@ -20,7 +20,8 @@ from pallas_kernels.quantised_block.blocks import Tokens
 from pallas_kernels.quantised_block.layout import LANES
 from pallas_kernels.quantised_block.patches import Patches, patches, take
 from pallas_kernels.quantised_block.tpu_vectors import SUBLANES, check_layout
-from pallas_kernels.tpu_tiles import SMEM_ENTRIES, UNCHECKED, floor_div, rows_at_once
+from pallas_kernels.tpu_tiles import SMEM_ENTRIES, UNCHECKED, rows_at_once
+from pallas_kernels.tpu_values import floor_div
 
 STEP_KVS = 32
 """KVs a grid step: some 6 tiles of 4 KiB each."""
