@@ -82,9 +82,10 @@ def test_what_is_held_fits_in_the_ratio_and_a_run_goes_on(tmp_path):
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(lines[:5]) + lines[5][:20])  # killed while it wrote
     again = run(tmp_path / "out.json")
-    assert [(r.policy, r.ratio, r.task, r.accuracy, r.nll) for r in again] == [
-        (r.policy, r.ratio, r.task, r.accuracy, r.nll) for r in found
+    assert [(r.policy, r.ratio, r.task, r.accuracy) for r in again] == [
+        (r.policy, r.ratio, r.task, r.accuracy) for r in found
     ]
+    assert [r.nll for r in again] == pytest.approx([r.nll for r in found], rel=1e-5)  # a busy machine sums otherwise
     assert journal.read_text().splitlines(keepends=True)[:5] == lines[:5]
     with pytest.raises(ValueError, match="other model"):
         Journal(journal, {"model": "another"})
