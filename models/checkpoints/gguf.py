@@ -20,7 +20,7 @@ _OF_THE_VOCABULARY = ("_token_id", "_token_ids", ".model", ".tokens")  # what te
 _ROPE_DIVISORS = "rope_freqs.weight"  # Llama 3.1's frequency scaling, one f32 a pair
 
 
-def load_gguf(path: Path, dtype: DTypeLike = jnp.float32) -> Model:
+def load_gguf(path: Path, dtype: DTypeLike = jnp.float32, *, weights: str = "floats") -> Model:
     """Load a model from one GGUF file, dequantised to ``dtype``.
 
     Raises:
@@ -40,7 +40,13 @@ def load_gguf(path: Path, dtype: DTypeLike = jnp.float32) -> Model:
         raise CheckpointError(f"{path}: {error}") from error
     source = _GgufTensors(file, config, interleaved=metadata["general.architecture"] in family.gguf_interleaved)
     return assemble(
-        family, config, source, names=family.gguf_names, harmless=lambda name: name == _ROPE_DIVISORS, dtype=dtype
+        family,
+        config,
+        source,
+        names=family.gguf_names,
+        harmless=lambda name: name == _ROPE_DIVISORS,
+        dtype=dtype,
+        weights=weights,
     )
 
 
@@ -58,7 +64,7 @@ class _GgufTensors:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensors[name].shape
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, *, stored: bool) -> np.ndarray:
         values = _dequantise(self.origin, name, self._tensors[name])
         module = name.split(".")[-2]
         if heads := self._interleaved_heads.get(module):

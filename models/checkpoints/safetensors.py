@@ -21,7 +21,7 @@ from models.fields import Fields, read_json
 _INDEX = "model.safetensors.index.json"
 
 
-def load_safetensors(directory: Path, dtype: DTypeLike = jnp.float32) -> Model:
+def load_safetensors(directory: Path, dtype: DTypeLike = jnp.float32, *, weights: str = "floats") -> Model:
     """Load a model from a directory as transformers' ``save_pretrained`` writes it.
 
     End-of-sequence tokens come from config.json and, where there is one, generation_config.json.
@@ -31,7 +31,7 @@ def load_safetensors(directory: Path, dtype: DTypeLike = jnp.float32) -> Model:
     """
     family, config = _read_config(directory)
     source = _SafetensorsFiles(directory)
-    return assemble(family, config, source, names=family.hf_names, harmless=_harmless, dtype=dtype)
+    return assemble(family, config, source, names=family.hf_names, harmless=_harmless, dtype=dtype, weights=weights)
 
 
 def _harmless(name: str) -> bool:
@@ -74,7 +74,7 @@ class _SafetensorsFiles:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._files[name].get_slice(name).get_shape())
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, *, stored: bool) -> np.ndarray:
         try:
             return self._files[name].get_tensor(name)
         except (SafetensorError, TypeError, AttributeError) as error:  # the last: numpy has no such dtype
