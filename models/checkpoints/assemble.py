@@ -229,7 +229,7 @@ def check_quantised(values: Quantised, shape: tuple[int, ...], what: str) -> Non
     if fault := values.fault(shape):
         raise CheckpointError(f"{what} {fault}. Check that config and weights belong together.")
     for part, array in jax.tree_util.tree_leaves_with_path(values):
-        if jnp.issubdtype(array.dtype, jnp.floating) and not np.isfinite(np.asarray(array, np.float32)).all():
+        if jnp.issubdtype(array.dtype, jnp.floating) and not np.isfinite(np.asarray(array)).all():
             raise CheckpointError(
                 f"{what} has NaN or infinite values among its {jax.tree_util.keystr(part).strip('.')}. The checkpoint "
                 "is damaged; download it again."
