@@ -92,6 +92,7 @@ def load(options: argparse.Namespace, policy: Policy | None, **settings: Any) ->
         cache_memory=options.cache_memory,
         block_size=options.block_size,
         dtype=options.dtype,
+        weights=options.weights,
         cache_dtype=options.cache_dtype,
         schedule=None if options.schedule is None else SCHEDULE[options.schedule],
         **settings,

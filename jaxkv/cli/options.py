@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxkv.version import __version__
-from jaxkv.words import BUDGETS, DTYPES, POLICIES, SAMPLING, SCHEDULES, SETTINGS
+from jaxkv.words import BUDGETS, DTYPES, POLICIES, SAMPLING, SCHEDULES, SETTINGS, WEIGHTS
 
 ANSWER = (
     "model",
     "dtype",
+    "weights",
     "cache_dtype",
     "block_size",
     "max_context",
@@ -77,7 +78,13 @@ def add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", required=True, help="smollm2-135m, a directory, or a .gguf file")
     command.add_argument("--cache-memory", type=byte_count, metavar="BYTES", help="for the whole cache: 500M, 2G, …")
     command.add_argument("--block-size", type=int, help="token slots a block (default: 16; 64 on a TPU)")
-    command.add_argument("--dtype", choices=DTYPES, help="of weights (default: float32 on a CPU, else bfloat16)")
+    command.add_argument("--dtype", choices=DTYPES, help="to compute in (default: float32 on a CPU, else bfloat16)")
+    command.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        help="what weights are held as: codes where the file stores codes, floats, or quantised as they are loaded "
+        "(default: floats on a CPU, else stored)",
+    )
     command.add_argument(
         "--schedule",
         choices=SCHEDULES,

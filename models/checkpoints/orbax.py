@@ -15,14 +15,18 @@ import orbax.checkpoint as ocp
 from jax.typing import DTypeLike
 
 from models import families
-from models.checkpoints.assemble import abstract_model, parameters_of
+from models.checkpoints.assemble import abstract_model, as_held, check_quantised, inputs_axis, parameters_of
+from models.checkpoints.described import arrays_of, describe, rebuild
 from models.errors import CheckpointError
 from models.families import Model, family_of_config
 from models.family import Family
 from models.fields import Fields, read_json
 from models.layers import is_stacked
+from models.quantised import CODES, Quantised
 
 _WEIGHTS = "weights"
+_QUANTISED = "quantised.json"
+"""Where weights are codes with scales: by a parameter's name, of what arrays they are made and how."""
 _MARKS = ("_CHECKPOINT_METADATA", "_METADATA")
 """By one of these files a directory is Orbax's."""
 _TOKENIZER_FILES = (
@@ -86,18 +90,23 @@ def save(model: Model, directory: Path, *, tokenizer_from: Path | None = None) -
         shutil.rmtree(part)
     for path in copied:
         shutil.copy(path, directory)
+    values: dict[str, Any] = {".".join(path): leaf.get_value() for path, leaf in parameters_of(model).items()}
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(
-            directory / _WEIGHTS, {".".join(path): leaf[...] for path, leaf in parameters_of(model).items()}
-        )
+        arrays = [arrays_of(name, value) for name, value in values.items()]
+        checkpointer.save(directory / _WEIGHTS, {name: array for each in arrays for name, array in each.items()})
+    described = {name: describe(value) for name, value in values.items() if isinstance(value, Quantised)}
+    (directory / _QUANTISED).write_text(json.dumps(described) + "\n", encoding="utf-8")
     # Last, and in one step, so that a save that is broken off isn't taken for a checkpoint.
     part = directory / f"{family.config_file}.part"
     part.write_text(json.dumps(asdict(model.config), indent=2) + "\n", encoding="utf-8")
     part.replace(directory / family.config_file)
 
 
-def restore(directory: Path, dtype: DTypeLike = jnp.float32) -> Model:
-    """Read a model that ``save`` wrote, converted to ``dtype``, onto the default device.
+def restore(directory: Path, dtype: DTypeLike = jnp.float32, *, weights: str = "floats") -> Model:
+    """Read a model that ``save`` wrote, floats converted to ``dtype``, onto the default device.
+
+    Args:
+      weights: of ``assemble.WEIGHTS``.
 
     Raises:
       CheckpointError: a file is absent or damaged, or a tensor isn't what the config calls for, or not finite.
@@ -110,26 +119,38 @@ def restore(directory: Path, dtype: DTypeLike = jnp.float32) -> Model:
         files = " or ".join(config_files())
         raise CheckpointError(f"{directory} has no {files}. Give the directory of a checkpoint that `save` wrote.")
     config = _config_from_json(directory / family.config_file, family)
-    stored = _stored_shapes(directory / _WEIGHTS)
+    stored = _stored_arrays(directory / _WEIGHTS)
     if config.num_layers > len(stored):  # before so many layers are built
         raise CheckpointError(
             f"{directory} has {len(stored)} tensors, too few for the {config.num_layers} layers of its config. Save "
             "the model again."
         )
     model = abstract_model(family.build, config, dtype)
-    parameters = {".".join(path): leaf for path, leaf in parameters_of(model).items()}
+    parameters = {".".join(path): (path, leaf) for path, leaf in parameters_of(model).items()}
+    described = read_json(directory / _QUANTISED) if (directory / _QUANTISED).exists() else {}
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    expected = {
-        name: jax.ShapeDtypeStruct(leaf.shape, np.dtype(dtype), sharding=place) for name, leaf in parameters.items()
-    }
+    expected: dict[str, jax.ShapeDtypeStruct] = {}
+    for name, (path, leaf) in parameters.items():
+        if name in described:
+            arrays = arrays_of(name, rebuild(name, described[name], stored))
+            expected |= {
+                part: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place) for part, array in arrays.items()
+            }
+        else:
+            exact = weights in CODES and inputs_axis(path, leaf.shape) is not None
+            kind = np.dtype(np.float32 if exact else dtype)
+            expected[name] = jax.ShapeDtypeStruct(leaf.shape, kind, sharding=place)
     loaded = _restore_weights(directory / _WEIGHTS, stored, expected)
-    for name, value in loaded.items():
-        if not bool(jnp.isfinite(value).all()):
+    for name, (path, leaf) in parameters.items():
+        value = rebuild(name, described.get(name), loaded)
+        if isinstance(value, Quantised):
+            check_quantised(value, leaf.shape, f"{directory}: tensor {name!r}")
+        elif not bool(jnp.isfinite(value).all()):
             raise CheckpointError(
                 f"{directory}: tensor {name!r} has NaN or infinite values as {value.dtype}. The checkpoint is damaged, "
                 "or its values don't fit; save it again or load it as float32."
             )
-        parameters[name].set_value(value)
+        leaf.set_value(jax.device_put(as_held(value, weights, axis=inputs_axis(path, leaf.shape), dtype=dtype)))
     return model
 
 
@@ -148,23 +169,24 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
     )
 
 
-def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """By the tensors' names."""
+def _stored_arrays(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes by the tensors' names."""
     with ocp.StandardCheckpointer() as checkpointer:
         try:
-            return {name: tuple(leaf.shape) for name, leaf in checkpointer.metadata(path).item_metadata.items()}
+            found = checkpointer.metadata(path).item_metadata.items()
+            return {name: jax.ShapeDtypeStruct(tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in found}
         except Exception as error:  # Orbax and TensorStore raise many kinds
             raise _damaged(path, error) from error
 
 
 def _restore_weights(
-    path: Path, stored: dict[str, tuple[int, ...]], expected: dict[str, jax.ShapeDtypeStruct]
+    path: Path, stored: dict[str, jax.ShapeDtypeStruct], expected: dict[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-    wanted = {name: leaf.shape for name, leaf in expected.items()}
-    if stored != wanted:
-        name = min(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
+    wanted, found = ({name: leaf.shape for name, leaf in leaves.items()} for leaves in (expected, stored))
+    if found != wanted:
+        name = min(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
         raise CheckpointError(
-            f"{path}: tensor {name!r} has shape {stored.get(name)}, expected {wanted.get(name)} by the config. "
+            f"{path}: tensor {name!r} has shape {found.get(name)}, expected {wanted.get(name)} by the config. "
             "Save the model again."
         )
     with ocp.StandardCheckpointer() as checkpointer:
