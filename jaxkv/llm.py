@@ -23,6 +23,7 @@ from jaxkv.engine.schedule import Latency, Schedule, Throughput
 from jaxkv.policies import Policy
 from jaxkv.requests import Completion, Event, Finished, Refused, Request, SamplingParams, TextMade, check_unicode
 from models import Decoder, Tokenizer, load_model, load_tokenizer, resolve, stack_layers
+from models.generation_config import SamplingDefaults, sampling_defaults
 from pallas_kernels import default_block_size
 
 Prompt = str | Sequence[int]
@@ -50,6 +51,8 @@ class LLM:
         policy's scores don't depend on what follows (``Scorer.settled``).
       dtype: of weights; None: float32 on a CPU, else bfloat16.
       cache_dtype: of K and V in the cache; None: as ``dtype``.
+      generation_config: whether a checkpoint's own sampling defaults fill what a prompt's ``SamplingParams`` leave
+        open (``docs/models.md``); without them, and of a loaded model, that is greedy.
 
     Raises:
       CheckpointError: the model can't be found or read.
@@ -70,6 +73,7 @@ class LLM:
         split_prompts: bool | None = None,
         dtype: DTypeLike | None = None,
         cache_dtype: DTypeLike | None = None,
+        generation_config: bool = True,
     ):
         if number(max_batch, "max_batch") < 1:
             raise ValueError(f"max_batch must be at least 1, got {shown(max_batch)}")
@@ -81,10 +85,13 @@ class LLM:
             if value is not None:
                 check_dtype(value, name)
         began = time.perf_counter()
+        self.sampling = SamplingDefaults()
+        """What the model's makers chose, for what a prompt's ``SamplingParams`` leave open."""
         self.dtype = jnp.dtype(usual_dtype() if dtype is None else dtype)
         self.cache_dtype = self.dtype if cache_dtype is None else jnp.dtype(cache_dtype)
         if isinstance(model, str | Path):
             path = resolve(str(model))
+            self.sampling = sampling_defaults(path) if generation_config else self.sampling
             self.model, self.tokenizer = load_model(path, dtype=self.dtype), tokenizer or load_tokenizer(path)
             if _compiles_stacked_layers_well():
                 self.model = stack_layers(self.model)
@@ -250,6 +257,7 @@ class LLM:
         limit = min(params.max_tokens, context - len(ids))
         policy = self.compression if params.compression == "default" else params.compression
         policy = policy and policy.for_model(self.model.sizes)
+        params = params.filled(self.sampling)
         return Request(index=index, prompt=ids.astype(np.int32), params=params, limit=limit, policy=policy)
 
     def _encode(self, prompt: Prompt) -> np.ndarray:

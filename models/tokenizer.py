@@ -10,7 +10,8 @@ import tokenizers
 
 from models.chat import render_chat
 from models.errors import CheckpointError, TokenizerError, tokenizers_errors
-from models.fields import Fields, read_json
+from models.fields import read_json
+from models.generation_config import ends_in
 from models.vocabulary import tokenizer_from_gguf
 
 
@@ -155,8 +156,7 @@ def _from_directory(path: Path) -> Tokenizer:
         except ValueError as error:
             raise CheckpointError(f"{path / 'chat_template.jinja'} isn't UTF-8: {error}. Download it again.") from error
     ends = [core.token_to_id(token) for token in [_content(config.get("eos_token"))] if token]
-    generation = path / "generation_config.json"
-    ends += Fields(origin=str(generation), values=_json(generation)).ids("eos_token_id")
+    ends += ends_in(path)
     bos = _content(config.get("bos_token"))
     return Tokenizer(
         core=core,

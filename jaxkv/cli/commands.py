@@ -93,6 +93,7 @@ def load(options: argparse.Namespace, policy: Policy | None, **settings: Any) ->
         block_size=options.block_size,
         dtype=options.dtype,
         cache_dtype=options.cache_dtype,
+        generation_config=options.generation_config,
         schedule=None if options.schedule is None else SCHEDULE[options.schedule],
         **settings,
     )

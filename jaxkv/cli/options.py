@@ -20,6 +20,7 @@ ANSWER = (
     *BUDGETS,
     *SETTINGS,
     *SAMPLING,
+    "generation_config",
 )
 """Options that a batch job's answers depend on."""
 
@@ -132,10 +133,16 @@ def add_compression(command: argparse.ArgumentParser) -> None:
 def add_sampling(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("sampling")
     group.add_argument("--max-tokens", type=int, default=256, metavar="N")
-    group.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
-    group.add_argument("--top-k", type=int, default=0)
-    group.add_argument("--top-p", type=float, default=1.0)
-    group.add_argument("--min-p", type=float, default=0.0)
+    group.add_argument("--temperature", type=float, help="0: greedy (default of these four: the model's own)")
+    group.add_argument("--top-k", type=int)
+    group.add_argument("--top-p", type=float)
+    group.add_argument("--min-p", type=float)
+    group.add_argument(
+        "--no-generation-config",
+        dest="generation_config",
+        action="store_false",
+        help="don't choose tokens as the model's generation_config.json says where no option does; be greedy then",
+    )
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be given several times")
     group.add_argument("--logprobs", action="store_true", help="log probability of each token (generate: with --json)")

@@ -17,6 +17,7 @@ from models.errors import CheckpointError
 from models.families import Model, family_of_hf
 from models.family import Family
 from models.fields import Fields, read_json
+from models.generation_config import ends_in
 
 _INDEX = "model.safetensors.index.json"
 
@@ -48,11 +49,7 @@ def _read_config(directory: Path) -> tuple[Family[Model], Any]:
         config = family.config_from_hf(values)
     except CheckpointError as error:
         raise error if str(path) in str(error) else CheckpointError(f"{path}: {error}") from error
-    generation = directory / "generation_config.json"
-    if not generation.exists():
-        return family, config
-    more = Fields(origin=str(generation), values=read_json(generation)).ids("eos_token_id")
-    return family, replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *more))))
+    return family, replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *ends_in(directory)))))
 
 
 class _SafetensorsFiles:
