@@ -35,8 +35,8 @@ class LLM:
     A copy, also by pickling, has the same model and settings, but programs and a cache of its own.
 
     Args:
-      model: a built-in name, a directory, a ``.gguf`` file, or a loaded model: any ``models.Decoder``
-        (``docs/functional.md``).
+      model: a built-in name, a directory, a ``.gguf`` file, a name on the Hugging Face Hub (``org/name@revision``), or
+        a loaded model: any ``models.Decoder`` (``docs/functional.md``).
       tokenizer: for a loaded model; without one, prompts are token ids and answers have no text.
       cache_memory: bytes for the whole cache; None: what the prompts of a call need uncompressed, of ``run`` as many
         whole contexts as there may be rows, but no more than the device has left, or half of the memory beside a CPU.

@@ -75,7 +75,12 @@ def add_batch(command: argparse.ArgumentParser) -> None:
 
 
 def add_model(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--model", required=True, help="smollm2-135m, a directory, or a .gguf file")
+    command.add_argument(
+        "--model",
+        required=True,
+        help="smollm2-135m, a directory, a .gguf file, or a name on the Hugging Face Hub: org/name, org/name@revision, "
+        "org/name/file.gguf",
+    )
     command.add_argument("--cache-memory", type=byte_count, metavar="BYTES", help="for the whole cache: 500M, 2G, …")
     command.add_argument("--block-size", type=int, help="token slots a block (default: 16; 64 on a TPU)")
     command.add_argument("--dtype", choices=DTYPES, help="of weights (default: float32 on a CPU, else bfloat16)")

@@ -22,7 +22,8 @@ from models.family import Family
 from models.fields import Fields, read_json
 from models.layers import is_stacked
 
-_WEIGHTS = "weights"
+WEIGHTS = "weights"
+"""The directory of the arrays."""
 _MARKS = ("_CHECKPOINT_METADATA", "_METADATA")
 """By one of these files a directory is Orbax's."""
 _TOKENIZER_FILES = (
@@ -36,6 +37,8 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+COMPANIONS = (*_TOKENIZER_FILES, "generation_config.json")
+"""What is kept beside the weights."""
 
 
 def config_files() -> tuple[str, ...]:
@@ -52,9 +55,9 @@ def unfinished_parts(directory: Path) -> list[Path]:
     """What a save that was broken off left there: weights without the config, which is written last."""
     if family_in(directory):
         return []
-    weights = directory / _WEIGHTS
+    weights = directory / WEIGHTS
     whole = [weights] if any((weights / name).exists() for name in _MARKS) else []
-    return [*whole, *directory.glob(f"{_WEIGHTS}.orbax-checkpoint-tmp*")]
+    return [*whole, *directory.glob(f"{WEIGHTS}.orbax-checkpoint-tmp*")]
 
 
 def save(model: Model, directory: Path, *, tokenizer_from: Path | None = None) -> None:
@@ -72,7 +75,7 @@ def save(model: Model, directory: Path, *, tokenizer_from: Path | None = None) -
     family = family_of_config(model.config)
     directory = directory.absolute()
     unfinished = unfinished_parts(directory)
-    if family_in(directory) or ((directory / _WEIGHTS).exists() and directory / _WEIGHTS not in unfinished):
+    if family_in(directory) or ((directory / WEIGHTS).exists() and directory / WEIGHTS not in unfinished):
         raise CheckpointError(f"{directory} already holds a checkpoint. Choose another directory, or remove that one.")
     copied = [tokenizer_from / name for name in _TOKENIZER_FILES] if tokenizer_from is not None else []
     copied = [path for path in copied if path.is_file()]
@@ -88,7 +91,7 @@ def save(model: Model, directory: Path, *, tokenizer_from: Path | None = None) -
         shutil.copy(path, directory)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(
-            directory / _WEIGHTS, {".".join(path): leaf[...] for path, leaf in parameters_of(model).items()}
+            directory / WEIGHTS, {".".join(path): leaf[...] for path, leaf in parameters_of(model).items()}
         )
     # Last, and in one step, so that a save that is broken off isn't taken for a checkpoint.
     part = directory / f"{family.config_file}.part"
@@ -110,7 +113,7 @@ def restore(directory: Path, dtype: DTypeLike = jnp.float32) -> Model:
         files = " or ".join(config_files())
         raise CheckpointError(f"{directory} has no {files}. Give the directory of a checkpoint that `save` wrote.")
     config = _config_from_json(directory / family.config_file, family)
-    stored = _stored_shapes(directory / _WEIGHTS)
+    stored = _stored_shapes(directory / WEIGHTS)
     if config.num_layers > len(stored):  # before so many layers are built
         raise CheckpointError(
             f"{directory} has {len(stored)} tensors, too few for the {config.num_layers} layers of its config. Save "
@@ -122,7 +125,7 @@ def restore(directory: Path, dtype: DTypeLike = jnp.float32) -> Model:
     expected = {
         name: jax.ShapeDtypeStruct(leaf.shape, np.dtype(dtype), sharding=place) for name, leaf in parameters.items()
     }
-    loaded = _restore_weights(directory / _WEIGHTS, stored, expected)
+    loaded = _restore_weights(directory / WEIGHTS, stored, expected)
     for name, value in loaded.items():
         if not bool(jnp.isfinite(value).all()):
             raise CheckpointError(
