@@ -23,6 +23,11 @@ ANSWER = (
     "generation_config",
 )
 """Options that a batch job's answers depend on."""
+CONVERTED = ("stored", *DTYPES)
+MODEL = (
+    "smollm2-135m, a directory, a .gguf file, or a name on the Hugging Face Hub: org/name, org/name@revision, "
+    "org/name/file.gguf"
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,7 +36,25 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, dest="command", metavar="COMMAND")
     add_generate(commands.add_parser("generate", help="answer one prompt"))
     add_batch(commands.add_parser("batch", help="answer a file of prompts; killed and started again, it goes on"))
+    add_convert(commands.add_parser("convert", help="write a model as a checkpoint of our own"))
     return top
+
+
+def add_convert(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", required=True, help=MODEL)
+    command.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIRECTORY",
+        help="a new one, an empty one, or that of an interrupted conversion, which is done again",
+    )
+    command.add_argument(
+        "--weights",
+        choices=CONVERTED,
+        default="stored",
+        help="what to write them as (default: stored, nothing is lost)",
+    )
 
 
 def add_generate(command: argparse.ArgumentParser) -> None:
@@ -78,8 +101,7 @@ def add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--model",
         required=True,
-        help="smollm2-135m, a directory, a .gguf file, or a name on the Hugging Face Hub: org/name, org/name@revision, "
-        "org/name/file.gguf",
+        help=MODEL,
     )
     command.add_argument("--cache-memory", type=byte_count, metavar="BYTES", help="for the whole cache: 500M, 2G, …")
     command.add_argument("--block-size", type=int, help="token slots a block (default: 16; 64 on a TPU)")

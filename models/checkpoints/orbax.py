@@ -65,7 +65,7 @@ def save(model: Model, directory: Path, *, tokenizer_from: Path | None = None) -
 
     Args:
       directory: created; must not hold a checkpoint yet. What is left there of a save that was broken off is replaced.
-      tokenizer_from: a directory whose tokenizer files are copied along.
+      tokenizer_from: a directory whose tokenizer files and generation_config.json are copied along.
 
     Raises:
       CheckpointError: ``directory`` holds a checkpoint, ``tokenizer_from`` no tokenizer, or the layers are stacked.
@@ -77,9 +77,9 @@ def save(model: Model, directory: Path, *, tokenizer_from: Path | None = None) -
     unfinished = unfinished_parts(directory)
     if family_in(directory) or ((directory / WEIGHTS).exists() and directory / WEIGHTS not in unfinished):
         raise CheckpointError(f"{directory} already holds a checkpoint. Choose another directory, or remove that one.")
-    copied = [tokenizer_from / name for name in _TOKENIZER_FILES] if tokenizer_from is not None else []
-    copied = [path for path in copied if path.is_file()]
-    if tokenizer_from is not None and not copied:
+    beside = [tokenizer_from / name for name in COMPANIONS] if tokenizer_from is not None else []
+    copied = [path for path in beside if path.is_file()]
+    if tokenizer_from is not None and not any(path.name in _TOKENIZER_FILES for path in copied):
         raise CheckpointError(
             f"{tokenizer_from} has no tokenizer files, expected one of {', '.join(_TOKENIZER_FILES)}."
         )
@@ -87,16 +87,25 @@ def save(model: Model, directory: Path, *, tokenizer_from: Path | None = None) -
     directory.mkdir(parents=True, exist_ok=True)
     for part in unfinished:
         shutil.rmtree(part)
-    for path in copied:
-        shutil.copy(path, directory)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(
             directory / WEIGHTS, {".".join(path): leaf[...] for path, leaf in parameters_of(model).items()}
         )
+    for path in copied:  # after the weights, by which an unfinished save is known
+        shutil.copyfile(path, directory / path.name)
     # Last, and in one step, so that a save that is broken off isn't taken for a checkpoint.
     part = directory / f"{family.config_file}.part"
     part.write_text(json.dumps(asdict(model.config), indent=2) + "\n", encoding="utf-8")
     part.replace(directory / family.config_file)
+
+
+def stored_dtypes(directory: Path) -> set[np.dtype]:
+    """Of the checkpoint that ``save`` wrote there.
+
+    Raises:
+      CheckpointError: its weights are missing or damaged.
+    """
+    return {np.dtype(leaf.dtype) for leaf in _stored_arrays(directory.absolute() / WEIGHTS).values()}
 
 
 def restore(directory: Path, dtype: DTypeLike = jnp.float32) -> Model:
@@ -113,7 +122,7 @@ def restore(directory: Path, dtype: DTypeLike = jnp.float32) -> Model:
         files = " or ".join(config_files())
         raise CheckpointError(f"{directory} has no {files}. Give the directory of a checkpoint that `save` wrote.")
     config = _config_from_json(directory / family.config_file, family)
-    stored = _stored_shapes(directory / WEIGHTS)
+    stored = {name: tuple(leaf.shape) for name, leaf in _stored_arrays(directory / WEIGHTS).items()}
     if config.num_layers > len(stored):  # before so many layers are built
         raise CheckpointError(
             f"{directory} has {len(stored)} tensors, too few for the {config.num_layers} layers of its config. Save "
@@ -151,11 +160,12 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
     )
 
 
-def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """By the tensors' names."""
+def _stored_arrays(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes by the tensors' names."""
     with ocp.StandardCheckpointer() as checkpointer:
         try:
-            return {name: tuple(leaf.shape) for name, leaf in checkpointer.metadata(path).item_metadata.items()}
+            found = checkpointer.metadata(path).item_metadata.items()
+            return {name: jax.ShapeDtypeStruct(tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in found}
         except Exception as error:  # Orbax and TensorStore raise many kinds
             raise _damaged(path, error) from error
 

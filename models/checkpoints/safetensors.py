@@ -52,6 +52,15 @@ def _read_config(directory: Path) -> tuple[Family[Model], Any]:
     return family, replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *ends_in(directory)))))
 
 
+def tensor_kinds(directory: Path) -> set[str]:
+    """What the matrices are stored as: BF16, F32, …
+
+    Raises:
+      CheckpointError: a file is absent or damaged.
+    """
+    return _SafetensorsFiles(directory).kinds()
+
+
 class _SafetensorsFiles:
     """A ``TensorSource`` over the mapped files of one directory."""
 
@@ -67,6 +76,10 @@ class _SafetensorsFiles:
 
     def names(self) -> Collection[str]:
         return self._files
+
+    def kinds(self) -> set[str]:
+        slices = [file.get_slice(name) for name, file in self._files.items()]
+        return {part.get_dtype() for part in slices if len(part.get_shape()) > 1}
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._files[name].get_slice(name).get_shape())
