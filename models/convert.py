@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 import jax.numpy as jnp
 
 from models.checkpoints import orbax
-from models.checkpoints.gguf_file import GgufFile
+from models.checkpoints.gguf_file import GgufFile, ggufs_in
 from models.checkpoints.safetensors import tensor_kinds
 from models.errors import CheckpointError
 from models.families import Model
@@ -62,7 +62,7 @@ def _kinds(path: Path) -> set[str]:
         return {{"bfloat16": "BF16"}.get(kind.name, "F32") for kind in orbax.stored_dtypes(path)}
     if path.is_dir() and any(path.glob("*.safetensors")):
         return tensor_kinds(path)
-    file = path if path.is_file() else next(path.glob("*.gguf"), path)
+    file = path if path.is_file() else next(iter(ggufs_in(path)), path)
     return {tensor.kind.name for tensor in GgufFile(file).tensors.values() if len(tensor.shape) > 1}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.checkpoints.gguf_file import GgufFile
+from models.checkpoints.gguf_file import GgufFile, ggufs_in
 from models.errors import CheckpointError
 from models.fields import Fields, read_json
 
@@ -49,7 +49,7 @@ def sampling_defaults(path: Path) -> SamplingDefaults:
     Raises:
       CheckpointError: a file that can't be read, or a value that is no number or out of range.
     """
-    ggufs = sorted(path.glob("*.gguf")) if path.is_dir() and not (path / FILE).exists() else []
+    ggufs = ggufs_in(path) if path.is_dir() and not (path / FILE).exists() else []
     fields = _of_gguf(ggufs[0] if ggufs else path) if ggufs or not path.is_dir() else _json_in(path)
     try:
         temperature, top_k, top_p, min_p = (

@@ -10,6 +10,7 @@ from pathlib import Path
 import tokenizers
 
 from models.chat import render_chat
+from models.checkpoints.gguf_file import ggufs_in
 from models.errors import CheckpointError, TokenizerError, tokenizers_errors
 from models.fields import read_json
 from models.generation_config import ends_in
@@ -128,7 +129,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """
     path = Path(path)
     if path.is_dir() and not (path / "tokenizer.json").exists():
-        files = sorted(path.glob("*.gguf"))
+        files = ggufs_in(path)
         if len(files) != 1:
             raise CheckpointError(f"{path} has no tokenizer.json; copy the model's own beside its weights.")
         path = files[0]

@@ -7,6 +7,7 @@ from jax.typing import DTypeLike
 
 from models.checkpoints import orbax
 from models.checkpoints.gguf import load_gguf
+from models.checkpoints.gguf_file import ggufs_in
 from models.checkpoints.safetensors import load_safetensors
 from models.errors import CheckpointError
 from models.families import Model
@@ -19,7 +20,7 @@ def load_model(path: Path, dtype: DTypeLike = jnp.float32) -> Model:
 
     Args:
       path: a .gguf file; or a directory with a checkpoint that ``orbax.save`` wrote, with config.json and safetensors,
-        or with exactly one .gguf file.
+        or with exactly one .gguf file; of a split one, the first part or its directory.
       dtype: of the parameters, and so of the computation outside norms, softmax, RoPE and logits.
 
     Raises:
@@ -34,7 +35,7 @@ def load_model(path: Path, dtype: DTypeLike = jnp.float32) -> Model:
         return orbax.restore(path, dtype)
     if any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json")):
         return load_safetensors(path, dtype)
-    ggufs = sorted(path.glob("*.gguf"))
+    ggufs = ggufs_in(path)
     if len(ggufs) == 1:
         return load_gguf(ggufs[0], dtype)
     if ggufs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import asdict
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -180,8 +181,12 @@ def _restore_weights(
             f"{path}: tensor {name!r} has shape {stored.get(name)}, expected {wanted.get(name)} by the config. "
             "Save the model again."
         )
-    with ocp.StandardCheckpointer() as checkpointer:
+    largest = max(leaf.size for leaf in expected.values()) * 4
+    handler = ocp.StandardCheckpointHandler(
+        restore_concurrent_gb=ceil(2 * largest / 1e9)
+    )  # else 96 pass the host at once
+    with ocp.Checkpointer(handler) as checkpointer:
         try:
-            return checkpointer.restore(path, expected)
+            return checkpointer.restore(path, args=ocp.args.StandardRestore(expected))
         except Exception as error:
             raise _damaged(path, error) from error

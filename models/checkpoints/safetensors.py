@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,11 @@ class _SafetensorsFiles:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._files[name].get_slice(name).get_shape())
+
+    def nbytes(self, name: str) -> int:
+        part = self._files[name].get_slice(name)
+        bits = re.search(r"\d+", part.get_dtype())  # BF16, F8_E4M3, BOOL
+        return prod(part.get_shape()) * (int(bits[0]) if bits else 8) // 8
 
     def read(self, name: str) -> np.ndarray:
         try:
