@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from tiny_checkpoint import TEMPLATE, hf_tensors, write_hf
 
@@ -26,6 +26,18 @@ from models.llama import GGUF_NAMES, Llama
 MOST_SECONDS, MOST_BYTES = 120, 1 << 29
 """Of one example; the seconds are many, for a machine that is busy with other things."""
 VOCABULARY = ["<unk>", "<s>", "</s>", "a", "b", "c", "ab", "abc", "▁a", "Ġa", *(f"t{i}" for i in range(22))]
+KEYS = [
+    *(b"context_length", b"embedding_length", b"block_count", b"feed_forward_length", b"head_count", b"head_count_kv"),
+    *(b"key_length", b"value_length", b"freq_base", b"layer_norm_rms_epsilon", b"ggml.tokens", b"ggml.scores"),
+    *(b"ggml.token_type", b"ggml.merges", b"eos_token_id", b"bos_token_id", b"sampling.temp", b"sampling.top_k"),
+    *(
+        b"general.architecture",
+        b"tokenizer.ggml.model",
+        b"tokenizer.chat_template",
+        b"token_embd.weight",
+        b"output.weight",
+    ),
+]
 WORDS = [*"abc ", "ab", "é", "<s>"]
 
 
@@ -113,7 +125,16 @@ def damaged_safetensors(data, whole):
 
 
 def damaged_gguf(data, whole):
-    return damaged_bytes(data, whole, whole.index(b"token_embd"))
+    """Any bytes before the tensors' data; or, of one to three keys, the value, its type, or the length of an array."""
+    if data.draw(st.integers(0, 2)) == 0:
+        return damaged_bytes(data, whole, whole.index(b"token_embd"))
+    damaged = bytearray(whole)
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = whole.index(key := data.draw(st.sampled_from(KEYS))) + len(key)
+        new = data.draw(st.integers(0, 300) | st.sampled_from([2**16, 2**31, 2**32 - 1, 0x7FC00000, 0xFF800000]))
+        place += data.draw(st.sampled_from([0, 4, 4, 4, 8]))
+        damaged[place : place + 4] = struct.pack("<I", new)
+    return bytes(damaged)
 
 
 # What is read
@@ -268,6 +289,7 @@ def try_damaged(reader: Reader, data: st.DataObject) -> None:
     finally:
         signal.alarm(0)
         reader.file.write_bytes(whole)
+    event("loaded" if said is None else "refused")
     assert said is None or 20 < len(said) <= LONGEST + 5
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MOST_BYTES
 
