@@ -24,6 +24,7 @@ from jaxkv.engine.schedule import Latency, Schedule, Throughput
 from jaxkv.policies import Policy
 from jaxkv.requests import Completion, Event, Finished, Refused, Request, SamplingParams, TextMade, check_unicode
 from models import Decoder, Tokenizer, are_alike, load_model, load_tokenizer, resolve, stack_layers
+from models.generation_config import SamplingDefaults, sampling_defaults
 from pallas_kernels import default_block_size
 
 Prompt = str | Sequence[int]
@@ -35,8 +36,8 @@ class LLM:
     A copy, also by pickling, has the same model and settings, but programs and a cache of its own.
 
     Args:
-      model: a built-in name, a directory, a ``.gguf`` file, or a loaded model: any ``models.Decoder``
-        (``docs/functional.md``).
+      model: a built-in name, a directory, a ``.gguf`` file, a name on the Hugging Face Hub (``org/name@revision``), or
+        a loaded model: any ``models.Decoder`` (``docs/functional.md``).
       tokenizer: for a loaded model; without one, prompts are token ids and answers have no text.
       cache_memory: bytes for the whole cache; None: what the prompts of a call need uncompressed, of ``run`` as many
         whole contexts as there may be rows, but no more than the device has left, or half of the memory beside a CPU.
@@ -54,6 +55,8 @@ class LLM:
         ``"bfloat16"`` or ``"float32"``, which is then also ``dtype``; ``"int8"`` or ``"fp8"``, quantised as they are
         loaded, with a scale for each output. None: floats on a CPU, which is slower with codes, else stored.
       cache_dtype: of K and V in the cache; None: as ``dtype``.
+      generation_config: whether a checkpoint's own sampling defaults fill what a prompt's ``SamplingParams`` leave
+        open (``docs/models.md``); without them, and of a loaded model, that is greedy.
 
     Raises:
       CheckpointError: the model can't be found or read.
@@ -75,6 +78,7 @@ class LLM:
         dtype: DTypeLike | None = None,
         weights: str | None = None,
         cache_dtype: DTypeLike | None = None,
+        generation_config: bool = True,
     ):
         if number(max_batch, "max_batch") < 1:
             raise ValueError(f"max_batch must be at least 1, got {shown(max_batch)}")
@@ -86,10 +90,13 @@ class LLM:
             if value is not None:
                 check_dtype(value, name)
         began = time.perf_counter()
+        self.sampling = SamplingDefaults()
+        """What the model's makers chose, for what a prompt's ``SamplingParams`` leave open."""
         self.dtype, held = dtype_and_weights(dtype, weights)
         self.cache_dtype = self.dtype if cache_dtype is None else jnp.dtype(cache_dtype)
         if isinstance(model, str | Path):
             path = resolve(str(model))
+            self.sampling = sampling_defaults(path) if generation_config else self.sampling
             self.model = load_model(path, dtype=self.dtype, weights=held)
             self.tokenizer = tokenizer or load_tokenizer(path)
             if _compiles_stacked_layers_well() and are_alike(self.model):
@@ -258,6 +265,7 @@ class LLM:
         limit = min(params.max_tokens, context - len(ids))
         policy = self.compression if params.compression == "default" else params.compression
         policy = policy and policy.for_model(self.model.sizes)
+        params = params.filled(self.sampling)
         return Request(index=index, prompt=ids.astype(np.int32), params=params, limit=limit, policy=policy)
 
     def _encode(self, prompt: Prompt) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import numpy as np
@@ -11,6 +11,10 @@ import numpy as np
 from jaxkv.cache.stats import CacheStats
 from jaxkv.checks import check_numbers, shown
 from jaxkv.policies import Policy
+from models.generation_config import SamplingDefaults
+
+GREEDY = SamplingDefaults(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
+"""What choosing tokens means where neither user nor model says it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +26,12 @@ class SamplingParams:
     """
 
     max_tokens: int = 256
-    temperature: float = 0.0
-    """0: greedy."""
-    top_k: int = 0
+    temperature: float | None = None
+    """0: greedy. None, here and of the next three: as the model's makers say (generation_config.json), else greedy."""
+    top_k: int | None = None
     """0: all."""
-    top_p: float = 1.0
-    min_p: float = 0.0
+    top_p: float | None = None
+    min_p: float | None = None
     seed: int = 0
     stop: tuple[str, ...] = ()
     """Texts that end the answer, themselves left out; one alone, a list of them, or None, is taken too."""
@@ -44,10 +48,10 @@ class SamplingParams:
 
         check_numbers(self)
         check(self.max_tokens >= 1, "max_tokens", "at least 1")
-        check(0 <= self.temperature <= 1e6, "temperature", "0 (greedy) or a positive number up to 1e6")
-        check(0 <= self.top_k < 2**31, "top_k", "0 (all) or positive, below 2**31")
-        check(0 < self.top_p <= 1, "top_p", "in (0, 1]")
-        check(0 <= self.min_p <= 1, "min_p", "in [0, 1]")
+        check(0 <= (self.temperature or 0) <= 1e6, "temperature", "0 (greedy) or a positive number up to 1e6")
+        check(0 <= (self.top_k or 0) < 2**31, "top_k", "0 (all) or positive, below 2**31")
+        check(self.top_p is None or 0 < self.top_p <= 1, "top_p", "in (0, 1]")
+        check(0 <= (self.min_p or 0) <= 1, "min_p", "in [0, 1]")
         check(0 <= self.seed < 2**32, "seed", "in [0, 2**32)")
         policy = self.compression
         chosen = policy is None or isinstance(policy, Policy) or (isinstance(policy, str) and policy == "default")
@@ -56,6 +60,14 @@ class SamplingParams:
         stop = tuple(stop) if isinstance(stop, Iterable) else (stop,)
         check(all(isinstance(s, str) and s for s in stop), "stop", "texts, none of them empty")
         object.__setattr__(self, "stop", stop)  # the one way into a frozen dataclass
+
+    def filled(self, defaults: SamplingDefaults = GREEDY) -> SamplingParams:
+        """With what isn't said by the model's defaults, and where these don't say it either, as ``GREEDY``."""
+        unsaid = [each.name for each in fields(SamplingDefaults) if getattr(self, each.name) is None]
+        if not unsaid:
+            return self
+        chosen = {name: (getattr(defaults, name), getattr(GREEDY, name)) for name in unsaid}
+        return replace(self, **{name: usual if own is None else own for name, (own, usual) in chosen.items()})
 
 
 def check_unicode(text: str, name: str) -> None:

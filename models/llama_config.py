@@ -185,14 +185,9 @@ def _reject_hf_variants(fields: Fields, kind: str) -> None:
 
 
 def _reject_gguf_variants(fields: Fields, kind: str) -> None:
-    """Refuse what isn't a whole, dense model."""
+    """Refuse what isn't a dense model."""
     if fields.integer(f"{kind}.expert_count", 0):
         raise CheckpointError("GGUF metadata: this is a mixture of experts, expected a dense model.")
-    if fields.integer("split.count", 1) > 1:
-        raise CheckpointError(
-            "GGUF metadata: the file is one part of a split model, expected a whole one. Join the parts with "
-            "`llama-gguf-split --merge`."
-        )
 
 
 def _hf_max_context(fields: Fields, kind: str) -> int:

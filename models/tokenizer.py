@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,9 +10,14 @@ from pathlib import Path
 import tokenizers
 
 from models.chat import render_chat
+from models.checkpoints.gguf_file import ggufs_in
 from models.errors import CheckpointError, TokenizerError, tokenizers_errors
-from models.fields import Fields, read_json
+from models.fields import read_json
+from models.generation_config import ends_in
 from models.vocabulary import tokenizer_from_gguf
+
+_ADDS_BOS = "jaxkv_adds_bos"
+"""In a tokenizer_config.json of ours: ``Tokenizer.adds_bos``, which a GGUF file says and others have no word for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +129,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """
     path = Path(path)
     if path.is_dir() and not (path / "tokenizer.json").exists():
-        files = sorted(path.glob("*.gguf"))
+        files = ggufs_in(path)
         if len(files) != 1:
             raise CheckpointError(f"{path} has no tokenizer.json; copy the model's own beside its weights.")
         path = files[0]
@@ -137,6 +143,18 @@ def load_tokenizer(path: Path) -> Tokenizer:
         adds_bos=parts.adds_bos,
         chat_template=parts.chat_template,
     )
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """Write what ``load_tokenizer`` reads from a directory, but for the ends of an answer after the first."""
+    tokenizer.core.save(str(directory / "tokenizer.json"))
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": next(iter(tokenizer.eos_ids), None)}
+    config = {name: tokenizer.core.id_to_token(i) for name, i in ids.items() if i is not None}
+    config = {name: text for name, text in config.items() if text is not None}
+    said = json.dumps(config | {_ADDS_BOS: tokenizer.adds_bos}, indent=2)
+    (directory / "tokenizer_config.json").write_text(said, encoding="utf-8")
+    if tokenizer.chat_template is not None:
+        (directory / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
 
 
 def _from_directory(path: Path) -> Tokenizer:
@@ -155,13 +173,13 @@ def _from_directory(path: Path) -> Tokenizer:
         except ValueError as error:
             raise CheckpointError(f"{path / 'chat_template.jinja'} isn't UTF-8: {error}. Download it again.") from error
     ends = [core.token_to_id(token) for token in [_content(config.get("eos_token"))] if token]
-    generation = path / "generation_config.json"
-    ends += Fields(origin=str(generation), values=_json(generation)).ids("eos_token_id")
+    ends += ends_in(path)
     bos = _content(config.get("bos_token"))
     return Tokenizer(
         core=core,
         eos_ids=tuple(dict.fromkeys(i for i in ends if i is not None and 0 <= i < 2**32)),  # some say -1 for none
         bos_id=core.token_to_id(bos) if bos else None,
+        adds_bos=config.get(_ADDS_BOS) is True,
         chat_template=template if isinstance(template, str) else None,
     )
 

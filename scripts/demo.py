@@ -37,7 +37,7 @@ def main() -> None:
         ]
     )
     print(f"{chosen.document.name}: {len(text.split())} words\nQuestion: {chosen.question}\n")
-    params = SamplingParams(max_tokens=chosen.max_tokens)
+    params = SamplingParams(max_tokens=chosen.max_tokens, temperature=0)
     answers = [answer(llm, prompt, params, quiet=True) for llm in (full, small)]
 
     titles = ["full cache", f"KV-Compress, {chosen.ratio:g}x"]

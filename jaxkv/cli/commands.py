@@ -21,7 +21,10 @@ from jaxkv.llm import LLM, Prompt
 from jaxkv.policies import Policy, policy_from
 from jaxkv.report import as_dict, summary
 from jaxkv.requests import Completion, Event, Finished, PromptRead, SamplingParams, TextMade
-from jaxkv.words import SAMPLING, SCHEDULES
+from jaxkv.words import DTYPES, SAMPLING, SCHEDULES
+from models import load_model, resolve
+from models.convert import convert, stored_dtype
+from models.families import Model
 from models.hub import cache_directory
 
 SCHEDULE: dict[str, Schedule] = dict(zip(SCHEDULES, (Throughput(), Latency()), strict=True))
@@ -78,6 +81,27 @@ def run_batch(options: argparse.Namespace, heed: Heed = iter) -> int:
         return job.run(llm, max_context=options.max_context, heed=heed)
 
 
+def run_convert(options: argparse.Namespace, heed: Heed = iter) -> int:
+    check_platform()
+    source = resolve(options.model)
+    model = convert(source, options.output, lambda path: load_to_convert(path, options.weights))
+    arrays = jax.tree.leaves(model)
+    size = sum(array.nbytes for array in arrays)
+    kinds = ", ".join(sorted({str(array.dtype) for array in arrays}))
+    print(f"jaxkv: {options.output} holds {size / 1e9:.2f} GB of weights ({kinds})", file=sys.stderr)
+    return 0
+
+
+def load_to_convert(path: Path, weights: str) -> Model:
+    """The model with its weights as they are to be written."""
+    if weights in DTYPES:
+        return load_model(path, dtype=weights)
+    return load_model(path, dtype=stored_dtype(path), weights=weights)
+
+
+COMMANDS = {"generate": run_generate, "batch": run_batch, "convert": run_convert}
+
+
 def load(options: argparse.Namespace, policy: Policy | None, **settings: Any) -> LLM:
     """The model that is asked for.
 
@@ -94,6 +118,7 @@ def load(options: argparse.Namespace, policy: Policy | None, **settings: Any) ->
         dtype=options.dtype,
         weights=options.weights,
         cache_dtype=options.cache_dtype,
+        generation_config=options.generation_config,
         schedule=None if options.schedule is None else SCHEDULE[options.schedule],
         **settings,
     )

@@ -36,5 +36,4 @@ def run(options: argparse.Namespace, interrupts: Interrupts) -> int:
     from jaxkv.cli import commands  # imports JAX, for seconds
 
     interrupts.check()
-    command = commands.run_generate if options.command == "generate" else commands.run_batch
-    return command(options, interrupts.heed)
+    return commands.COMMANDS[options.command](options, interrupts.heed)

@@ -21,8 +21,13 @@ ANSWER = (
     *BUDGETS,
     *SETTINGS,
     *SAMPLING,
+    "generation_config",
 )
 """Options that a batch job's answers depend on."""
+MODEL = (
+    "smollm2-135m, a directory, a .gguf file, or a name on the Hugging Face Hub: org/name, org/name@revision, "
+    "org/name/file.gguf"
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,7 +36,25 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, dest="command", metavar="COMMAND")
     add_generate(commands.add_parser("generate", help="answer one prompt"))
     add_batch(commands.add_parser("batch", help="answer a file of prompts; killed and started again, it goes on"))
+    add_convert(commands.add_parser("convert", help="write a model as a checkpoint of our own"))
     return top
+
+
+def add_convert(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", required=True, help=MODEL)
+    command.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIRECTORY",
+        help="a new one, an empty one, or that of an interrupted conversion, which is done again",
+    )
+    command.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        default="stored",
+        help="what to write them as, see generate (default: stored, nothing is lost)",
+    )
 
 
 def add_generate(command: argparse.ArgumentParser) -> None:
@@ -75,7 +98,11 @@ def add_batch(command: argparse.ArgumentParser) -> None:
 
 
 def add_model(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--model", required=True, help="smollm2-135m, a directory, or a .gguf file")
+    command.add_argument(
+        "--model",
+        required=True,
+        help=MODEL,
+    )
     command.add_argument("--cache-memory", type=byte_count, metavar="BYTES", help="for the whole cache: 500M, 2G, …")
     command.add_argument("--block-size", type=int, help="token slots a block (default: 16; 64 on a TPU)")
     command.add_argument("--dtype", choices=DTYPES, help="to compute in (default: float32 on a CPU, else bfloat16)")
@@ -139,10 +166,16 @@ def add_compression(command: argparse.ArgumentParser) -> None:
 def add_sampling(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("sampling")
     group.add_argument("--max-tokens", type=int, default=256, metavar="N")
-    group.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
-    group.add_argument("--top-k", type=int, default=0)
-    group.add_argument("--top-p", type=float, default=1.0)
-    group.add_argument("--min-p", type=float, default=0.0)
+    group.add_argument("--temperature", type=float, help="0: greedy (default of these four: the model's own)")
+    group.add_argument("--top-k", type=int)
+    group.add_argument("--top-p", type=float)
+    group.add_argument("--min-p", type=float)
+    group.add_argument(
+        "--no-generation-config",
+        dest="generation_config",
+        action="store_false",
+        help="don't choose tokens as the model's generation_config.json says where no option does; be greedy then",
+    )
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be given several times")
     group.add_argument("--logprobs", action="store_true", help="log probability of each token (generate: with --json)")

@@ -8,6 +8,7 @@ from jax.typing import DTypeLike
 from models.checkpoints import orbax
 from models.checkpoints.assemble import check_weights
 from models.checkpoints.gguf import load_gguf
+from models.checkpoints.gguf_file import ggufs_in
 from models.checkpoints.safetensors import load_safetensors
 from models.errors import CheckpointError
 from models.families import Model
@@ -20,7 +21,7 @@ def load_model(path: Path, dtype: DTypeLike = jnp.float32, *, weights: str = "fl
 
     Args:
       path: a .gguf file; or a directory with a checkpoint that ``orbax.save`` wrote, with config.json and safetensors,
-        or with exactly one .gguf file.
+        or with exactly one .gguf file; of a split one, the first part or its directory.
       dtype: of the computation outside norms, softmax, RoPE and logits, and of parameters that are floats.
       weights: what kernels and embeddings are held as: "floats"; "stored", codes with scales as the file has them;
         "int8" or "fp8", such codes with a scale for each output, of any checkpoint.
@@ -39,7 +40,7 @@ def load_model(path: Path, dtype: DTypeLike = jnp.float32, *, weights: str = "fl
         return orbax.restore(path, dtype, weights=weights)
     if any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json")):
         return load_safetensors(path, dtype, weights=weights)
-    ggufs = sorted(path.glob("*.gguf"))
+    ggufs = ggufs_in(path)
     if len(ggufs) == 1:
         return load_gguf(ggufs[0], dtype, weights=weights)
     if ggufs:

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from models.checkpoints.progress import one_by_one
 from models.errors import CheckpointError
 from models.family import Family, Model, ParameterPath, Rows, Stacked, Stored
 from models.interface import ModelSizes
@@ -34,6 +35,10 @@ class TensorSource(Protocol):
     def names(self) -> Collection[str]: ...
 
     def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def nbytes(self, name: str) -> int:
+        """Of the tensor as it is stored."""
+        ...
 
     def read(self, name: str, *, stored: bool) -> np.ndarray | Quantised:
         """The tensor's values, as floats of any width or, as the file holds them, as codes with scales.
@@ -76,7 +81,8 @@ def assemble(
 ) -> Model:
     """Read each of the model's parameters, convert it to ``dtype`` and place it on the default device.
 
-    Only one parameter at a time is held twice. Linear weights are transposed to ``[in, out]``.
+    The host holds one parameter at a time beside mapped files, at most three times over. Linear weights are transposed
+    to ``[in, out]``.
 
     Args:
       names: the family's, for this format: where a parameter is in the checkpoint.
@@ -97,7 +103,9 @@ def assemble(
     stored = {path: names(path, config) for path in parameters}
     _check_names({name for place in stored.values() for name in place.names}, source, harmless)
     read = _Reader(source=source, dtype=np.dtype(dtype), rows=_rows_of_shared(stored.values()), weights=weights)
-    for path, parameter in parameters.items():
+    sizes = {path: sum(map(source.nbytes, place.names)) for path, place in stored.items()}
+    all_of_them = [(path, parameter, sizes[path]) for path, parameter in parameters.items()]
+    for path, parameter in one_by_one(all_of_them, sum(sizes.values())):
         axis = inputs_axis(path, parameter.shape)
         values = read(stored[path], parameter.shape, axis, transposed=path[-1] == "kernel")
         if values.shape != parameter.shape:

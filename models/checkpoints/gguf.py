@@ -20,6 +20,7 @@ from models.interface import ModelSizes
 from models.quantised import Quantised
 
 _OF_THE_VOCABULARY = ("_token_id", "_token_ids", ".model", ".tokens")  # what tells the tokens that end an answer
+_AT_ONCE = 1 << 18  # values that are dequantised together
 _ROPE_DIVISORS = "rope_freqs.weight"  # Llama 3.1's frequency scaling, one f32 a pair
 
 
@@ -71,6 +72,9 @@ class _GgufTensors:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensors[name].shape
 
+    def nbytes(self, name: str) -> int:
+        return self._tensors[name].data.nbytes
+
     def read(self, name: str, *, stored: bool) -> np.ndarray | Quantised:
         tensor = self._tensors[name]
         heads = self._interleaved_heads.get(name.split(".")[-2])
@@ -91,7 +95,12 @@ def halves_from_interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
 def _dequantise(path: Path, name: str, tensor: GgufTensor) -> np.ndarray:
     """The tensor's values as floats, in the row-major shape ``[out, in]``."""
     try:
-        return dequantize(tensor.data, tensor.kind)
+        rows = tensor.data.reshape(-1, tensor.data.shape[-1])
+        step = max(_AT_ONCE // tensor.shape[-1], 1)
+        values = np.empty((len(rows), tensor.shape[-1]), np.float32)
+        for start in range(0, len(rows), step):  # at once it would make two of the whole
+            values[start : start + step] = dequantize(rows[start : start + step], tensor.kind)
+        return values.reshape(tensor.shape)
     except (NotImplementedError, ValueError) as error:
         raise CheckpointError(
             f"{path}: tensor {name!r} is {tensor.kind.name}, which can't be dequantised ({error}). Use "

@@ -6,6 +6,7 @@ gguf's own reader makes several NumPy views for every string, which takes second
 from __future__ import annotations
 
 import mmap
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ _NUMBERS = {
 }
 _ALIGNMENT = 32  # of the tensors' data, where the metadata names no other
 _LENGTH = struct.Struct("<Q")
+_NUMBER, _COUNT, _TENSORS = "split.no", "split.count", "split.tensors.count"
+_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,29 +54,39 @@ class GgufFile:
     """Keys and names in the file's order; values are decoded when they are asked for."""
 
     def __init__(self, path: Path):
-        """Maps the file and reads its header.
+        """Maps the file and reads its header; where it is the first part of a split model, all parts of it.
 
         Raises:
-          CheckpointError: it can't be read, isn't a GGUF, or is damaged.
+          CheckpointError: a file can't be read, isn't a GGUF, is damaged, or is a later part of a split model.
         """
         self.path = path
-        try:
-            with path.open("rb") as file:
-                magic = file.read(4)
-                if magic != b"GGUF":
-                    raise CheckpointError(
-                        f"{path} begins with {magic!r}, expected b'GGUF'. It isn't a GGUF file; download it again."
-                    )
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise CheckpointError(f"can't read {path}: {error.strerror}. Give the path of a GGUF file.") from error
-        try:
-            self._raw, self.tensors = _read(mapped)
-        except Exception as error:  # damage surfaces as whatever the arithmetic on its lengths meets
-            raise CheckpointError(
-                f"{path} ({len(mapped)} bytes) is cut short or damaged, expected a whole GGUF file ({error}). "
-                "Download it again."
-            ) from error
+        self._raw, self.tensors = _mapped(path)
+        if self._raw.get(_COUNT, 1) != 1:
+            self._add_parts()
+
+    def _add_parts(self) -> None:
+        count, number = self._raw[_COUNT], self._raw.get(_NUMBER)
+        name = _PART.search(self.path.name)
+        if type(count) is not int or not 1 < count < 100_000 or type(number) is not int or not 0 <= number < count:
+            raise _wrong_part(self.path, f"it says that it is part {number!r} of {count!r}")
+        if name is None or int(name[2]) != count or int(name[1]) != number + 1:
+            raise _wrong_part(
+                self.path, f"it is part {number + 1} of {count}, expected a name that ends in {_ending(number, count)}"
+            )
+        beside = [self.path.with_name(self.path.name[: name.start()] + _ending(i, count)) for i in range(count)]
+        if number:
+            raise CheckpointError(f"{self.path} is part {number + 1} of a model. Give the first, {beside[0].name}.")
+        if missing := [part.name for part in beside if not part.exists()]:
+            raise CheckpointError(f"{self.path} needs {missing[0]}, which isn't beside it. Download the model's parts.")
+        for i, part in enumerate(beside[1:], 1):
+            raw, tensors = _mapped(part)
+            if (raw.get(_NUMBER), raw.get(_COUNT)) != (i, count):
+                raise _wrong_part(part, f"it says that it is part {raw.get(_NUMBER)!r} of {raw.get(_COUNT)!r}")
+            if twice := sorted(tensors.keys() & self.tensors.keys()):
+                raise _wrong_part(part, f"an earlier part has tensor {twice[0]!r} too")
+            self.tensors |= tensors
+        if (expected := self._raw.get(_TENSORS, len(self.tensors))) != len(self.tensors):
+            raise _wrong_part(self.path, f"all parts have {len(self.tensors)} tensors, expected {expected!r}")
 
     def metadata(self, wanted: Callable[[str], bool]) -> dict[str, Any]:
         """The wanted keys' values: numbers, strings, lists of them.
@@ -91,6 +104,42 @@ class GgufFile:
                         f"{self.path}: {key} isn't text ({error}). The file is damaged; download it again."
                     ) from error
         return values
+
+
+def ggufs_in(directory: Path) -> list[Path]:
+    """The GGUF files there; of a split model, the first part."""
+    parts = {path: _PART.search(path.name) for path in sorted(directory.glob("*.gguf"))}
+    return [path for path, part in parts.items() if part is None or int(part[1]) == 1]
+
+
+def _ending(number: int, count: int) -> str:
+    """Of the name of a part, counted from 0."""
+    return f"-{number + 1:05}-of-{count:05}.gguf"
+
+
+def _wrong_part(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path} is one of a model's parts, but {what}. Download all parts again.")
+
+
+def _mapped(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
+    """Metadata and tensors of one file."""
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+            if magic != b"GGUF":
+                raise CheckpointError(
+                    f"{path} begins with {magic!r}, expected b'GGUF'. It isn't a GGUF file; download it again."
+                )
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise CheckpointError(f"can't read {path}: {error.strerror}. Give the path of a GGUF file.") from error
+    try:
+        return _read(mapped)
+    except Exception as error:  # damage surfaces as whatever the arithmetic on its lengths meets
+        raise CheckpointError(
+            f"{path} ({len(mapped)} bytes) is cut short or damaged, expected a whole GGUF file ({error}). "
+            "Download it again."
+        ) from error
 
 
 def _decoded(raw: Any) -> Any:

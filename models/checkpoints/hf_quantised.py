@@ -40,6 +40,8 @@ class Tensors(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
+    def nbytes(self, name: str) -> int: ...
+
     def values(self, name: str) -> np.ndarray: ...
 
 
@@ -86,6 +88,10 @@ class QuantisedTensors:
             per_word = 32 // self._packed_scheme(name).bits
             return (columns * per_word, rows) if self._quantisation.method == "awq" else (columns, rows * per_word)
         return self._tensors.shape(name)
+
+    def nbytes(self, name: str) -> int:
+        parts = self._parts.get(name, {})
+        return sum(map(self._tensors.nbytes, parts.values())) if parts else self._tensors.nbytes(name)
 
     def read(self, name: str, *, stored: bool) -> np.ndarray | Quantised:
         parts = self._parts.get(name, {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import asdict
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from models.fields import Fields, read_json
 from models.layers import is_stacked
 from models.quantised import CODES, Quantised
 
-_WEIGHTS = "weights"
-_QUANTISED = "quantised.json"
+WEIGHTS = "weights"
+"""The directory of the arrays."""
+QUANTISED = "quantised.json"
 """Where weights are codes with scales: by a parameter's name, of what arrays they are made and how."""
 _MARKS = ("_CHECKPOINT_METADATA", "_METADATA")
 """By one of these files a directory is Orbax's."""
@@ -40,6 +42,8 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+COMPANIONS = (*_TOKENIZER_FILES, "generation_config.json")
+"""What is kept beside the weights."""
 
 
 def config_files() -> tuple[str, ...]:
@@ -56,9 +60,9 @@ def unfinished_parts(directory: Path) -> list[Path]:
     """What a save that was broken off left there: weights without the config, which is written last."""
     if family_in(directory):
         return []
-    weights = directory / _WEIGHTS
+    weights = directory / WEIGHTS
     whole = [weights] if any((weights / name).exists() for name in _MARKS) else []
-    return [*whole, *directory.glob(f"{_WEIGHTS}.orbax-checkpoint-tmp*")]
+    return [*whole, *directory.glob(f"{WEIGHTS}.orbax-checkpoint-tmp*")]
 
 
 def save(model: Model, directory: Path, *, tokenizer_from: Path | None = None) -> None:
@@ -66,7 +70,7 @@ def save(model: Model, directory: Path, *, tokenizer_from: Path | None = None) -
 
     Args:
       directory: created; must not hold a checkpoint yet. What is left there of a save that was broken off is replaced.
-      tokenizer_from: a directory whose tokenizer files are copied along.
+      tokenizer_from: a directory whose tokenizer files and generation_config.json are copied along.
 
     Raises:
       CheckpointError: ``directory`` holds a checkpoint, ``tokenizer_from`` no tokenizer, or the layers are stacked.
@@ -76,11 +80,11 @@ def save(model: Model, directory: Path, *, tokenizer_from: Path | None = None) -
     family = family_of_config(model.config)
     directory = directory.absolute()
     unfinished = unfinished_parts(directory)
-    if family_in(directory) or ((directory / _WEIGHTS).exists() and directory / _WEIGHTS not in unfinished):
+    if family_in(directory) or ((directory / WEIGHTS).exists() and directory / WEIGHTS not in unfinished):
         raise CheckpointError(f"{directory} already holds a checkpoint. Choose another directory, or remove that one.")
-    copied = [tokenizer_from / name for name in _TOKENIZER_FILES] if tokenizer_from is not None else []
-    copied = [path for path in copied if path.is_file()]
-    if tokenizer_from is not None and not copied:
+    beside = [tokenizer_from / name for name in COMPANIONS] if tokenizer_from is not None else []
+    copied = [path for path in beside if path.is_file()]
+    if tokenizer_from is not None and not any(path.name in _TOKENIZER_FILES for path in copied):
         raise CheckpointError(
             f"{tokenizer_from} has no tokenizer files, expected one of {', '.join(_TOKENIZER_FILES)}."
         )
@@ -88,18 +92,27 @@ def save(model: Model, directory: Path, *, tokenizer_from: Path | None = None) -
     directory.mkdir(parents=True, exist_ok=True)
     for part in unfinished:
         shutil.rmtree(part)
-    for path in copied:
-        shutil.copy(path, directory)
     values: dict[str, Any] = {".".join(path): leaf.get_value() for path, leaf in parameters_of(model).items()}
     with ocp.StandardCheckpointer() as checkpointer:
         arrays = [arrays_of(name, value) for name, value in values.items()]
-        checkpointer.save(directory / _WEIGHTS, {name: array for each in arrays for name, array in each.items()})
+        checkpointer.save(directory / WEIGHTS, {name: array for each in arrays for name, array in each.items()})
+    for path in copied:  # after the weights, by which an unfinished save is known
+        shutil.copyfile(path, directory / path.name)
     described = {name: describe(value) for name, value in values.items() if isinstance(value, Quantised)}
-    (directory / _QUANTISED).write_text(json.dumps(described) + "\n", encoding="utf-8")
+    (directory / QUANTISED).write_text(json.dumps(described) + "\n", encoding="utf-8")
     # Last, and in one step, so that a save that is broken off isn't taken for a checkpoint.
     part = directory / f"{family.config_file}.part"
     part.write_text(json.dumps(asdict(model.config), indent=2) + "\n", encoding="utf-8")
     part.replace(directory / family.config_file)
+
+
+def stored_dtypes(directory: Path) -> set[np.dtype]:
+    """Of the checkpoint that ``save`` wrote there.
+
+    Raises:
+      CheckpointError: its weights are missing or damaged.
+    """
+    return {np.dtype(leaf.dtype) for leaf in _stored_arrays(directory.absolute() / WEIGHTS).values()}
 
 
 def restore(directory: Path, dtype: DTypeLike = jnp.float32, *, weights: str = "floats") -> Model:
@@ -119,7 +132,7 @@ def restore(directory: Path, dtype: DTypeLike = jnp.float32, *, weights: str = "
         files = " or ".join(config_files())
         raise CheckpointError(f"{directory} has no {files}. Give the directory of a checkpoint that `save` wrote.")
     config = _config_from_json(directory / family.config_file, family)
-    stored = _stored_arrays(directory / _WEIGHTS)
+    stored = _stored_arrays(directory / WEIGHTS)
     if config.num_layers > len(stored):  # before so many layers are built
         raise CheckpointError(
             f"{directory} has {len(stored)} tensors, too few for the {config.num_layers} layers of its config. Save "
@@ -127,7 +140,7 @@ def restore(directory: Path, dtype: DTypeLike = jnp.float32, *, weights: str = "
         )
     model = abstract_model(family.build, config, dtype)
     parameters = {".".join(path): (path, leaf) for path, leaf in parameters_of(model).items()}
-    described = read_json(directory / _QUANTISED) if (directory / _QUANTISED).exists() else {}
+    described = read_json(directory / QUANTISED) if (directory / QUANTISED).exists() else {}
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     expected: dict[str, jax.ShapeDtypeStruct] = {}
     for name, (path, leaf) in parameters.items():
@@ -140,7 +153,7 @@ def restore(directory: Path, dtype: DTypeLike = jnp.float32, *, weights: str = "
             exact = weights in CODES and inputs_axis(path, leaf.shape) is not None
             kind = np.dtype(np.float32 if exact else dtype)
             expected[name] = jax.ShapeDtypeStruct(leaf.shape, kind, sharding=place)
-    loaded = _restore_weights(directory / _WEIGHTS, stored, expected)
+    loaded = _restore_weights(directory / WEIGHTS, stored, expected)
     for name, (path, leaf) in parameters.items():
         value = rebuild(name, described.get(name), loaded)
         if isinstance(value, Quantised):
@@ -189,8 +202,12 @@ def _restore_weights(
             f"{path}: tensor {name!r} has shape {found.get(name)}, expected {wanted.get(name)} by the config. "
             "Save the model again."
         )
-    with ocp.StandardCheckpointer() as checkpointer:
+    largest = max(leaf.size for leaf in expected.values()) * 4
+    handler = ocp.StandardCheckpointHandler(
+        restore_concurrent_gb=ceil(2 * largest / 1e9)
+    )  # else 96 pass the host at once
+    with ocp.Checkpointer(handler) as checkpointer:
         try:
-            return checkpointer.restore(path, expected)
+            return checkpointer.restore(path, args=ocp.args.StandardRestore(expected))
         except Exception as error:
             raise _damaged(path, error) from error

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from models.errors import CheckpointError
 from models.families import Model, family_of_hf
 from models.family import Family
 from models.fields import Fields, read_json
+from models.generation_config import ends_in
 
 _FLOAT8 = {
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
@@ -61,11 +64,20 @@ def _read_config(directory: Path) -> tuple[Family[Model], Any, Quantisation]:
         config, quantisation = family.config_from_hf(values), quantisation_of(values)
     except CheckpointError as error:
         raise error if str(path) in str(error) else CheckpointError(f"{path}: {error}") from error
-    generation = directory / "generation_config.json"
-    if not generation.exists():
-        return family, config, quantisation
-    more = Fields(origin=str(generation), values=read_json(generation)).ids("eos_token_id")
-    return family, replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *more)))), quantisation
+    return (
+        family,
+        replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *ends_in(directory))))),
+        quantisation,
+    )
+
+
+def tensor_kinds(directory: Path) -> set[str]:
+    """What the matrices are stored as: BF16, F32, …
+
+    Raises:
+      CheckpointError: a file is absent or damaged.
+    """
+    return _SafetensorsFiles(directory).kinds()
 
 
 class _SafetensorsFiles:
@@ -86,8 +98,17 @@ class _SafetensorsFiles:
     def names(self) -> Collection[str]:
         return self._files
 
+    def kinds(self) -> set[str]:
+        slices = [file.get_slice(name) for name, file in self._files.items()]
+        return {part.get_dtype() for part in slices if len(part.get_shape()) > 1}
+
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._files[name].get_slice(name).get_shape())
+
+    def nbytes(self, name: str) -> int:
+        part = self._files[name].get_slice(name)
+        bits = re.search(r"\d+", part.get_dtype())  # BF16, F8_E4M3, BOOL
+        return prod(part.get_shape()) * (int(bits[0]) if bits else 8) // 8
 
     def values(self, name: str) -> np.ndarray:
         kind = self._files[name].get_slice(name).get_dtype()

@@ -1,6 +1,5 @@
 """Tiny models of ours and of transformers', and how their logits are computed."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import save_file
+from tiny_checkpoint import write_hf
 
 from models.checkpoints.assemble import parameters_of
 from models.interface import causal_attention
-from models.llama import HF_NAMES, Llama
+from models.llama import Llama
 from models.llama_config import LlamaConfig
 
 TINY = LlamaConfig(
@@ -88,29 +87,4 @@ def torch() -> ModuleType:
 @pytest.fixture
 def hf_directory(tmp_path: Path, tiny_model: Callable[..., Llama]) -> Path:
     """A tiny Llama in Hugging Face's layout, written without transformers; tests damage it."""
-    model = tiny_model()
-    config = {
-        "model_type": "llama",
-        "vocab_size": TINY.vocab_size,
-        "hidden_size": TINY.hidden_size,
-        "intermediate_size": TINY.intermediate_size,
-        "num_hidden_layers": TINY.num_layers,
-        "num_attention_heads": TINY.num_heads,
-        "num_key_value_heads": TINY.num_kv_heads,
-        "head_dim": TINY.head_dim,
-        "max_position_embeddings": TINY.max_context,
-        "rope_theta": TINY.rope_theta,
-        "rms_norm_eps": TINY.rms_norm_eps,
-        "tie_word_embeddings": TINY.tie_embeddings,
-        "eos_token_id": 2,
-        "bos_token_id": 1,
-    }
-    directory = tmp_path / "llama"
-    directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(config))
-    tensors = {}
-    for path, leaf in parameters_of(model).items():
-        value = np.asarray(leaf[...])
-        tensors[HF_NAMES(path, TINY).name] = np.ascontiguousarray(value.T if path[-1] == "kernel" else value)
-    save_file(tensors, directory / "model.safetensors")
-    return directory
+    return write_hf(tmp_path / "llama", tiny_model())

@@ -281,7 +281,6 @@ def test_gguf_rope_scaling():
     [
         ({"general__architecture": "falcon"}, "'falcon'.*expected.*llama"),
         ({"llama__expert_count": 8}, "expert"),
-        ({"split__count": 2}, "split"),
         ({"llama__rope__scaling__type": "yarn"}, "yarn"),
         ({"llama__rope__scaling__type": "none", "llama__rope__scaling__factor": 4.0}, "'none' with the factors"),
         ({"llama__rope__scaling__factor": 4.0, "llama__rope__scale_linear": 2.0}, "with the factors"),

@@ -128,6 +128,9 @@ class Tensors(dict):
     def shape(self, name):
         return self[name].shape
 
+    def nbytes(self, name):
+        return self[name].nbytes
+
     def read(self, name, *, stored):
         return self[name]
 

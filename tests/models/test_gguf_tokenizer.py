@@ -12,6 +12,7 @@ from models import CheckpointError, load_tokenizer
 from models.checkpoints.gguf_file import GgufFile
 from models.fields import Fields
 from models.special_ids import end_ids
+from models.tokenizer import save_tokenizer
 
 
 def write_gguf(path, **values):
@@ -211,3 +212,19 @@ def test_a_very_long_token_takes_no_time(tmp_path):
     tokenizer = load_tokenizer(write_gguf(tmp_path / "long.gguf", tokens=tokens, types=[2, 3, 3, 1, 1, 1, 1, 1]))
     assert tokenizer.encode("ab") == [1, 3, 6]
     assert time.perf_counter() - began < 10
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+@pytest.mark.parametrize("values", [{}, {"model": "gpt2", "pre": "llama-bpe"}])
+def test_one_that_is_written_as_files_does_what_it_did(tmp_path, values, add_bos):
+    tokens = ["<unk>", "<s>", "</s>", "a", "b", "ab", "▁a"]
+    types = [2, 3, 3, 1, 1, 1, 1]
+    tokenizer = load_tokenizer(write_gguf(tmp_path / "a.gguf", tokens=tokens, types=types, add_bos=add_bos, **values))
+    (tmp_path / "files").mkdir()
+    save_tokenizer(tokenizer, tmp_path / "files")
+    loaded = load_tokenizer(tmp_path / "files")
+    for text in ("ab", "a<s>b", "<s>ab", "abab"):
+        assert loaded.encode(text) == tokenizer.encode(text)
+        assert loaded.encode_chat(text) == tokenizer.encode_chat(text)
+        assert loaded.decode(loaded.encode(text)) == tokenizer.decode(tokenizer.encode(text))
+    assert (loaded.bos_id, loaded.adds_bos, loaded.eos_ids) == (1, add_bos, tokenizer.eos_ids)
