@@ -64,7 +64,7 @@ def abstract_model(build: Callable[..., Model], config: ModelSizes, dtype: DType
     return model
 
 
-def parameters_of(model: Any) -> dict[ParameterPath, nnx.Variable[jax.Array]]:
+def parameters_of(model: Any) -> dict[ParameterPath, nnx.Variable[Any]]:
     """The model's own variables, by path; setting one's value changes the model."""
     return {tuple(str(part) for part in path): leaf for path, leaf in nnx.to_flat_state(nnx.state(model))}
 

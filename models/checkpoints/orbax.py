@@ -99,7 +99,9 @@ def save(model: Model, directory: Path, *, tokenizer_from: Path | None = None) -
     for path in copied:  # after the weights, by which an unfinished save is known
         shutil.copyfile(path, directory / path.name)
     described = {name: describe(value) for name, value in values.items() if isinstance(value, Quantised)}
-    (directory / QUANTISED).write_text(json.dumps(described) + "\n", encoding="utf-8")
+    (directory / QUANTISED).unlink(missing_ok=True)  # of a save that was broken off
+    if described:
+        (directory / QUANTISED).write_text(json.dumps(described) + "\n", encoding="utf-8")
     # Last, and in one step, so that a save that is broken off isn't taken for a checkpoint.
     part = directory / f"{family.config_file}.part"
     part.write_text(json.dumps(asdict(model.config), indent=2) + "\n", encoding="utf-8")
