@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from jaxkv.cache import CacheConfig, PagedCache, init_cache
 from jaxkv.checks import check_dtype, number, shown
+from jaxkv.dtypes import dtype_and_weights
 from jaxkv.engine import Engine, sequence
 from jaxkv.engine.costs import Costs
 from jaxkv.engine.programs import Programs
@@ -22,7 +23,7 @@ from jaxkv.engine.prompt_plan import Unservable, plan_prompt
 from jaxkv.engine.schedule import Latency, Schedule, Throughput
 from jaxkv.policies import Policy
 from jaxkv.requests import Completion, Event, Finished, Refused, Request, SamplingParams, TextMade, check_unicode
-from models import Decoder, Tokenizer, load_model, load_tokenizer, resolve, stack_layers
+from models import Decoder, Tokenizer, are_alike, load_model, load_tokenizer, resolve, stack_layers
 from models.generation_config import SamplingDefaults, sampling_defaults
 from pallas_kernels import default_block_size
 
@@ -49,7 +50,10 @@ class LLM:
       split_prompts: whether a prompt that will be compressed is read in parts where as a whole it would join others
         only later. Answers then depend on what else runs, and facts in early parts may be lost. None: where the
         policy's scores don't depend on what follows (``Scorer.settled``).
-      dtype: of weights; None: float32 on a CPU, else bfloat16.
+      dtype: to compute in; None: float32 on a CPU, else bfloat16.
+      weights: what kernels and embeddings are held as: ``"stored"``, codes with scales where the file has them;
+        ``"bfloat16"`` or ``"float32"``, which is then also ``dtype``; ``"int8"`` or ``"fp8"``, quantised as they are
+        loaded, with a scale for each output. None: floats on a CPU, which is slower with codes, else stored.
       cache_dtype: of K and V in the cache; None: as ``dtype``.
       generation_config: whether a checkpoint's own sampling defaults fill what a prompt's ``SamplingParams`` leave
         open (``docs/models.md``); without them, and of a loaded model, that is greedy.
@@ -72,6 +76,7 @@ class LLM:
         schedule: Schedule | None = None,
         split_prompts: bool | None = None,
         dtype: DTypeLike | None = None,
+        weights: str | None = None,
         cache_dtype: DTypeLike | None = None,
         generation_config: bool = True,
     ):
@@ -87,14 +92,17 @@ class LLM:
         began = time.perf_counter()
         self.sampling = SamplingDefaults()
         """What the model's makers chose, for what a prompt's ``SamplingParams`` leave open."""
-        self.dtype = jnp.dtype(usual_dtype() if dtype is None else dtype)
+        self.dtype, held = dtype_and_weights(dtype, weights)
         self.cache_dtype = self.dtype if cache_dtype is None else jnp.dtype(cache_dtype)
         if isinstance(model, str | Path):
             path = resolve(str(model))
             self.sampling = sampling_defaults(path) if generation_config else self.sampling
-            self.model, self.tokenizer = load_model(path, dtype=self.dtype), tokenizer or load_tokenizer(path)
-            if _compiles_stacked_layers_well():
+            self.model = load_model(path, dtype=self.dtype, weights=held)
+            self.tokenizer = tokenizer or load_tokenizer(path)
+            if _compiles_stacked_layers_well() and are_alike(self.model):
                 self.model = stack_layers(self.model)
+        elif weights is not None:
+            raise ValueError(f"weights={shown(weights)} is for a model that is yet to be loaded; give its path or name")
         else:
             self.model, self.tokenizer = _checked(model), tokenizer
         self.load_seconds = time.perf_counter() - began
@@ -373,11 +381,6 @@ def _rounded_up(tokens: int) -> int:
     while size < tokens:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return size
-
-
-def usual_dtype() -> jnp.dtype:
-    """Of weights and cache where nobody says otherwise: what the platform is fast at."""
-    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
 def memory_for_a_cache() -> tuple[int, int]:

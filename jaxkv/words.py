@@ -2,6 +2,8 @@
 
 DTYPES = ("float32", "bfloat16")
 """Of weights, keys and values."""
+WEIGHTS = ("stored", *DTYPES, "int8", "fp8")
+"""What weights are held as: as the file has them, all floats, or codes with a scale for each output."""
 POLICIES = (
     "kv-compress",
     "kv-compress-full",

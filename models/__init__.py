@@ -4,7 +4,7 @@ from models.checkpoints import load_model
 from models.errors import CheckpointError, TokenizerError
 from models.hub import resolve
 from models.interface import Attend, AttentionSpec, Decoder, ModelSizes, Rotary, causal_attention
-from models.layers import stack_layers
+from models.layers import are_alike, stack_layers
 from models.llama import Llama
 from models.llama_config import LlamaConfig
 from models.tokenizer import Tokenizer, load_tokenizer
@@ -20,6 +20,7 @@ __all__ = [
     "Rotary",
     "Tokenizer",
     "TokenizerError",
+    "are_alike",
     "causal_attention",
     "load_model",
     "load_tokenizer",

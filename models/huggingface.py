@@ -16,7 +16,7 @@ _NAME = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(/(?P<file>[\w.-]+(/[\w.-]+)*\.gguf))?(@(?P<revision>[\w./-]+))?"
 )
 _PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
-_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", f"{orbax.WEIGHTS}/*")
+_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", f"{orbax.WEIGHTS}/*", orbax.QUANTISED)
 _GATED = "accept its terms at {url} with your account"
 _TOKEN = "give a token that may read it: HF_TOKEN in the environment, or `hf auth login`"
 

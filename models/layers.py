@@ -12,9 +12,22 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from models.quantised import Quantised
 from models.rope import rotate, rotation
 
-__all__ = ["Layered", "RMSNorm", "SwiGLU", "is_stacked", "rotate", "rotation", "run_layers", "stack_layers"]
+__all__ = [
+    "Embed",
+    "Layered",
+    "Linear",
+    "RMSNorm",
+    "SwiGLU",
+    "are_alike",
+    "is_stacked",
+    "rotate",
+    "rotation",
+    "run_layers",
+    "stack_layers",
+]
 
 State = TypeVar("State")
 
@@ -32,11 +45,47 @@ class RMSNorm(nnx.Module):
         return (wide * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
+class Linear(nnx.Linear):
+    """``nnx.Linear``, whose kernel may be ``Quantised`` and is then never widened whole."""
+
+    def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
+        kernel: Any = self.kernel.get_value()
+        if not isinstance(kernel, Quantised):
+            return super().__call__(inputs, out_sharding)
+        dtype = self.dtype or inputs.dtype
+        out = kernel.product(inputs.astype(dtype), dtype)
+        return out if self.bias is None else out + self.bias[...].astype(dtype)
+
+    def logits(self, hidden: Array) -> Array:
+        """``f32[..., out]``, without a bias."""
+        kernel: Any = self.kernel.get_value()
+        if isinstance(kernel, Quantised):
+            return kernel.product(hidden, jnp.float32)
+        return jnp.einsum("...h,hv->...v", hidden, kernel, preferred_element_type=jnp.float32)
+
+
+class Embed(nnx.Embed):
+    """``nnx.Embed``, whose table may be ``Quantised`` and is then never widened whole."""
+
+    def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
+        table: Any = self.embedding.get_value()
+        if not isinstance(table, Quantised):
+            return super().__call__(inputs, out_sharding)
+        return table.rows(inputs).astype(self.dtype)
+
+    def logits(self, hidden: Array) -> Array:
+        """``f32[..., vocab]``: of a model whose head is its embeddings."""
+        table: Any = self.embedding.get_value()
+        if isinstance(table, Quantised):
+            return table.product(hidden, jnp.float32)
+        return jnp.einsum("...h,vh->...v", hidden, table, preferred_element_type=jnp.float32)
+
+
 class SwiGLU(nnx.Module):
     """The feed-forward ``down(silu(gate(x)) * up(x))``."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
-        linear = partial(nnx.Linear, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        linear = partial(Linear, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs)
         self.gate = linear(hidden_size, intermediate_size)
         self.up = linear(hidden_size, intermediate_size)
         self.down = linear(intermediate_size, hidden_size)
@@ -58,6 +107,16 @@ Model = TypeVar("Model", bound=Layered)
 def is_stacked(model: Layered) -> bool:
     """Whether ``stack_layers`` has been there."""
     return not isinstance(model.layers, nnx.List)
+
+
+def are_alike(model: Layered) -> bool:
+    """Whether every layer's weights are in the same format, without which ``stack_layers`` can't stack them."""
+
+    def kinds(layer: Any) -> Any:
+        leaves, tree = jax.tree.flatten(nnx.state(layer))
+        return tree, [(leaf.shape, leaf.dtype) for leaf in leaves]
+
+    return is_stacked(model) or all(kinds(layer) == kinds(model.layers[0]) for layer in model.layers)
 
 
 def run_layers(
@@ -93,9 +152,17 @@ def stack_layers(model: Model) -> Model:
 
     Each of a layer's weights becomes one leaf, ``[layers, ...]``. The layers' own weights are given up one by one, so
     that only one leaf at a time is held twice; keep no other reference to them. Leaves may be shapes without memory.
+
+    Raises:
+      ValueError: the layers aren't alike: a file may hold some of them in another format.
     """
     if is_stacked(model):
         return model
+    if not are_alike(model):
+        raise ValueError(
+            "the layers' weights have different formats or shapes, expected the same in all of them. Run them one by "
+            "one, or load the model with weights='int8', 'fp8', 'bfloat16' or 'float32'."
+        )
     graph = nnx.graphdef(model.layers[0])
     tree = jax.tree.structure(nnx.state(model.layers[0]))
     leaves = [jax.tree.leaves(nnx.state(layer)) for layer in model.layers]

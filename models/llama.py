@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from models.family import Family, NameMap
 from models.interface import Attend
-from models.layers import RMSNorm, SwiGLU, rotate, rotation, run_layers
+from models.layers import Embed, Linear, RMSNorm, SwiGLU, rotate, rotation, run_layers
 from models.llama_config import GGUF_ARCHITECTURES, MODEL_TYPES, LlamaConfig
 
 State = TypeVar("State")
@@ -22,7 +22,7 @@ class Attention(nnx.Module):
     """Grouped-query attention's projections, norms and RoPE, around the caller's ``attend``."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
-        linear = partial(nnx.Linear, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        linear = partial(Linear, dtype=dtype, param_dtype=dtype, rngs=rngs)
         wide, narrow = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.query = linear(config.hidden_size, wide, use_bias=config.attention_bias)
         self.key = linear(config.hidden_size, narrow, use_bias=config.attention_bias)
@@ -78,14 +78,14 @@ class Llama(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         self.config = config
-        self.embed = nnx.Embed(config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        self.embed = Embed(config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs)
         layers = [Layer(config, rngs=rngs, dtype=dtype) for _ in range(config.num_layers)]
         self.layers: nnx.List[Layer] | Layer = nnx.List(layers)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.head = (
             None
             if config.tie_embeddings
-            else nnx.Linear(
+            else Linear(
                 config.hidden_size, config.vocab_size, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs
             )
         )
@@ -111,10 +111,7 @@ class Llama(nnx.Module):
 
     def logits(self, hidden: Array) -> Array:
         """``f32[..., vocab]`` from ``[..., hidden]`` after the final norm."""
-        if self.head is None:
-            table = self.embed.embedding[...]
-            return jnp.einsum("...h,vh->...v", hidden, table, preferred_element_type=jnp.float32)
-        return jnp.einsum("...h,hv->...v", hidden, self.head.kernel[...], preferred_element_type=jnp.float32)
+        return (self.embed if self.head is None else self.head).logits(hidden)
 
 
 HF_NAMES = NameMap(

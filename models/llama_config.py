@@ -182,11 +182,6 @@ def _reject_hf_variants(fields: Fields, kind: str) -> None:
         raise CheckpointError(f"config.json: hidden_act is {fields.text('hidden_act')!r}, expected 'silu'.")
     if kind == "llama" and fields.flag("mlp_bias", False):  # the others have none, whatever their configs say
         raise CheckpointError("config.json: mlp_bias is true, expected false. Such models aren't supported.")
-    if fields.has("quantization_config"):
-        raise CheckpointError(
-            "config.json has a quantization_config, expected plain float weights. Use the unquantised checkpoint, or a "
-            "GGUF file for quantised weights."
-        )
 
 
 def _reject_gguf_variants(fields: Fields, kind: str) -> None:

@@ -84,3 +84,16 @@ SHAPES = {
     ),
 }
 """Llama 3.1 8B, Llama 3.2 1B, Mistral 7B v0.3, Qwen2.5 7B, SmolLM2 135M."""
+
+LARGE_SHAPES = {
+    "llama-3.1-70b": _llama3(
+        head_dim=128,
+        factor=8.0,
+        hidden_size=8192,
+        intermediate_size=28_672,
+        num_layers=80,
+        num_heads=64,
+        num_kv_heads=8,
+    ),
+}
+"""Llama 3.1 70B, which fits on one accelerator with weights of 8 bits at most."""

@@ -1,18 +1,20 @@
 """What a device could do at best: the bound on decoding and compressing, from bytes and FLOPs counted, and on a TPU
 from the cycles of attention and of the moves, as its compiler schedules them.
 
-    python scripts/roofline.py [--models llama-3.1-8b] [--context 16384] [--ratios 1 8] [--figure FILE]
+    python scripts/roofline.py [--models llama-3.1-8b] [--context 16384] [--ratios 1 8] [--weights int8] [--figure FILE]
 
-For each device, model and ratio: the largest batch that fits, what a decode step of it must move and compute, the
-tokens a second that follow, and what a compression costs beside the prefill. Where the compiler for TPUs is installed,
-two small programs are compiled too, and the count is set beside their own. Nothing here is measured.
+For each device, model, kind of weights and ratio: the largest batch that fits, what a decode step of it must move and
+compute, the tokens a second that follow, and what a compression costs beside the prefill. Where the compiler for TPUs
+is installed, two small programs are compiled too, and the count is set beside their own. Nothing here is measured.
 """
 
 import argparse
 import json
 import sys
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +25,8 @@ from targets import DEVICES, TPUS, Device, abstract_cache, compile_for_tpu, size
 
 from jaxkv.generation.decode import decode_step
 from models import Llama, LlamaConfig
-from models.shapes import SHAPES
+from models.shapes import LARGE_SHAPES
+from models.shapes import SHAPES as SMALL_SHAPES
 from pallas_kernels.quantised_block import BlockLayout, Format
 
 BLOCK_SIZE = 64
@@ -34,7 +37,11 @@ CYCLES: dict[str, dict[str, dict[str, float]]] = json.loads(
 )
 """Of each TPU, what a head takes by its KVs, as its compiler schedules it: by ``kernel_schedule.py --for-roofline``."""
 ITEM = 2
-"""Bytes of a weight or of a cached value: bfloat16."""
+"""Bytes of a cached value: bfloat16."""
+SHAPES = SMALL_SHAPES | LARGE_SHAPES
+WEIGHTS = {"bfloat16": 2.0, "int8": 1.0, "fp8": 1.0, "4-bit": 0.5 + 4 / 128}
+"""Bytes a weight, but for a float32 scale for each output of those of 8 bits; of 4 bits: groups of 128, with a bfloat16
+scale and as large a zero point."""
 
 
 class Heads(NamedTuple):
@@ -83,6 +90,17 @@ def weight_count(model: LlamaConfig, *, read: bool = False) -> int:
     return model.num_layers * layer + embeddings * model.vocab_size * model.hidden_size
 
 
+def weight_bytes(model: LlamaConfig, weights: str = "bfloat16", *, read: bool = False) -> float:
+    """Of all weights, or of those that a decode step reads; ``weights``: of ``WEIGHTS``, embeddings among them."""
+    size = weight_count(model, read=read) * WEIGHTS[weights]
+    if WEIGHTS[weights] != 1:
+        return size
+    layer = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim + 2 * model.hidden_size
+    embeddings = 1 if read or model.tie_embeddings else 2
+    outputs = model.num_layers * (layer + 2 * model.intermediate_size) + embeddings * model.vocab_size
+    return size + 4 * outputs
+
+
 def kept_blocks(tokens: int, ratio: float) -> int:
     """Blocks a head, on average."""
     return max(1, int(-(-tokens // BLOCK_SIZE) / ratio))
@@ -104,7 +122,7 @@ class Step(NamedTuple):
         return f"{name}, {max(parts, key=lambda part: parts[part])}"
 
 
-def decode_work(model: LlamaConfig, batch: int, context: int, ratio: float) -> Step:
+def decode_work(model: LlamaConfig, batch: int, context: int, ratio: float, weights: str = "bfloat16") -> Step:
     """All weights once, every kept KV once, one register's worth of rows rewritten a head."""
     heads = batch * model.num_layers * model.num_kv_heads
     blocks = heads * kept_blocks(context, ratio)
@@ -114,7 +132,7 @@ def decode_work(model: LlamaConfig, batch: int, context: int, ratio: float) -> S
     attention = 2 * 2 * group * blocks * BLOCK_SIZE * max(model.head_dim, 128)  # 64-wide heads fill 128 lanes
     kernel = f"decode, {64 if model.head_dim <= 64 else 128}"
     return Step(
-        weights=Work(bytes=weight_count(model, read=True) * ITEM, flops=2 * weight_count(model, read=True) * batch),
+        weights=Work(bytes=weight_bytes(model, weights, read=True), flops=2 * weight_count(model, read=True) * batch),
         attention=Work(
             bytes=blocks * BLOCK_SIZE * row + heads * 2 * 16 * row + tables,
             flops=attention,
@@ -167,9 +185,9 @@ def tier_table(models: list[str], context: int) -> str:
     return "\n".join(lines)
 
 
-def prefill_work(model: LlamaConfig, context: int) -> Work:
+def prefill_work(model: LlamaConfig, context: int, weights: str = "bfloat16") -> Work:
     attention = 2 * context**2 * model.num_layers * model.num_heads * model.head_dim
-    return Work(bytes=weight_count(model) * ITEM, flops=2 * weight_count(model) * context + attention)
+    return Work(bytes=weight_bytes(model, weights), flops=2 * weight_count(model) * context + attention)
 
 
 def sequence_bytes(model: LlamaConfig, context: int, ratio: float) -> int:
@@ -179,9 +197,9 @@ def sequence_bytes(model: LlamaConfig, context: int, ratio: float) -> int:
     return heads * (kept_blocks(context, ratio) * block + 4 * (context // BLOCK_SIZE + 1))
 
 
-def largest_batch(device: Device, model: LlamaConfig, context: int, ratio: float) -> int:
+def largest_batch(device: Device, model: LlamaConfig, context: int, ratio: float, weights: str = "bfloat16") -> int:
     """Sequences that fit beside the weights while one more is being read in full; 0 where none does."""
-    room = USABLE * device.memory - weight_count(model) * ITEM
+    room = USABLE * device.memory - weight_bytes(model, weights)
     if ratio > 1:
         room -= sequence_bytes(model, context, 1)
     return max(0, int(room // sequence_bytes(model, context, ratio)))
@@ -211,39 +229,49 @@ def compiled_flops(chip: str, model: LlamaConfig, batch: int, context: int) -> t
     return one + (model.num_layers - 1) * (two - one), temporary
 
 
-def rows(models: list[str], devices: list[str], context: int, ratios: list[float]) -> list[dict[str, Any]]:
+def rows(
+    models: list[str],
+    devices: list[str],
+    context: int,
+    ratios: list[float],
+    weights: Sequence[str] = ("bfloat16",),
+) -> list[dict[str, Any]]:
     found = []
-    for name in models:
-        model = SHAPES[name]
+    for name, chip, kind, ratio in product(models, devices, weights, ratios):
+        model, device = SHAPES[name], DEVICES[chip]
         tokens = min(context, model.max_context)
-        for chip in devices:
-            device = DEVICES[chip]
-            for ratio in ratios:
-                batch = largest_batch(device, model, tokens, ratio)
-                row = {"model": name, "device": chip, "context": tokens, "ratio": ratio, "batch": batch}
-                if batch:
-                    work = decode_work(model, batch, tokens, ratio)
-                    row |= {
-                        "gigabytes": sum(part.bytes for part in work) / 1e9,
-                        "gigaflops": sum(part.flops for part in work) / 1e9,
-                        "milliseconds": 1e3 * work.seconds(device),
-                        "bound": work.bound(device),
-                        "tokens_a_second": batch / work.seconds(device),
-                        "compression": compress_work(model, tokens, ratio).seconds(device)
-                        / prefill_work(model, tokens).seconds(device),
-                    }
-                found.append(row)
+        batch = largest_batch(device, model, tokens, ratio, kind)
+        row = {"model": name, "device": chip, "weights": kind, "context": tokens, "ratio": ratio, "batch": batch}
+        if batch:
+            work = decode_work(model, batch, tokens, ratio, kind)
+            row |= {
+                "gigabytes": sum(part.bytes for part in work) / 1e9,
+                "gigaflops": sum(part.flops for part in work) / 1e9,
+                "milliseconds": 1e3 * work.seconds(device),
+                "bound": work.bound(device),
+                "tokens_a_second": batch / work.seconds(device),
+                "compression": compress_work(model, tokens, ratio).seconds(device)
+                / prefill_work(model, tokens, kind).seconds(device),
+            }
+        found.append(row)
     return found
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| model | device | tokens | ratio | largest batch | GB a step | GFLOP a step | ms a step | bound by "
+        "| model | device | weights | tokens | ratio | largest batch | GB a step | GFLOP a step | ms a step | bound by "
         "| tokens/s | compression / prefill |",
-        "|" + " --- |" * 11,
+        "|" + " --- |" * 12,
     ]
     for row in rows:
-        cells = [row["model"], row["device"], f"{row['context']:,}", f"{row['ratio']:g}", f"{row['batch']:,}"]
+        cells = [
+            row["model"],
+            row["device"],
+            row["weights"],
+            f"{row['context']:,}",
+            f"{row['ratio']:g}",
+            f"{row['batch']:,}",
+        ]
         if row["batch"]:
             numbers = ("gigabytes", "gigaflops", "milliseconds")
             cells += [*(f"{row[n]:,.1f}" for n in numbers), row["bound"], f"{row['tokens_a_second']:,.0f}"]
@@ -260,11 +288,13 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
     names = list(dict.fromkeys(row["model"] for row in rows))
     figure, axes = plt.subplots(2, len(names), figsize=(5 * len(names), 7), squeeze=False, sharex=True)
     for column, name in zip(axes.T, names, strict=True):
-        for device in dict.fromkeys(row["device"] for row in rows):
-            fits = [r for r in rows if (r["model"], r["device"]) == (name, device) and r["batch"]]
-            ratios = [r["ratio"] for r in fits]
-            column[0].plot(ratios, [r["tokens_a_second"] for r in fits], marker="o", label=device)
-            column[1].plot(ratios, [r["batch"] for r in fits], marker="o", label=device)
+        for device, weights in dict.fromkeys((row["device"], row["weights"]) for row in rows):
+            fits = [
+                r for r in rows if (r["model"], r["device"], r["weights"]) == (name, device, weights) and r["batch"]
+            ]
+            ratios, label = [r["ratio"] for r in fits], device + f", {weights}" * (weights != "bfloat16")
+            column[0].plot(ratios, [r["tokens_a_second"] for r in fits], marker="o", label=label)
+            column[1].plot(ratios, [r["batch"] for r in fits], marker="o", label=label)
         column[0].set(title=f"{name}, {rows[0]['context']:,} tokens", ylabel="tokens/s at the largest batch (bound)")
         column[1].set(xlabel="compression ratio", ylabel="largest batch")
         for axis in column:
@@ -283,11 +313,12 @@ def main() -> None:
     parser.add_argument("--devices", nargs="+", choices=list(DEVICES), default=[*TPUS, "h200"])
     parser.add_argument("--context", type=int, default=16_384, help="tokens a sequence")
     parser.add_argument("--ratios", nargs="+", type=float, default=[1, 2, 4, 8, 16, 32, 64])
+    parser.add_argument("--weights", nargs="+", choices=list(WEIGHTS), default=["bfloat16"])
     parser.add_argument("--figure", help="draw tokens/s and batch over ratio into this file")
     options = parser.parse_args()
     if options.context < BLOCK_SIZE or min(options.ratios) < 1:
         sys.exit(f"expected --context of at least {BLOCK_SIZE} and ratios of at least 1, got {options}")
-    found = rows(options.models, options.devices, options.context, options.ratios)
+    found = rows(options.models, options.devices, options.context, options.ratios, options.weights)
     print(table(found) + "\n\n" + tier_table(options.models, options.context))
     for name in options.models:
         for chip in [d for d in options.devices if DEVICES[d].topology and why_not(d) is None]:

@@ -22,11 +22,14 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("TPU_WORKER_ID", "0")
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from jaxkv.cache import CacheConfig, PagedCache, init_cache
 from models import LlamaConfig
+from models.checkpoints.assemble import inputs_axis, parameters_of
+from models.quantised import CODES, Scaled
 from pallas_kernels import use_implementation
 
 GIB = 2**30
@@ -84,6 +87,24 @@ def abstract_cache(model: LlamaConfig, **sizes: Any) -> PagedCache:
         return jax.eval_shape(lambda: init_cache(config))
 
 
+def quantise_abstractly(model: Any, kind: str, *, per_tensor: bool = False, layers_only: bool = False) -> Any:
+    """A model of shapes without memory, changed to hold its matrices as ``models.load_model(weights=kind)`` would.
+
+    Args:
+      per_tensor: one scale a matrix, as in many FP8 checkpoints, and not one an output.
+      layers_only: embeddings and head stay as they are.
+    """
+    dtype, _ = CODES[kind]
+    for path, leaf in parameters_of(model).items():
+        axis = inputs_axis(path, leaf.shape)
+        if axis is None or (layers_only and path[0] != "layers"):
+            continue
+        scales = tuple(1 if per_tensor or n == axis else size for n, size in enumerate(leaf.shape))
+        codes = jax.ShapeDtypeStruct(leaf.shape, dtype)
+        leaf.set_value(Scaled(axis=axis, codes=codes, scales=jax.ShapeDtypeStruct(scales, jnp.float32)))
+    return model
+
+
 def compile_for_tpu(chip: str, function: Callable[..., Any], *args: Any, donate: tuple[int, ...] = ()) -> Any:
     """The compiled program of ``function`` with the TPU kernels, for arguments given by shape and dtype."""
     name = DEVICES[chip].topology
@@ -106,7 +127,7 @@ def sizes(compiled: Any) -> dict[str, int]:
     }
 
 
-BITS = {"pred": 8, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "s32": 32, "u32": 32, "f32": 32}
+BITS = {"pred": 8, "s8": 8, "u8": 8, "f8e4m3fn": 8, "bf16": 16, "f16": 16, "s32": 32, "u32": 32, "f32": 32}
 COPY = re.compile(r"= \(?(\w+)\[([\d,]*)\][^=]*? (copy|copy-start|transpose|pad|convert)\(")
 
 

@@ -10,6 +10,7 @@ ORDER = [
     {"pallas_kernels", "models"},
     {"jaxkv.version", "jaxkv.words"},
     {"jaxkv.checks"},
+    {"jaxkv.dtypes"},
     {"jaxkv.cache"},
     {"jaxkv.compression"},
     {"jaxkv.policies"},

@@ -21,7 +21,7 @@ from jaxkv.llm import LLM, Prompt
 from jaxkv.policies import Policy, policy_from
 from jaxkv.report import as_dict, summary
 from jaxkv.requests import Completion, Event, Finished, PromptRead, SamplingParams, TextMade
-from jaxkv.words import SAMPLING, SCHEDULES
+from jaxkv.words import DTYPES, SAMPLING, SCHEDULES
 from models import load_model, resolve
 from models.convert import convert, stored_dtype
 from models.families import Model
@@ -94,7 +94,9 @@ def run_convert(options: argparse.Namespace, heed: Heed = iter) -> int:
 
 def load_to_convert(path: Path, weights: str) -> Model:
     """The model with its weights as they are to be written."""
-    return load_model(path, dtype=stored_dtype(path) if weights == "stored" else weights)
+    if weights in DTYPES:
+        return load_model(path, dtype=weights)
+    return load_model(path, dtype=stored_dtype(path), weights=weights)
 
 
 COMMANDS = {"generate": run_generate, "batch": run_batch, "convert": run_convert}
@@ -114,6 +116,7 @@ def load(options: argparse.Namespace, policy: Policy | None, **settings: Any) ->
         cache_memory=options.cache_memory,
         block_size=options.block_size,
         dtype=options.dtype,
+        weights=options.weights,
         cache_dtype=options.cache_dtype,
         generation_config=options.generation_config,
         schedule=None if options.schedule is None else SCHEDULE[options.schedule],

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxkv.version import __version__
-from jaxkv.words import BUDGETS, DTYPES, POLICIES, SAMPLING, SCHEDULES, SETTINGS
+from jaxkv.words import BUDGETS, DTYPES, POLICIES, SAMPLING, SCHEDULES, SETTINGS, WEIGHTS
 
 ANSWER = (
     "model",
     "dtype",
+    "weights",
     "cache_dtype",
     "block_size",
     "max_context",
@@ -23,7 +24,6 @@ ANSWER = (
     "generation_config",
 )
 """Options that a batch job's answers depend on."""
-CONVERTED = ("stored", *DTYPES)
 MODEL = (
     "smollm2-135m, a directory, a .gguf file, or a name on the Hugging Face Hub: org/name, org/name@revision, "
     "org/name/file.gguf"
@@ -51,7 +51,7 @@ def add_convert(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--weights",
-        choices=CONVERTED,
+        choices=WEIGHTS,
         default="stored",
         help="what to write them as (default: stored, nothing is lost)",
     )
@@ -105,7 +105,13 @@ def add_model(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--cache-memory", type=byte_count, metavar="BYTES", help="for the whole cache: 500M, 2G, …")
     command.add_argument("--block-size", type=int, help="token slots a block (default: 16; 64 on a TPU)")
-    command.add_argument("--dtype", choices=DTYPES, help="of weights (default: float32 on a CPU, else bfloat16)")
+    command.add_argument("--dtype", choices=DTYPES, help="to compute in (default: float32 on a CPU, else bfloat16)")
+    command.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        help="what weights are held as: codes where the file stores codes, floats, or quantised as they are loaded "
+        "(default: floats on a CPU, else stored)",
+    )
     command.add_argument(
         "--schedule",
         choices=SCHEDULES,

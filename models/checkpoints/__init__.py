@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from models.checkpoints import orbax
+from models.checkpoints.assemble import check_weights
 from models.checkpoints.gguf import load_gguf
 from models.checkpoints.gguf_file import ggufs_in
 from models.checkpoints.safetensors import load_safetensors
@@ -15,29 +16,33 @@ from models.families import Model
 __all__ = ["load_model"]
 
 
-def load_model(path: Path, dtype: DTypeLike = jnp.float32) -> Model:
+def load_model(path: Path, dtype: DTypeLike = jnp.float32, *, weights: str = "floats") -> Model:
     """Load a model onto the default device.
 
     Args:
       path: a .gguf file; or a directory with a checkpoint that ``orbax.save`` wrote, with config.json and safetensors,
         or with exactly one .gguf file; of a split one, the first part or its directory.
-      dtype: of the parameters, and so of the computation outside norms, softmax, RoPE and logits.
+      dtype: of the computation outside norms, softmax, RoPE and logits, and of parameters that are floats.
+      weights: what kernels and embeddings are held as: "floats"; "stored", codes with scales as the file has them;
+        "int8" or "fp8", such codes with a scale for each output, of any checkpoint.
 
     Raises:
       CheckpointError: nothing is there, or it is none of these, or it is damaged or not of a supported model.
+      ValueError: unknown ``weights``, or a ``dtype`` that is no float.
     """
+    check_weights(weights)
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path} doesn't exist. Give the path of a .gguf file or of a checkpoint's directory.")
     if path.is_file():
-        return load_gguf(path, dtype)
+        return load_gguf(path, dtype, weights=weights)
     if orbax.family_in(path) or orbax.unfinished_parts(path):
-        return orbax.restore(path, dtype)
+        return orbax.restore(path, dtype, weights=weights)
     if any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json")):
-        return load_safetensors(path, dtype)
+        return load_safetensors(path, dtype, weights=weights)
     ggufs = ggufs_in(path)
     if len(ggufs) == 1:
-        return load_gguf(ggufs[0], dtype)
+        return load_gguf(ggufs[0], dtype, weights=weights)
     if ggufs:
         raise CheckpointError(
             f"{path} has {len(ggufs)} .gguf files ({', '.join(file.name for file in ggufs)}), expected one. "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,10 +18,16 @@ from models.checkpoints.progress import one_by_one
 from models.errors import CheckpointError
 from models.family import Family, Model, ParameterPath, Rows, Stacked, Stored
 from models.interface import ModelSizes
+from models.quantised import CODES, Quantised, quantise
+
+WEIGHTS = ("floats", "stored", *CODES)
+"""What a model's matrices may be loaded as."""
+_INPUTS = {"kernel": 0, "embedding": 1}
+"""Along which axis a matrix has its inputs, by the parameter's name."""
 
 
 class TensorSource(Protocol):
-    """A checkpoint's tensors by name, linear weights as ``[out, in]``."""
+    """A checkpoint's tensors by name, linear weights and embeddings as ``[out, in]``."""
 
     @property
     def origin(self) -> Path: ...
@@ -33,8 +40,12 @@ class TensorSource(Protocol):
         """Of the tensor as it is stored."""
         ...
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor's values, as floats of any width."""
+    def read(self, name: str, *, stored: bool) -> np.ndarray | Quantised:
+        """The tensor's values, as floats of any width or, as the file holds them, as codes with scales.
+
+        Args:
+          stored: whether codes with scales are wanted, where the source can give floats too.
+        """
         ...
 
 
@@ -66,6 +77,7 @@ def assemble(
     names: Callable[[ParameterPath, Any], Stored],
     harmless: Callable[[str], bool],
     dtype: DTypeLike,
+    weights: str = "floats",
 ) -> Model:
     """Read each of the model's parameters, convert it to ``dtype`` and place it on the default device.
 
@@ -75,10 +87,12 @@ def assemble(
     Args:
       names: the family's, for this format: where a parameter is in the checkpoint.
       harmless: whether a tensor that the model doesn't use may be left unread.
+      weights: of ``WEIGHTS``: what kernels and embeddings are held as.
 
     Raises:
       CheckpointError: a tensor is missing, unexpected, of the wrong shape, or not finite.
     """
+    check_weights(weights)
     if config.num_layers > len(source.names()):  # before so many layers are built
         raise CheckpointError(
             f"{source.origin} has {len(source.names())} tensors, too few for the {config.num_layers} layers that its "
@@ -88,15 +102,47 @@ def assemble(
     parameters = parameters_of(model)
     stored = {path: names(path, config) for path in parameters}
     _check_names({name for place in stored.values() for name in place.names}, source, harmless)
-    read = _Reader(source=source, dtype=np.dtype(dtype), rows=_rows_of_shared(stored.values()))
+    read = _Reader(source=source, dtype=np.dtype(dtype), rows=_rows_of_shared(stored.values()), weights=weights)
     sizes = {path: sum(map(source.nbytes, place.names)) for path, place in stored.items()}
     all_of_them = [(path, parameter, sizes[path]) for path, parameter in parameters.items()]
     for path, parameter in one_by_one(all_of_them, sum(sizes.values())):
-        values = read(stored[path], parameter.shape, transposed=path[-1] == "kernel")
+        axis = inputs_axis(path, parameter.shape)
+        values = read(stored[path], parameter.shape, axis, transposed=path[-1] == "kernel")
         if values.shape != parameter.shape:
             raise ValueError(f"{path} has shape {parameter.shape}, but {values.shape} of {stored[path]}: fix {names}")
-        parameter.set_value(jax.device_put(values))
+        parameter.set_value(jax.device_put(as_held(values, weights, axis=axis, dtype=dtype)))
     return model
+
+
+def check_weights(weights: str) -> None:
+    """Raises ValueError where it is none of ``WEIGHTS``."""
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
+
+
+def inputs_axis(path: ParameterPath, shape: tuple[int, ...]) -> int | None:
+    """That of a matrix which may be codes with scales; None: the parameter is another thing."""
+    return _INPUTS.get(path[-1]) if len(shape) == 2 else None
+
+
+def as_held(values: Any, weights: str, *, axis: int | None, dtype: DTypeLike) -> Any:
+    """A parameter's values, as floats or as codes with scales, as they are to be held.
+
+    Args:
+      weights: of ``WEIGHTS``.
+      axis: that of the inputs; None: it is no matrix, and stays floats.
+    """
+    if axis is None or weights == "floats":
+        return _floats(values, dtype=np.dtype(dtype)) if isinstance(values, Quantised) else values
+    if weights in CODES:
+        floats = values.widened() if isinstance(values, Quantised) else values
+        return quantise(np.asarray(floats), weights, axis=axis)
+    return values
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _floats(values: Quantised, *, dtype: np.dtype) -> jax.Array:
+    return values.widened().astype(dtype)
 
 
 def _check_names(needed: set[str], source: TensorSource, harmless: Callable[[str], bool]) -> None:
@@ -131,15 +177,32 @@ class _Reader:
     dtype: np.dtype
     rows: Mapping[str, int]
     """What ``_rows_of_shared`` says."""
+    weights: str
+    """Of ``WEIGHTS``."""
 
-    def __call__(self, place: Stored, shape: tuple[int, ...], *, transposed: bool) -> np.ndarray:
+    def __call__(
+        self, place: Stored, shape: tuple[int, ...], axis: int | None, *, transposed: bool
+    ) -> np.ndarray | Quantised:
+        """A parameter of that shape. ``axis``: what ``inputs_axis`` says."""
         if isinstance(place, Stacked):
-            return np.stack([self._tensor(name, shape[1:], transposed) for name in place.names])
-        part = slice(place.start, place.stop) if isinstance(place, Rows) else slice(None)
-        return self._tensor(place.name, shape, transposed, part)
+            return np.stack([self._floats(name, shape[1:], transposed) for name in place.names])
+        part = (place.start, place.stop - place.start) if isinstance(place, Rows) else None
+        dtype = self.dtype if axis is None or self.weights not in CODES else np.dtype(np.float32)
+        return self._tensor(place.name, shape, transposed, part, dtype)
 
-    def _tensor(self, name: str, shape: tuple[int, ...], transposed: bool, part: slice = slice(None)) -> np.ndarray:
-        """A tensor, or some of its rows, for a parameter of that shape."""
+    def _floats(self, name: str, shape: tuple[int, ...], transposed: bool) -> np.ndarray:
+        values = self._tensor(name, shape, transposed, None, self.dtype)
+        return np.asarray(_floats(values, dtype=self.dtype)) if isinstance(values, Quantised) else values
+
+    def _tensor(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        transposed: bool,
+        part: tuple[int, int] | None,
+        dtype: np.dtype,
+    ) -> np.ndarray | Quantised:
+        """A tensor, or some of its rows. ``part``: first row and number of rows; ``dtype``: of floats."""
         source = self.source
         stored = shape[::-1] if transposed else shape
         stored = (self.rows.get(name, stored[0]), *stored[1:])
@@ -148,17 +211,34 @@ class _Reader:
                 f"{source.origin}: tensor {name!r} has shape {source.shape(name)}, expected {stored} by the config. "
                 "Check that config and weights belong together."
             )
-        values = source.read(name)[part]
+        values = source.read(name, stored=self.weights == "stored")
+        if isinstance(values, Quantised):
+            check_quantised(values, stored, f"{source.origin}: tensor {name!r}")
+            values = values if part is None else values.part(*part)
+            return jax.tree.map(np.array, values.transposed() if transposed else values)
+        values = values if part is None else values[part[0] : sum(part)]
         if not jnp.issubdtype(values.dtype, jnp.floating):
             raise CheckpointError(
-                f"{source.origin}: tensor {name!r} holds {values.dtype}, expected floats. Use the unquantised "
-                "checkpoint, or a GGUF file for quantised weights."
+                f"{source.origin}: tensor {name!r} holds {values.dtype}, expected floats: its config names no "
+                "quantisation that says what they mean. Use a complete checkpoint."
             )
         # Always a copy of its own: JAX may keep a NumPy buffer without copying, and this one may be a mapped file.
-        values = np.array(values.T if transposed else values, dtype=self.dtype, order="C")
+        values = np.array(values.T if transposed else values, dtype=dtype, order="C")
         if not np.isfinite(values).all():
             raise CheckpointError(
-                f"{source.origin}: tensor {name!r} has NaN or infinite values as {self.dtype}. The checkpoint is "
-                f"damaged, or its values don't fit in {self.dtype}; download it again or load it as float32."
+                f"{source.origin}: tensor {name!r} has NaN or infinite values as {dtype}. The checkpoint is "
+                f"damaged, or its values don't fit in {dtype}; download it again or load it as float32."
             )
         return values
+
+
+def check_quantised(values: Quantised, shape: tuple[int, ...], what: str) -> None:
+    """Raises CheckpointError, which begins with ``what``, where parts don't belong together or aren't finite."""
+    if fault := values.fault(shape):
+        raise CheckpointError(f"{what} {fault}. Check that config and weights belong together.")
+    for part, array in jax.tree_util.tree_leaves_with_path(values):
+        if jnp.issubdtype(array.dtype, jnp.floating) and not np.isfinite(np.asarray(array)).all():
+            raise CheckpointError(
+                f"{what} has NaN or infinite values among its {jax.tree_util.keystr(part).strip('.')}. The checkpoint "
+                "is damaged; download it again."
+            )

@@ -7,22 +7,29 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from gguf import GGML_QUANT_SIZES
 from gguf.quants import dequantize
 from jax.typing import DTypeLike
 
 from models.checkpoints.assemble import assemble
+from models.checkpoints.gguf_blocks import kept
 from models.checkpoints.gguf_file import GgufFile, GgufTensor
 from models.errors import CheckpointError
 from models.families import Model, family_of_gguf
 from models.interface import ModelSizes
+from models.quantised import Quantised
 
 _OF_THE_VOCABULARY = ("_token_id", "_token_ids", ".model", ".tokens")  # what tells the tokens that end an answer
 _AT_ONCE = 1 << 18  # values that are dequantised together
 _ROPE_DIVISORS = "rope_freqs.weight"  # Llama 3.1's frequency scaling, one f32 a pair
 
 
-def load_gguf(path: Path, dtype: DTypeLike = jnp.float32) -> Model:
-    """Load a model from one GGUF file, dequantised to ``dtype``.
+def load_gguf(path: Path, dtype: DTypeLike = jnp.float32, *, weights: str = "floats") -> Model:
+    """Load a model from one GGUF file.
+
+    Args:
+      dtype: of floats.
+      weights: of ``assemble.WEIGHTS``; "stored" keeps blocks of 4 to 8 bits, but Q2_K and Q3_K become floats.
 
     Raises:
       CheckpointError: the file is absent, damaged, not a GGUF, or not of a supported architecture.
@@ -41,7 +48,13 @@ def load_gguf(path: Path, dtype: DTypeLike = jnp.float32) -> Model:
         raise CheckpointError(f"{path}: {error}") from error
     source = _GgufTensors(file, config, interleaved=metadata["general.architecture"] in family.gguf_interleaved)
     return assemble(
-        family, config, source, names=family.gguf_names, harmless=lambda name: name == _ROPE_DIVISORS, dtype=dtype
+        family,
+        config,
+        source,
+        names=family.gguf_names,
+        harmless=lambda name: name == _ROPE_DIVISORS,
+        dtype=dtype,
+        weights=weights,
     )
 
 
@@ -62,12 +75,15 @@ class _GgufTensors:
     def nbytes(self, name: str) -> int:
         return self._tensors[name].data.nbytes
 
-    def read(self, name: str) -> np.ndarray:
-        values = _dequantise(self.origin, name, self._tensors[name])
-        module = name.split(".")[-2]
-        if heads := self._interleaved_heads.get(module):
-            return halves_from_interleaved(values, heads)
-        return values
+    def read(self, name: str, *, stored: bool) -> np.ndarray | Quantised:
+        tensor = self._tensors[name]
+        heads = self._interleaved_heads.get(name.split(".")[-2])
+        made = kept(tensor.kind) if stored and len(tensor.shape) == 2 else None
+        if made is None:
+            values = _dequantise(self.origin, name, tensor)
+            return halves_from_interleaved(values, heads) if heads else values
+        rows = halves_from_interleaved(tensor.data, heads) if heads else tensor.data
+        return made(rows.reshape(len(rows), -1, GGML_QUANT_SIZES[tensor.kind][1]))
 
 
 def halves_from_interleaved(rows: np.ndarray, heads: int) -> np.ndarray:

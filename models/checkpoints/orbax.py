@@ -16,15 +16,19 @@ import orbax.checkpoint as ocp
 from jax.typing import DTypeLike
 
 from models import families
-from models.checkpoints.assemble import abstract_model, parameters_of
+from models.checkpoints.assemble import abstract_model, as_held, check_quantised, inputs_axis, parameters_of
+from models.checkpoints.described import arrays_of, describe, rebuild
 from models.errors import CheckpointError
 from models.families import Model, family_of_config
 from models.family import Family
 from models.fields import Fields, read_json
 from models.layers import is_stacked
+from models.quantised import CODES, Quantised
 
 WEIGHTS = "weights"
 """The directory of the arrays."""
+QUANTISED = "quantised.json"
+"""Where weights are codes with scales: by a parameter's name, of what arrays they are made and how."""
 _MARKS = ("_CHECKPOINT_METADATA", "_METADATA")
 """By one of these files a directory is Orbax's."""
 _TOKENIZER_FILES = (
@@ -88,10 +92,12 @@ def save(model: Model, directory: Path, *, tokenizer_from: Path | None = None) -
     directory.mkdir(parents=True, exist_ok=True)
     for part in unfinished:
         shutil.rmtree(part)
+    values: dict[str, Any] = {".".join(path): leaf.get_value() for path, leaf in parameters_of(model).items()}
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(
-            directory / WEIGHTS, {".".join(path): leaf[...] for path, leaf in parameters_of(model).items()}
-        )
+        arrays = [arrays_of(name, value) for name, value in values.items()]
+        checkpointer.save(directory / WEIGHTS, {name: array for each in arrays for name, array in each.items()})
+    described = {name: describe(value) for name, value in values.items() if isinstance(value, Quantised)}
+    (directory / QUANTISED).write_text(json.dumps(described) + "\n", encoding="utf-8")
     for path in copied:  # after the weights, by which an unfinished save is known
         shutil.copyfile(path, directory / path.name)
     # Last, and in one step, so that a save that is broken off isn't taken for a checkpoint.
@@ -109,8 +115,11 @@ def stored_dtypes(directory: Path) -> set[np.dtype]:
     return {np.dtype(leaf.dtype) for leaf in _stored_arrays(directory.absolute() / WEIGHTS).values()}
 
 
-def restore(directory: Path, dtype: DTypeLike = jnp.float32) -> Model:
-    """Read a model that ``save`` wrote, converted to ``dtype``, onto the default device.
+def restore(directory: Path, dtype: DTypeLike = jnp.float32, *, weights: str = "floats") -> Model:
+    """Read a model that ``save`` wrote, floats converted to ``dtype``, onto the default device.
+
+    Args:
+      weights: of ``assemble.WEIGHTS``.
 
     Raises:
       CheckpointError: a file is absent or damaged, or a tensor isn't what the config calls for, or not finite.
@@ -123,26 +132,38 @@ def restore(directory: Path, dtype: DTypeLike = jnp.float32) -> Model:
         files = " or ".join(config_files())
         raise CheckpointError(f"{directory} has no {files}. Give the directory of a checkpoint that `save` wrote.")
     config = _config_from_json(directory / family.config_file, family)
-    stored = {name: tuple(leaf.shape) for name, leaf in _stored_arrays(directory / WEIGHTS).items()}
+    stored = _stored_arrays(directory / WEIGHTS)
     if config.num_layers > len(stored):  # before so many layers are built
         raise CheckpointError(
             f"{directory} has {len(stored)} tensors, too few for the {config.num_layers} layers of its config. Save "
             "the model again."
         )
     model = abstract_model(family.build, config, dtype)
-    parameters = {".".join(path): leaf for path, leaf in parameters_of(model).items()}
+    parameters = {".".join(path): (path, leaf) for path, leaf in parameters_of(model).items()}
+    described = read_json(directory / QUANTISED) if (directory / QUANTISED).exists() else {}
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    expected = {
-        name: jax.ShapeDtypeStruct(leaf.shape, np.dtype(dtype), sharding=place) for name, leaf in parameters.items()
-    }
+    expected: dict[str, jax.ShapeDtypeStruct] = {}
+    for name, (path, leaf) in parameters.items():
+        if name in described:
+            arrays = arrays_of(name, rebuild(name, described[name], stored))
+            expected |= {
+                part: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place) for part, array in arrays.items()
+            }
+        else:
+            exact = weights in CODES and inputs_axis(path, leaf.shape) is not None
+            kind = np.dtype(np.float32 if exact else dtype)
+            expected[name] = jax.ShapeDtypeStruct(leaf.shape, kind, sharding=place)
     loaded = _restore_weights(directory / WEIGHTS, stored, expected)
-    for name, value in loaded.items():
-        if not bool(jnp.isfinite(value).all()):
+    for name, (path, leaf) in parameters.items():
+        value = rebuild(name, described.get(name), loaded)
+        if isinstance(value, Quantised):
+            check_quantised(value, leaf.shape, f"{directory}: tensor {name!r}")
+        elif not bool(jnp.isfinite(value).all()):
             raise CheckpointError(
                 f"{directory}: tensor {name!r} has NaN or infinite values as {value.dtype}. The checkpoint is damaged, "
                 "or its values don't fit; save it again or load it as float32."
             )
-        parameters[name].set_value(value)
+        leaf.set_value(jax.device_put(as_held(value, weights, axis=inputs_axis(path, leaf.shape), dtype=dtype)))
     return model
 
 
@@ -172,19 +193,18 @@ def _stored_arrays(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _restore_weights(
-    path: Path, stored: dict[str, tuple[int, ...]], expected: dict[str, jax.ShapeDtypeStruct]
+    path: Path, stored: dict[str, jax.ShapeDtypeStruct], expected: dict[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-    wanted = {name: leaf.shape for name, leaf in expected.items()}
-    if stored != wanted:
-        name = min(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
+    wanted, found = ({name: leaf.shape for name, leaf in leaves.items()} for leaves in (expected, stored))
+    if found != wanted:
+        name = min(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
         raise CheckpointError(
-            f"{path}: tensor {name!r} has shape {stored.get(name)}, expected {wanted.get(name)} by the config. "
+            f"{path}: tensor {name!r} has shape {found.get(name)}, expected {wanted.get(name)} by the config. "
             "Save the model again."
         )
     largest = max(leaf.size for leaf in expected.values()) * 4
-    handler = ocp.StandardCheckpointHandler(
-        restore_concurrent_gb=ceil(2 * largest / 1e9)
-    )  # else 96 pass the host at once
+    at_once = ceil(2 * largest / 1e9)  # else 96 GB pass the host at once
+    handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=at_once)
     with ocp.Checkpointer(handler) as checkpointer:
         try:
             return checkpointer.restore(path, args=ocp.args.StandardRestore(expected))

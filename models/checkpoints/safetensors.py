@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection
 from dataclasses import replace
@@ -10,21 +11,29 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from models.checkpoints.assemble import assemble
+from models.checkpoints.compressed import Quantisation, quantisation_of
+from models.checkpoints.hf_quantised import QuantisedTensors
 from models.errors import CheckpointError
 from models.families import Model, family_of_hf
 from models.family import Family
 from models.fields import Fields, read_json
 from models.generation_config import ends_in
 
+_FLOAT8 = {
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+}
 _INDEX = "model.safetensors.index.json"
 
 
-def load_safetensors(directory: Path, dtype: DTypeLike = jnp.float32) -> Model:
+def load_safetensors(directory: Path, dtype: DTypeLike = jnp.float32, *, weights: str = "floats") -> Model:
     """Load a model from a directory as transformers' ``save_pretrained`` writes it.
 
     End-of-sequence tokens come from config.json and, where there is one, generation_config.json.
@@ -32,9 +41,13 @@ def load_safetensors(directory: Path, dtype: DTypeLike = jnp.float32) -> Model:
     Raises:
       CheckpointError: a file is absent, damaged, or not of a supported model.
     """
-    family, config = _read_config(directory)
-    source = _SafetensorsFiles(directory)
-    return assemble(family, config, source, names=family.hf_names, harmless=_harmless, dtype=dtype)
+    family, config, quantisation = _read_config(directory)
+    source = QuantisedTensors(_SafetensorsFiles(directory), quantisation)
+
+    def harmless(name: str) -> bool:
+        return _harmless(name) or source.adds_nothing(name)
+
+    return assemble(family, config, source, names=family.hf_names, harmless=harmless, dtype=dtype, weights=weights)
 
 
 def _harmless(name: str) -> bool:
@@ -42,16 +55,17 @@ def _harmless(name: str) -> bool:
     return name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
 
 
-def _read_config(directory: Path) -> tuple[Family[Model], Any]:
-    """The family and its config."""
+def _read_config(directory: Path) -> tuple[Family[Model], Any, Quantisation]:
+    """The family, its config, and what that says of quantised layers."""
     path = directory / "config.json"
     try:
         values = read_json(path)
         family = family_of_hf(values)
-        config = family.config_from_hf(values)
+        config, quantisation = family.config_from_hf(values), quantisation_of(values)
     except CheckpointError as error:
         raise error if str(path) in str(error) else CheckpointError(f"{path}: {error}") from error
-    return family, replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *ends_in(directory)))))
+    ends = tuple(dict.fromkeys((*config.eos_token_ids, *ends_in(directory))))
+    return family, replace(config, eos_token_ids=ends), quantisation
 
 
 def tensor_kinds(directory: Path) -> set[str]:
@@ -64,23 +78,25 @@ def tensor_kinds(directory: Path) -> set[str]:
 
 
 class _SafetensorsFiles:
-    """A ``TensorSource`` over the mapped files of one directory."""
+    """The mapped files of one directory, as ``hf_quantised.Tensors``."""
 
     def __init__(self, directory: Path):
         self.origin = directory
         self._files = {}  # tensor name -> the open file that holds it
+        self._paths: dict[str, Path] = {}  # of the same
         index = directory / _INDEX
         if index.exists():
             self._open_shards(index)
         else:
-            file = _open(_only_file(directory))
+            file = _open(path := _only_file(directory))
             self._files = dict.fromkeys(file.keys(), file)
+            self._paths = dict.fromkeys(file.keys(), path)
 
     def names(self) -> Collection[str]:
         return self._files
 
     def kinds(self) -> set[str]:
-        slices = [file.get_slice(name) for name, file in self._files.items()]
+        slices = [file.get_slice(name) for name, file in self._files.items() if "scale" not in name]
         return {part.get_dtype() for part in slices if len(part.get_shape()) > 1}
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -91,13 +107,16 @@ class _SafetensorsFiles:
         bits = re.search(r"\d+", part.get_dtype())  # BF16, F8_E4M3, BOOL
         return prod(part.get_shape()) * (int(bits[0]) if bits else 8) // 8
 
-    def read(self, name: str) -> np.ndarray:
+    def values(self, name: str) -> np.ndarray:
+        kind = self._files[name].get_slice(name).get_dtype()
+        if kind in _FLOAT8:
+            return _mapped(self._paths[name], name).view(_FLOAT8[kind])
         try:
             return self._files[name].get_tensor(name)
         except (SafetensorError, TypeError, AttributeError) as error:  # the last: numpy has no such dtype
             raise CheckpointError(
-                f"{self.origin}: can't read tensor {name!r} ({error}). Expected F32, F16 or BF16; use the unquantised "
-                "checkpoint."
+                f"{self.origin}: can't read tensor {name!r} of {kind} ({error}). Expected floats of 8 to 32 bits, or "
+                "integers; use another checkpoint of the model."
             ) from error
 
     def _open_shards(self, index: Path) -> None:
@@ -112,11 +131,20 @@ class _SafetensorsFiles:
             if shard not in shards:
                 shards[shard] = _open(self.origin / shard)
             self._files[name] = shards[shard]
+            self._paths[name] = self.origin / shard
         held = {name for file in shards.values() for name in file.keys()}  # noqa: SIM118 (not a dict)
         if absent := sorted(self._files.keys() - held):
             raise CheckpointError(
                 f"{self.origin}: the shards lack {absent[0]!r}, which {_INDEX} promises. Download the checkpoint again."
             )
+
+
+def _mapped(path: Path, name: str) -> np.ndarray:
+    """A tensor of one byte a value, as bytes: the library has checked the header, but has no dtype for FP8."""
+    length = int(np.fromfile(path, "<u8", 1)[0])
+    entry = json.loads(np.fromfile(path, np.uint8, length, offset=8).tobytes())[name]
+    start, stop = (8 + length + offset for offset in entry["data_offsets"])
+    return np.memmap(path, np.uint8, "r")[start:stop].reshape(entry["shape"])
 
 
 def _only_file(directory: Path) -> Path:

@@ -31,7 +31,7 @@ def test_programs_update_the_pool_in_place_and_fit(chip, model):
     if reason := targets.why_not(chip):
         pytest.skip(reason)
     rows = compile_tpu.in_a_process(chip, model, LAYERS.get(chip))
-    assert len(rows) == 5 + 4 * (model == compile_tpu.WHOLE) + 3 * (model in compile_tpu.TIERED)
+    assert len(rows) == 5 + 5 * (model == compile_tpu.WHOLE) + 3 * (model in compile_tpu.TIERED)
     for row in rows:
         assert compile_tpu.faults(row) == [], row
 
@@ -44,7 +44,16 @@ def test_programs_compile_where_python_numbers_have_64_bits(monkeypatch):
 
 
 def test_faults_are_seen():
-    row = {"pool": 100, "temporary": 30, "peak": 90, "memory": 80, "written": True, "aliased": 50, "copies": ["copy x"]}
+    row = {
+        "pool": 100,
+        "most": 25,
+        "temporary": 30,
+        "peak": 90,
+        "memory": 80,
+        "written": True,
+        "aliased": 50,
+        "copies": ["copy x"],
+    }
     assert len(compile_tpu.faults(row)) == 4
     row |= {"temporary": 20, "memory": 90, "aliased": 100, "copies": []}
     assert compile_tpu.faults(row) == []

@@ -1,12 +1,16 @@
 """What an LLM is asked and how it is set up: what can't be is refused by name, before any work."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from jaxkv import LLM, KVCompress, MaxBytes, MaxTokens, Ratio, SamplingParams
 from jaxkv.requests import Finished, Refused
+from models.checkpoints.orbax import save
 
 pytestmark = pytest.mark.once
 
@@ -197,3 +201,34 @@ def test_numbers_of_numpy_become_pythons_own():
 def test_sampling_values_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         SamplingParams(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weights": "int4"}, "weights must be one of stored, float32, bfloat16, int8, fp8, got 'int4'"),
+        ({"weights": "bfloat16", "dtype": "float32"}, "computed with in their own dtype, got dtype 'float32'"),
+        ({"weights": "int8"}, "for a model that is yet to be loaded"),
+    ],
+)
+def test_weights_that_can_not_be_had_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LLM(tiny.MODEL, **settings)
+
+
+def test_weights_are_held_as_they_are_asked_for(tmp_path):
+    save(tiny.random_model(), tmp_path / "saved")
+    (tmp_path / "saved" / "tokenizer.json").write_text(Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="b")).to_str())
+
+    def loaded(**settings):
+        model = LLM(tmp_path / "saved", **settings)
+        kernel = model.model.layers[0].attention.query.kernel.get_value()
+        return model, jax.tree.leaves(kernel)[0].dtype
+
+    for weights, dtype in (("int8", jnp.int8), ("fp8", jnp.float8_e4m3fn), ("bfloat16", jnp.bfloat16)):
+        assert loaded(weights=weights)[1] == dtype
+    assert loaded(weights="bfloat16")[0].dtype == jnp.bfloat16
+    assert loaded()[1] == loaded(weights="stored")[1] == jnp.float32
+    llm, _ = loaded(weights="int8")
+    answer = llm.generate(PROMPT, SamplingParams(max_tokens=8))[0]
+    assert len(answer.token_ids) == 8

@@ -241,7 +241,6 @@ def test_several_eos_tokens_are_kept():
         ({"hidden_act": "gelu"}, "gelu.*expected 'silu'"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"quantization_config": {"bits": 4}}, "GGUF"),
         ({"eos_token_id": "</s>"}, "eos_token_id"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
         ({"rope_parameters": [1]}, "rope_parameters"),

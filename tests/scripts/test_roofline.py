@@ -52,3 +52,14 @@ def test_compression_gains_at_most_its_ratio():
     one, eight = rows(["llama-3.1-8b"], ["v6e"], 16_384, [1, 8])
     assert one["tokens_a_second"] < eight["tokens_a_second"] < 9 * one["tokens_a_second"]
     assert 0 < eight["compression"] < 1
+
+
+def test_weights_of_eight_bits_are_half_and_make_room():
+    model = SHAPES["llama-3.1-8b"]
+    assert roofline.weight_bytes(model) == 2 * roofline.weight_count(model)
+    assert roofline.weight_bytes(model, "int8") == pytest.approx(roofline.weight_count(model), rel=2e-3)
+    floats, codes = rows(["llama-3.1-8b"], ["v5e"], 16_384, [8], ["bfloat16", "int8"])
+    assert floats["batch"] == 0
+    assert codes["batch"] > 0
+    one, two = rows(["llama-3.1-70b"], ["h200"], 16_384, [8], ["fp8", "4-bit"])
+    assert 0 < one["batch"] < two["batch"]
