@@ -205,9 +205,8 @@ def _restore_weights(
             "Save the model again."
         )
     largest = max(leaf.size for leaf in expected.values()) * 4
-    handler = ocp.StandardCheckpointHandler(
-        restore_concurrent_gb=ceil(2 * largest / 1e9)
-    )  # else 96 pass the host at once
+    at_once = ceil(2 * largest / 1e9)  # else 96 GB pass the host at once
+    handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=at_once)
     with ocp.Checkpointer(handler) as checkpointer:
         try:
             return checkpointer.restore(path, args=ocp.args.StandardRestore(expected))

@@ -99,7 +99,7 @@ class _SafetensorsFiles:
         return self._files
 
     def kinds(self) -> set[str]:
-        slices = [file.get_slice(name) for name, file in self._files.items()]
+        slices = [file.get_slice(name) for name, file in self._files.items() if "scale" not in name]
         return {part.get_dtype() for part in slices if len(part.get_shape()) > 1}
 
     def shape(self, name: str) -> tuple[int, ...]:

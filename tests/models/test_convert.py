@@ -7,9 +7,11 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 from tiny_checkpoint import write_hf
 
@@ -88,7 +90,7 @@ def test_an_interrupted_conversion_is_noticed_and_done_again(when, source, tmp_p
     assert main(["convert", "--model", str(source), "--output", str(target)]) == 0
     assert load_model(target).config == load_model(source).config
     assert sorted(path.name for path in target.iterdir()) == [
-        *("chat_template.jinja", "generation_config.json", "llama.json", "tokenizer.json"),
+        *("chat_template.jinja", "generation_config.json", "llama.json", "quantised.json", "tokenizer.json"),
         *("tokenizer_config.json", "weights"),
     ]
 
@@ -151,3 +153,12 @@ def test_conversion_asks_its_loader_for_the_weights(source, tmp_path):
     model = convert(source, tmp_path / "target", load)
     assert asked == [source]
     assert model.config == load_model(tmp_path / "target").config
+
+
+@pytest.mark.parametrize(("weights", "codes"), [("int8", jnp.int8), ("fp8", jnp.float8_e4m3fn)])
+def test_weights_are_quantised_where_that_is_asked_for(weights, codes, source, tmp_path, tokens, forward):
+    target = tmp_path / "target"
+    assert main(["convert", "--model", str(source), "--output", str(target), "--weights", weights]) == 0
+    model = load_model(target, weights="stored")
+    assert jnp.dtype(codes) in {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))}
+    np.testing.assert_array_equal(forward(model, tokens), forward(load_model(source, weights=weights), tokens))
