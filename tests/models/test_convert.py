@@ -90,7 +90,7 @@ def test_an_interrupted_conversion_is_noticed_and_done_again(when, source, tmp_p
     assert main(["convert", "--model", str(source), "--output", str(target)]) == 0
     assert load_model(target).config == load_model(source).config
     assert sorted(path.name for path in target.iterdir()) == [
-        *("chat_template.jinja", "generation_config.json", "llama.json", "quantised.json", "tokenizer.json"),
+        *("chat_template.jinja", "generation_config.json", "llama.json", "tokenizer.json"),
         *("tokenizer_config.json", "weights"),
     ]
 
