@@ -20,6 +20,8 @@ POOL_BYTES = 2**31
 ROWS = 256
 """KV heads of all sequences in a call, about: so many that of those on each of two cores some in the middle see neither
 the first step of the grid nor the last."""
+MOVED_ROWS = 32
+"""Of moves, which take longest and visit one head a step."""
 HEADS = (2048, 16_384)
 """KVs of the heads that are counted whole."""
 SHORT = 256
@@ -213,8 +215,8 @@ def moves(name: str, ratio: int = 8) -> Case:
     def arguments(kvs: int) -> tuple[Any, ...]:
         stays, survives = np.arange(kvs) < kept, np.arange(kvs) % ratio == 0
         scores, positions = jnp.zeros(values, jnp.float32), jnp.zeros(values, jnp.int32)
-        table = np.arange(ROWS * entries, dtype=np.int32).reshape(ROWS, entries)
-        marks = (jnp.asarray(np.tile(marked, (ROWS, 1))) for marked in (survives & ~stays, stays & ~survives))
+        table = np.arange(MOVED_ROWS * entries, dtype=np.int32).reshape(MOVED_ROWS, entries)
+        marks = (jnp.asarray(np.tile(marked, (MOVED_ROWS, 1))) for marked in (survives & ~stays, stays & ~survives))
         is_source, is_hole = marks
         return scores, positions, jnp.asarray(table), Moves(is_source=is_source, is_hole=is_hole)
 
@@ -225,7 +227,7 @@ def moves(name: str, ratio: int = 8) -> Case:
         function=move_kvs,
         pool=pool,
         arguments=arguments,
-        rows=ROWS,
+        rows=MOVED_ROWS,
         parts=(Part(name="head", need=Need(bytes=blocks * block), kvs=CONTEXT, more=CONTEXT),),
     )
 
