@@ -101,7 +101,8 @@ def quantise_abstractly(model: Any, kind: str, *, per_tensor: bool = False, laye
             continue
         scales = tuple(1 if per_tensor or n == axis else size for n, size in enumerate(leaf.shape))
         codes = jax.ShapeDtypeStruct(leaf.shape, dtype)
-        leaf.set_value(Scaled(axis=axis, codes=codes, scales=jax.ShapeDtypeStruct(scales, jnp.float32)))
+        held: Any = Scaled(axis=axis, codes=codes, scales=jax.ShapeDtypeStruct(scales, jnp.float32))
+        leaf.set_value(held)
     return model
 
 
