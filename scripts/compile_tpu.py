@@ -223,7 +223,7 @@ def programs(chip: str, name: str, layers: int | None = None) -> Iterator[tuple[
     if name in LARGE_SHAPES:  # as it is published in FP8
         large = LARGE_SHAPES[name]
         large = replace(large, num_layers=layers or large.num_layers)
-        yield name, quantised_step(large, chip, "fp8", per_tensor=True, layers_only=True)
+        yield name, quantised_step(large, chip, "fp8", per_tensor=True)
         return
     model, memory = SHAPES[name], DEVICES[chip].memory
     for program in (*kernels(model), *(tiered_kernels(model) if name in TIERED else ())):

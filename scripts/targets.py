@@ -28,7 +28,7 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxkv.cache import CacheConfig, PagedCache, init_cache
 from models import LlamaConfig
-from models.checkpoints.assemble import inputs_axis, parameters_of
+from models.checkpoints.assemble import inputs_axis, parameters_of, weights_of
 from models.quantised import CODES, Grouped, Packed, Quantised, Scaled
 from pallas_kernels import use_implementation
 
@@ -87,17 +87,16 @@ def abstract_cache(model: LlamaConfig, **sizes: Any) -> PagedCache:
         return jax.eval_shape(lambda: init_cache(config))
 
 
-def quantise_abstractly(model: Any, kind: str, *, per_tensor: bool = False, layers_only: bool = False) -> Any:
+def quantise_abstractly(model: Any, kind: str, *, per_tensor: bool = False) -> Any:
     """A model of shapes without memory, changed to hold its matrices as ``models.load_model(weights=kind)`` would.
 
     Args:
       per_tensor: one scale a matrix, as in many FP8 checkpoints, and not one an output.
-      layers_only: embeddings and head stay as they are.
     """
     dtype, _ = CODES[kind]
     for path, leaf in parameters_of(model).items():
         axis = inputs_axis(path, leaf.shape)
-        if axis is None or (layers_only and path[0] != "layers"):
+        if axis is None or weights_of(path, kind) == "floats":
             continue
         scales = tuple(1 if per_tensor or n == axis else size for n, size in enumerate(leaf.shape))
         codes = jax.ShapeDtypeStruct(leaf.shape, dtype)
