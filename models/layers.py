@@ -48,10 +48,10 @@ class RMSNorm(nnx.Module):
 class Linear(nnx.Linear):
     """``nnx.Linear``, whose kernel may be ``Quantised`` and is then never widened whole."""
 
-    def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
+    def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:
         kernel: Any = self.kernel.get_value()
         if not isinstance(kernel, Quantised):
-            return super().__call__(inputs, out_sharding)
+            return super().__call__(inputs, *args, **kwargs)
         dtype = self.dtype or inputs.dtype
         out = kernel.product(inputs.astype(dtype), dtype)
         return out if self.bias is None else out + self.bias[...].astype(dtype)
@@ -67,10 +67,10 @@ class Linear(nnx.Linear):
 class Embed(nnx.Embed):
     """``nnx.Embed``, whose table may be ``Quantised`` and is then never widened whole."""
 
-    def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
+    def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:
         table: Any = self.embedding.get_value()
         if not isinstance(table, Quantised):
-            return super().__call__(inputs, out_sharding)
+            return super().__call__(inputs, *args, **kwargs)
         return table.rows(inputs).astype(self.dtype)
 
     def logits(self, hidden: Array) -> Array:

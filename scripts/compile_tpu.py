@@ -36,7 +36,7 @@ from jaxkv.generation.compress import compress
 from jaxkv.generation.decode import decode_step
 from jaxkv.policies import KVCompress, LeanKV, Policy, Ratio
 from models import Llama, LlamaConfig, stack_layers
-from models.shapes import SHAPES
+from models.shapes import LARGE_SHAPES, SHAPES
 from pallas_kernels import use_implementation
 from pallas_kernels.block_moves import Moves, move_kvs
 from pallas_kernels.block_writes import write_blocks
@@ -161,17 +161,18 @@ def half_of(model: LlamaConfig) -> LlamaConfig:
     )
 
 
-def abstract_model(config: LlamaConfig, chip: str, weights: str = "bfloat16") -> Any:
-    """Graph and leaves, shapes only, of a model as ``jaxkv.LLM`` runs it on this chip."""
+def abstract_model(config: LlamaConfig, chip: str, weights: str = "bfloat16", **how: bool) -> Any:
+    """Graph and leaves, shapes only, of a model as ``jaxkv.LLM`` runs it on this chip; ``how``: as
+    ``quantise_abstractly`` takes it."""
     model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
     if weights != "bfloat16":
-        model = quantise_abstractly(model, weights)
+        model = quantise_abstractly(model, weights, **how)
     return nnx.split(model if chip == "v7x" else stack_layers(model))
 
 
-def quantised_step(model: LlamaConfig, chip: str, weights: str = "int8") -> Program:
+def quantised_step(model: LlamaConfig, chip: str, weights: str, **how: bool) -> Program:
     """One decode step at batch 32 with weights as codes, of which no layer may be widened whole."""
-    graph, leaves = abstract_model(model, chip, weights)
+    graph, leaves = abstract_model(model, chip, weights, **how)
     weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(leaves))
     cache = abstract_cache(
         model,
@@ -219,6 +220,11 @@ def whole_steps(model: LlamaConfig, chip: str) -> Iterator[Program]:
 def programs(chip: str, name: str, layers: int | None = None) -> Iterator[tuple[str, Program]]:
     """What is compiled for a chip of a model: the model's name as printed, and the program. ``layers``: of its whole
     steps; None: all."""
+    if name in LARGE_SHAPES:  # as it is published in FP8
+        large = LARGE_SHAPES[name]
+        large = replace(large, num_layers=layers or large.num_layers)
+        yield name, quantised_step(large, chip, "fp8", per_tensor=True)
+        return
     model, memory = SHAPES[name], DEVICES[chip].memory
     for program in (*kernels(model), *(tiered_kernels(model) if name in TIERED else ())):
         yield name, program
@@ -227,7 +233,7 @@ def programs(chip: str, name: str, layers: int | None = None) -> Iterator[tuple[
         whole = replace(model, num_layers=layers or model.num_layers)
         for program in whole_steps(half_of(whole) if half else whole, chip):
             yield name + (", half" if half else ""), program
-        yield name, quantised_step(whole, chip)
+        yield name, quantised_step(whole, chip, "int8")
 
 
 def compile_all(chip: str, name: str, layers: int | None = None) -> Iterator[dict[str, Any]]:
@@ -295,7 +301,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", nargs="+", choices=TPUS)
-    parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--models", nargs="+", choices=[*SHAPES, *LARGE_SHAPES], default=list(SHAPES))
     parser.add_argument("--json", help="write the rows to this file too")
     parser.add_argument("--one", nargs=2, metavar=("CHIP", "MODEL"), help="in this process, a JSON line a program")
     parser.add_argument("--layers", type=int, help="of whole steps, where all take too long")

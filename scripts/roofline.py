@@ -41,7 +41,7 @@ ITEM = 2
 SHAPES = SMALL_SHAPES | LARGE_SHAPES
 WEIGHTS = {"bfloat16": 2.0, "int8": 1.0, "fp8": 1.0, "4-bit": 0.5 + 4 / 128}
 """Bytes a weight, but for a float32 scale for each output of those of 8 bits; of 4 bits: groups of 128, with a bfloat16
-scale and as large a zero point."""
+scale and as large a zero point. Embeddings and head are held alike, but beside FP8 in bfloat16."""
 
 
 class Heads(NamedTuple):
@@ -91,14 +91,16 @@ def weight_count(model: LlamaConfig, *, read: bool = False) -> int:
 
 
 def weight_bytes(model: LlamaConfig, weights: str = "bfloat16", *, read: bool = False) -> float:
-    """Of all weights, or of those that a decode step reads; ``weights``: of ``WEIGHTS``, embeddings among them."""
+    """Of all weights, or of those that a decode step reads; ``weights``: of ``WEIGHTS``."""
     size = weight_count(model, read=read) * WEIGHTS[weights]
     if WEIGHTS[weights] != 1:
         return size
     layer = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim + 2 * model.hidden_size
     embeddings = 1 if read or model.tie_embeddings else 2
-    outputs = model.num_layers * (layer + 2 * model.intermediate_size) + embeddings * model.vocab_size
-    return size + 4 * outputs
+    layers, vocabulary = model.num_layers * (layer + 2 * model.intermediate_size), embeddings * model.vocab_size
+    if weights == "fp8":
+        return size + 4 * layers + vocabulary * model.hidden_size
+    return size + 4 * (layers + vocabulary)
 
 
 def kept_blocks(tokens: int, ratio: float) -> int:

@@ -28,8 +28,8 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxkv.cache import CacheConfig, PagedCache, init_cache
 from models import LlamaConfig
-from models.checkpoints.assemble import inputs_axis, parameters_of
-from models.quantised import CODES, Scaled
+from models.checkpoints.assemble import inputs_axis, parameters_of, weights_of
+from models.quantised import CODES, Grouped, Packed, Quantised, Scaled
 from pallas_kernels import use_implementation
 
 GIB = 2**30
@@ -87,22 +87,51 @@ def abstract_cache(model: LlamaConfig, **sizes: Any) -> PagedCache:
         return jax.eval_shape(lambda: init_cache(config))
 
 
-def quantise_abstractly(model: Any, kind: str, *, per_tensor: bool = False, layers_only: bool = False) -> Any:
+def quantise_abstractly(model: Any, kind: str, *, per_tensor: bool = False) -> Any:
     """A model of shapes without memory, changed to hold its matrices as ``models.load_model(weights=kind)`` would.
 
     Args:
       per_tensor: one scale a matrix, as in many FP8 checkpoints, and not one an output.
-      layers_only: embeddings and head stay as they are.
     """
     dtype, _ = CODES[kind]
     for path, leaf in parameters_of(model).items():
         axis = inputs_axis(path, leaf.shape)
-        if axis is None or (layers_only and path[0] != "layers"):
+        if axis is None or weights_of(path, kind) == "floats":
             continue
         scales = tuple(1 if per_tensor or n == axis else size for n, size in enumerate(leaf.shape))
         codes = jax.ShapeDtypeStruct(leaf.shape, dtype)
-        leaf.set_value(Scaled(axis=axis, codes=codes, scales=jax.ShapeDtypeStruct(scales, jnp.float32)))
+        held: Any = Scaled(axis=axis, codes=codes, scales=jax.ShapeDtypeStruct(scales, jnp.float32))
+        leaf.set_value(held)
     return model
+
+
+def abstract_weights() -> dict[str, Quantised]:
+    """Of a matrix of Llama 3.1 8B's feed-forward, shapes only: one of each way in which scales are shared."""
+    inputs, outputs = 4096, 14_336
+
+    def array(dtype: Any, *dims: int) -> Any:
+        return jax.ShapeDtypeStruct(dims, dtype)
+
+    f8, f16, bf16, u8 = jnp.float8_e4m3fn, jnp.float16, jnp.bfloat16, jnp.uint8
+    codes, packed = array(f8, inputs, outputs), Packed(axis=0, low=array(u8, inputs // 2, outputs))
+    k_quant = Grouped(
+        axis=0, codes=array(u8, inputs // 32, outputs), scales=array(f16, inputs // 256, outputs), block=(8, 1)
+    )
+    by_block = array(jnp.float32, inputs // 128, outputs // 128)
+    by_group, zeros = array(bf16, inputs // 128, outputs), array(jnp.int16, inputs // 128, outputs)
+    return {
+        "FP8, one scale": Scaled(axis=0, codes=codes, scales=array(jnp.float32, 1, 1)),
+        "int8, a scale an output": Scaled(
+            axis=0, codes=array(jnp.int8, inputs, outputs), scales=array(jnp.float32, 1, outputs)
+        ),
+        "FP8, blocks of 128": Grouped(axis=0, codes=codes, scales=by_block, block=(128, 128)),
+        "4 bits, groups of 128": Grouped(axis=0, codes=packed, scales=by_group, zeros=zeros, block=(128, 1)),
+        "Q4_K": Grouped(axis=0, codes=packed, scales=k_quant, offsets=k_quant, block=(32, 1)),
+    }
+
+
+def product_of(held: Quantised, x: Any) -> Any:
+    return held.product(x, x.dtype)
 
 
 def compile_for_tpu(chip: str, function: Callable[..., Any], *args: Any, donate: tuple[int, ...] = ()) -> Any:
@@ -127,7 +156,8 @@ def sizes(compiled: Any) -> dict[str, int]:
     }
 
 
-BITS = {"pred": 8, "s8": 8, "u8": 8, "f8e4m3fn": 8, "bf16": 16, "f16": 16, "s32": 32, "u32": 32, "f32": 32}
+BITS = {"pred": 8, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "s32": 32, "u32": 32, "f32": 32}
+"""Of what is looked at for copies; not FP8, which only weights are: stacked ones are seen in another tiling in place."""
 COPY = re.compile(r"= \(?(\w+)\[([\d,]*)\][^=]*? (copy|copy-start|transpose|pad|convert)\(")
 
 

@@ -106,11 +106,12 @@ def assemble(
     sizes = {path: sum(map(source.nbytes, place.names)) for path, place in stored.items()}
     all_of_them = [(path, parameter, sizes[path]) for path, parameter in parameters.items()]
     for path, parameter in one_by_one(all_of_them, sum(sizes.values())):
-        axis = inputs_axis(path, parameter.shape)
-        values = read(stored[path], parameter.shape, axis, transposed=path[-1] == "kernel")
+        axis, held = inputs_axis(path, parameter.shape), weights_of(path, weights)
+        exact = axis is not None and held in CODES
+        values = read(stored[path], parameter.shape, transposed=path[-1] == "kernel", exact=exact)
         if values.shape != parameter.shape:
             raise ValueError(f"{path} has shape {parameter.shape}, but {values.shape} of {stored[path]}: fix {names}")
-        parameter.set_value(jax.device_put(as_held(values, weights, axis=axis, dtype=dtype)))
+        parameter.set_value(jax.device_put(as_held(values, held, axis=axis, dtype=dtype)))
     return model
 
 
@@ -118,6 +119,14 @@ def check_weights(weights: str) -> None:
     """Raises ValueError where it is none of ``WEIGHTS``."""
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
+
+
+def weights_of(path: ParameterPath, weights: str) -> str:
+    """What a matrix is held as, where the model is to be held as ``weights``.
+
+    FP8 is for layers alone, as in published checkpoints: at the head it costs almost as much as in all of them.
+    """
+    return "floats" if weights == "fp8" and path[0] != "layers" else weights
 
 
 def inputs_axis(path: ParameterPath, shape: tuple[int, ...]) -> int | None:
@@ -181,14 +190,13 @@ class _Reader:
     """Of ``WEIGHTS``."""
 
     def __call__(
-        self, place: Stored, shape: tuple[int, ...], axis: int | None, *, transposed: bool
+        self, place: Stored, shape: tuple[int, ...], *, transposed: bool, exact: bool
     ) -> np.ndarray | Quantised:
-        """A parameter of that shape. ``axis``: what ``inputs_axis`` says."""
+        """A parameter of that shape. ``exact``: floats in float32, since they are yet to be quantised."""
         if isinstance(place, Stacked):
             return np.stack([self._floats(name, shape[1:], transposed) for name in place.names])
         part = (place.start, place.stop - place.start) if isinstance(place, Rows) else None
-        dtype = self.dtype if axis is None or self.weights not in CODES else np.dtype(np.float32)
-        return self._tensor(place.name, shape, transposed, part, dtype)
+        return self._tensor(place.name, shape, transposed, part, np.dtype(np.float32) if exact else self.dtype)
 
     def _floats(self, name: str, shape: tuple[int, ...], transposed: bool) -> np.ndarray:
         values = self._tensor(name, shape, transposed, None, self.dtype)

@@ -16,7 +16,14 @@ import orbax.checkpoint as ocp
 from jax.typing import DTypeLike
 
 from models import families
-from models.checkpoints.assemble import abstract_model, as_held, check_quantised, inputs_axis, parameters_of
+from models.checkpoints.assemble import (
+    abstract_model,
+    as_held,
+    check_quantised,
+    inputs_axis,
+    parameters_of,
+    weights_of,
+)
 from models.checkpoints.described import arrays_of, describe, rebuild
 from models.errors import CheckpointError
 from models.families import Model, family_of_config
@@ -152,7 +159,7 @@ def restore(directory: Path, dtype: DTypeLike = jnp.float32, *, weights: str = "
                 part: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place) for part, array in arrays.items()
             }
         else:
-            exact = weights in CODES and inputs_axis(path, leaf.shape) is not None
+            exact = weights_of(path, weights) in CODES and inputs_axis(path, leaf.shape) is not None
             kind = np.dtype(np.float32 if exact else dtype)
             expected[name] = jax.ShapeDtypeStruct(leaf.shape, kind, sharding=place)
     loaded = _restore_weights(directory / WEIGHTS, stored, expected)
@@ -165,7 +172,8 @@ def restore(directory: Path, dtype: DTypeLike = jnp.float32, *, weights: str = "
                 f"{directory}: tensor {name!r} has NaN or infinite values as {value.dtype}. The checkpoint is damaged, "
                 "or its values don't fit; save it again or load it as float32."
             )
-        leaf.set_value(jax.device_put(as_held(value, weights, axis=inputs_axis(path, leaf.shape), dtype=dtype)))
+        axis, held = inputs_axis(path, leaf.shape), weights_of(path, weights)
+        leaf.set_value(jax.device_put(as_held(value, held, axis=axis, dtype=dtype)))
     return model
 
 

@@ -11,6 +11,7 @@ import compile_tpu
 import jax
 import jax.numpy as jnp
 import pytest
+from targets import abstract_weights, product_of
 from targets_gpu import compile_for_h200, why_not
 
 from models.shapes import SHAPES
@@ -263,3 +264,11 @@ def test_layers_in_a_loop_share_one_pool_of_quantised_blocks():
     ids = Array((layers, *heads, CONTEXT // 64), jnp.int32), Array((layers, *heads, 2), jnp.int32), index, index
     program = compile_for_h200(run, pool, x, *ids, donate=(0,))
     assert_no_copy(program, pool, written=True)
+
+
+@pytest.mark.parametrize("rows", [32, 512])
+@pytest.mark.parametrize("kind", abstract_weights())
+def test_weights_as_codes_are_never_widened_whole(kind, rows):
+    held = abstract_weights()[kind]
+    program = compile_for_h200(product_of, held, Array((rows, held.shape[0]), jnp.bfloat16))
+    assert program.memory_analysis().temp_size_in_bytes < held.shape[0] * held.shape[1] * 2 / 4

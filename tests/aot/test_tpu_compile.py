@@ -79,3 +79,15 @@ def test_a_pool_that_is_laid_out_anew_is_seen(width, is_copied):
     compiled = targets.compile_for_tpu("v5e", move, pool, donate=(0,))
     assert targets.sizes(compiled)["aliased"] >= pool.size * 2
     assert bool(targets.copies_of(compiled, pool.shape, 2)) == is_copied
+
+
+@pytest.mark.parametrize("rows", [32, 512])
+@pytest.mark.parametrize("kind", targets.abstract_weights())
+def test_weights_as_codes_are_never_widened_whole(kind, rows):
+    chip = CHIPS[0]
+    if reason := targets.why_not(chip):
+        pytest.skip(reason)
+    held = targets.abstract_weights()[kind]
+    x = jax.ShapeDtypeStruct((rows, held.shape[0]), jnp.bfloat16)
+    compiled = targets.compile_for_tpu(chip, targets.product_of, held, x)
+    assert targets.sizes(compiled)["temporary"] < held.shape[0] * held.shape[1] * 2 / 8

@@ -164,7 +164,7 @@ def test_a_model_quantised_at_load_is_that_of_its_widened_weights(kind, changes,
     save(exact, tmp_path / "exact")
     model = load_model(tmp_path / "exact", weights=kind)
     twin, count = widened_twin(model)
-    assert count == 14 + (1 if "tie_embeddings" in changes else 2)
+    assert count == 14 + (0 if kind == "fp8" else 1 if "tie_embeddings" in changes else 2)
     logits = forward(model, tokens)
     np.testing.assert_allclose(logits, forward(twin, tokens), atol=1e-5 * np.abs(logits).max())
     error = (logits - forward(exact, tokens)).std() / logits.std()

@@ -111,7 +111,7 @@ def test_a_stored_checkpoint_is_saved_and_restored(written, hf_directory, tmp_pa
 def test_quantised_checkpoints_are_quantised_otherwise(kind, written, hf_directory):
     written(FORMATS["awq"])
     found = quantised_in(load_model(hf_directory, weights=kind))
-    assert len(found) == 16
+    assert len(found) == (14 if kind == "fp8" else 16)  # FP8 is for layers alone
     assert {type(value) for value in found.values()} == {Scaled}
 
 
