@@ -73,11 +73,9 @@ class Tiered(Placement):
         return 0
 
     def ranks_decoded(self, scorer: Scorer) -> bool:
-        return scorer.ranks_decoded and not scorer.observes_decoding
-
-    def observes_decoding(self, scorer: Scorer) -> bool:
-        """No: a decode step that adds to scores would attend to unquantised KVs alone."""
-        return False
+        """Where the scorer does, and its queries tell of all keys: a decode step knows of quantised ones not how far
+        back they are."""
+        return scorer.ranks_decoded and not (scorer.observes_decoding and scorer.observes.buffer)
 
     def room_in_tables(self, cache: PagedCache, room: Array) -> Array:
         """``i32[]``: quantised blocks that the one sequence of a cache may hold: at least one a head."""

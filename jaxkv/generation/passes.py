@@ -15,6 +15,7 @@ from jax import Array
 
 from jaxkv.cache.contents import contents, readable, unquantised
 from jaxkv.cache.home import HIGH, LOW
+from jaxkv.cache.quantised import NoStore
 from jaxkv.cache.raw import add_to_slots
 from jaxkv.cache.state import PagedCache
 from jaxkv.compression.placement import Claim
@@ -183,29 +184,36 @@ class AppendToken:
         self.lengths = jnp.where(self.counts[None, :, None] > 0, raw.lengths, 0)
         """What each head attends to: nothing in rows that aren't active."""
         self.policy = policy if policy is not None and policy.observes_decoding else None
-        self.state = raw.pool, raw.scores
+        observed = self.policy is not None and not isinstance(claim.cache.quantised, NoStore)
+        self.state = raw.pool, raw.scores, claim.cache.tiers.pool if observed else None
 
     def attend(
-        self, state: tuple[Array, Array], layer: int | Array, query: Array, key: Array, value: Array
-    ) -> tuple[tuple[Array, Array], Array]:
-        pool, scores = state
+        self, state: tuple[Array, Array, Array | None], layer: int | Array, query: Array, key: Array, value: Array
+    ) -> tuple[tuple[Array, Array, Array | None], Array]:
+        pool, scores, quantised = state
         table, length = self.cache.raw.tables.block_table[layer], self.lengths[layer]
         pool = write_blocks(pool, key, value, table, self.starts[layer], self.counts)
         held = RawKVs(pool, table, length)
+        tiers = self.cache.quantised.view(layer, self.counts > 0)
         if self.policy is None:
-            tiers = self.cache.quantised.view(layer, self.counts > 0)
             out, _ = paged_attention(query[:, 0], held, tiers=tiers)
-            return (pool, scores), out[:, None]
+            return (pool, scores, quantised), out[:, None]
         scorer, up_to = self.policy.scorer, None
-        out, masses = paged_attention(query[:, 0], held, observe=scorer.score_decoded)
+        if tiers is None or quantised is None:
+            out, masses = paged_attention(query[:, 0], held, observe=scorer.score_decoded)
+        else:
+            tiers = replace(tiers, pool=quantised)
+            out, (masses, quantised) = paged_attention(query[:, 0], held, tiers=tiers, observe=scorer.score_decoded)
         if scorer.observes.buffer:
             up_to = self.cache.raw.positions, self.positions[:, 0] - scorer.observes.buffer
-        return (pool, add_to_slots(scores, table, length, masses, up_to)), out[:, None]
+        return (pool, add_to_slots(scores, table, length, masses, up_to), quantised), out[:, None]
 
-    def end(self, state: tuple[Array, Array]) -> PagedCache:
-        pool, scores = state
-        raw = replace(self.cache.raw, pool=pool, scores=scores)
-        return replace(self.cache, raw=raw, num_tokens=self.cache.num_tokens + self.counts)
+    def end(self, state: tuple[Array, Array, Array | None]) -> PagedCache:
+        pool, scores, quantised = state
+        raw, store = replace(self.cache.raw, pool=pool, scores=scores), self.cache.quantised
+        if quantised is not None:
+            store = replace(self.cache.tiers, pool=quantised)
+        return replace(self.cache, raw=raw, quantised=store, num_tokens=self.cache.num_tokens + self.counts)
 
 
 class QuantiseToken:
