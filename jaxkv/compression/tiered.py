@@ -28,6 +28,8 @@ class Tiered(Placement):
     low: Format = K4V2
     block_tokens: int = 64
     """KVs in a high block."""
+    hadamard: bool = False
+    """K and V are turned by a Hadamard matrix before they are quantised: for keys with outlier channels."""
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -43,6 +45,7 @@ class Tiered(Placement):
             tokens=self.block_tokens,
             tile=block_tile(),
             low_step=block_low_step(head_dim),
+            hadamard=self.hadamard,
         )
 
     def block_bytes(self, cache: PagedCache) -> int:
