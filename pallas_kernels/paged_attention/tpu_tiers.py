@@ -91,9 +91,11 @@ def paged_attention(
     tiles = tiles or tiling(layout, max_blocks)
     rows, group = batch * kv_heads, heads // kv_heads
 
-    significance, all_kvs = observe, observe is not None and not isinstance(observe, Significance)
-    if all_kvs:
-        significance, next_position = Significance.of_scores(observe), jnp.zeros(batch, jnp.int32)
+    if observe is None or isinstance(observe, Significance):
+        significance, all_kvs = observe, False
+    else:
+        significance, all_kvs = Significance.of_scores(observe), True
+        next_position = jnp.zeros(batch, jnp.int32)
     padded = -(-group // SUBLANES) * SUBLANES
     beside, p = (None, None) if raw is None else _attend_raw(query, raw, padded, interpret, keep=all_kvs)
     spread = query.reshape(rows, group, head_dim).astype(jnp.float32)

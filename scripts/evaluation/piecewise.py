@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 from evaluation.scoring import NEVER, Compressed, Read, Runner, chunks
 from evaluation.tasks import Continual, InParts, Reading
@@ -31,10 +32,11 @@ class Piecewise(Runner):
 
     @program(donate=("cache", "prompt"), static=("policy",))
     def _force(
-        self, cache: PagedCache, prompt: PromptState, tokens: Array, count: Array, policy: Policy | None
+        self, cache: PagedCache, prompt: PromptState, tokens: ArrayLike, count: ArrayLike, policy: Policy | None
     ) -> tuple[PagedCache, PromptState, Array]:
         """A chunk of ``i32[length + 1]`` tokens but for the last: log probability of each after the first."""
-        chunk = ReadChunk(self.model, cache, prompt, tokens.shape[0] - 1, count[None], policy)
+        tokens = jnp.asarray(tokens)
+        chunk = ReadChunk(self.model, cache, prompt, tokens.shape[0] - 1, jnp.reshape(count, 1), policy)
         state, hidden = self.model(tokens[None, :-1], chunk.positions, chunk.attend, chunk.state)
         cache, prompt = chunk.end(state, hidden)
         logprobs = jax.nn.log_softmax(self.model.logits(hidden)[0])
@@ -42,20 +44,21 @@ class Piecewise(Runner):
 
     @program(donate=("cache",), static=("policy",))
     def _decode(
-        self, cache: PagedCache, tokens: Array, count: Array, policy: Policy
+        self, cache: PagedCache, tokens: ArrayLike, count: ArrayLike, policy: Policy
     ) -> tuple[PagedCache, Array, Array]:
         """The same, a token a step; and how many were made."""
+        tokens, limit = jnp.asarray(tokens), jnp.reshape(count, 1)
         steps, first = tokens.shape[0] - 1, cache.num_tokens + 1
         sampler = Forced(sampler=Greedy(), tokens=tokens[None, 1:], first=first)
-        made = decode(self.model, cache, tokens[:1], count[None], steps=steps, policy=policy, sampler=sampler)
+        made = decode(self.model, cache, tokens[:1], limit, steps=steps, policy=policy, sampler=sampler)
         return made.cache, made.logprobs[0], made.counts[0]
 
     @program(donate=("cache",), static=("policy", "again"))
-    def _within(self, cache: PagedCache, policy: Policy, room: Array, tokens: Array, again: bool) -> PagedCache:
+    def _within(self, cache: PagedCache, policy: Policy, room: ArrayLike, tokens: ArrayLike, again: bool) -> PagedCache:
         """Compressed to so many blocks, of a text of so many tokens in the end."""
         if again:
-            return compress_again(cache, policy, room=room[None])
-        return compress(cache, policy, room=room[None], tokens=tokens[None])
+            return compress_again(cache, policy, room=jnp.reshape(room, 1))
+        return compress(cache, policy, room=jnp.reshape(room, 1), tokens=jnp.reshape(tokens, 1))
 
     def reads_whole(self, reading: Reading, policy: Policy | None) -> bool:
         evicts = policy is not None and not isinstance(policy.budget, Unlimited)
