@@ -162,3 +162,9 @@ class Request:
     """Tokens to make at most: ``max_tokens``, or less where the context ends before."""
     policy: Policy | None
     """What compresses its cache; None: nothing."""
+
+    @property
+    def until_compressed(self) -> int:
+        """Tokens that are made at most before what they added is compressed, or the answer ends."""
+        every = None if self.policy is None else self.policy.compress_every
+        return self.limit if every is None else min(self.limit, every)

@@ -23,20 +23,22 @@ from pathlib import Path
 
 import jax.numpy as jnp
 from evaluation.benchmark import Protocol, read_benchmark
+from evaluation.piecewise import Piecewise
 from evaluation.records import Journal, Key, Record, finished, table, write_json
 from evaluation.scoring import Read, Runner
 from evaluation.suite import SUITES, generate
-from evaluation.tasks import Item, TaskSet, read_tasks
+from evaluation.tasks import Item, OfText, TaskSet, read_tasks
 from evaluation.writing import Writer
 from tqdm import tqdm
 
-from jaxkv import Policy, Ratio
+from jaxkv import Policy, Ratio, Unlimited
 from jaxkv.cli.commands import keep_compiled_programs
 from jaxkv.compression import Global, LastQueries, PerHead, PerLayer
 from jaxkv.generation.prompt import observation_of
-from jaxkv.policies import make_policy
+from jaxkv.policies import Mixed, StreamingLLM, make_policy
 from jaxkv.policies.kv_compress import l1, l2
-from models import load_model, load_tokenizer, resolve
+from models import load_model, load_tokenizer, resolve, stack_layers
+from pallas_kernels.quantised_block import Format
 
 POLICIES = "none,kv-compress,snapkv,auto"
 RATIOS = "4,8,16"
@@ -51,8 +53,11 @@ VALUES = {
     "per-head": PerHead(),
     "true": True,
     "false": False,
+    "all": None,
 }
 """What a policy's setting may be, but for numbers."""
+NOTHING_EVICTED = {"8-bit": "K8V8", "4-bit": "K4V4"}
+"""Names of what keeps all KVs, at so many bits of K and of V."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,7 +81,11 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--suite", choices=SUITES, help="built-in tasks")
     what.add_argument("--benchmark", type=Path, metavar="DIR", help="LongBench's or RULER's own files")
     top.add_argument(
-        "--policies", default=POLICIES, metavar="NAMES", help=f"with settings as in kvzip:power=2; default: {POLICIES}"
+        "--policies",
+        default=POLICIES,
+        metavar="NAMES",
+        help=f"with settings as in kvzip:power=2, or {' or '.join(NOTHING_EVICTED)}, which evict nothing; "
+        f"default: {POLICIES}",
     )
     top.add_argument("--ratios", default=RATIOS, metavar="NUMBERS", help=f"of real bytes; default: {RATIOS}")
     top.add_argument("--only", nargs="+", metavar="TASK", help="these tasks; default: all")
@@ -100,7 +109,7 @@ def run(options: argparse.Namespace) -> int:
     protocol = parse_protocol(options)
     path = resolve(options.model)
     tokenizer = load_tokenizer(path)
-    model = load_model(path)
+    model = stack_layers(load_model(path))  # many programs, each of them compiled for a single layer
     policies = {name: policy and policy.for_model(model.sizes) for name, policy in named.items()}
     if options.benchmark:
         tasks = read_benchmark(options.benchmark, tokenizer, model.sizes.max_context, protocol)
@@ -110,7 +119,7 @@ def run(options: argparse.Namespace) -> int:
         tasks = read_tasks(options.tasks, tokenizer, model.sizes.vocab_size)
     if tasks.longest > model.sizes.max_context:
         raise ValueError(f"a context of {tasks.longest} tokens is longer than the model's {model.sizes.max_context}")
-    runner = Writer(model, tasks, tokenizer) if options.benchmark else Runner(model, tasks.longest)
+    runner = Writer(model, tasks, tokenizer) if options.benchmark else Piecewise(model, tasks.longest)
     settings = {"model": options.model, "tasks": digest(tasks)}
     tasks = tasks.only(options.only, options.contexts)
     journal = Journal(options.json and options.json.with_name(options.json.name + ".items.jsonl"), settings)
@@ -152,10 +161,20 @@ def parse_policies(text: str) -> dict[str, Policy | None]:
     found: dict[str, Policy | None] = {}
     for part in text.split(","):
         name, *settings = part.strip().split(":")
+        if part.strip() in NOTHING_EVICTED:
+            found[part.strip()] = quantised(NOTHING_EVICTED[part.strip()])
+            continue
         pairs = [setting.partition("=")[::2] for setting in settings]
         values = {key: _value(part, key, value) for key, value in pairs}
         found[part.strip()] = make_policy(name, None if name == "none" else Ratio(ratio=2), **values)
     return found
+
+
+def quantised(form: str) -> Policy:
+    """All KVs at one precision."""
+    one = Format.named(form)
+    everything = StreamingLLM(budget=Unlimited())  # any ranking does
+    return Mixed(budget=Unlimited(), scoring=everything, high=one, low=one, high_share=1.0)
 
 
 def _value(part: str, key: str, value: str) -> object:
@@ -178,9 +197,14 @@ def keys(tasks: TaskSet, policies: dict[str, Policy | None], ratios: list[float]
     return [
         (name, ratio, task.name)
         for name in policies
-        for ratio in ([1.0] if name == "none" else ratios)
+        for ratio in ratios_of(policies[name], ratios)
         for task in tasks.tasks
     ]
+
+
+def ratios_of(policy: Policy | None, ratios: list[float]) -> list[float]:
+    """One, where nothing is evicted: what such a policy holds is what it comes to."""
+    return [1.0] if policy is None or isinstance(policy.budget, Unlimited) else ratios
 
 
 def records(journal: Journal, tasks: TaskSet, policies: dict[str, Policy | None], ratios: list[float]) -> list[Record]:
@@ -208,11 +232,13 @@ def evaluate(
             tokens, shared = tasks.contexts[context], dict[object, Read]()
             for name, policy in policies.items():
                 bar.set_postfix_str(name)
-                left = [(r, task, item) for r in ([1.0] if policy is None else ratios) for task, item in asked]
+                left = [(r, task, item) for r in ratios_of(policy, ratios) for task, item in asked]
                 left = [each for each in left if each[2].id not in journal.outcomes[name, *each[:2]]]
                 if left:
-                    read = shared.get(runner.config(policy)) or runner.read(tokens, policy, keep_back=keep_back)
-                    if read.prompt is None:
+                    whole = any(runner.reads_whole(item.reading, policy) for _, _, item in left)
+                    back = keep_back if whole else len(tokens)  # what is read in pieces is read anew at each ratio
+                    read = shared.get(runner.config(policy)) or runner.read(tokens, policy, keep_back=back)
+                    if read.prompt is None and whole:
                         shared[runner.config(policy)] = read
                     _ask_all(runner, name, policy, read, left, journal)
                 if path is not None:
@@ -229,15 +255,19 @@ def _ask_all(
     journal: Journal,
 ) -> None:
     """Items of one context, by ratio and task."""
-    for told in dict.fromkeys(item.told for _, _, item in left):
-        full, seconds = runner.scored(read, told, policy)
-        for ratio in dict.fromkeys(ratio for ratio, _, item in left if item.told == told):
-            some = [(task, item) for at, task, item in left if item.told == told and at == ratio]
+    for told, reading in dict.fromkeys((item.told, item.reading) for _, _, item in left):
+        of_these = [each for each in left if (each[2].told, each[2].reading) == (told, reading)]
+        ratios = list(dict.fromkeys(ratio for ratio, _, _ in of_these))
+        for ratio, small in runner.compressed(read, told, reading, policy, ratios):
+            some = [(task, item) for at, task, item in of_these if at == ratio]
             some.sort(key=lambda pair: len(pair[1].question) + len(pair[1].answer))  # those read together are alike
-            small, spent = (full, 0.0) if policy is None else runner.shrunk(full, policy, ratio)
-            outcomes = runner.ask(small, [item for _, item in some], read=seconds, compress=spent)
-            for (task, _), outcome in zip(some, outcomes, strict=True):
+            asked = [pair for pair in some if not isinstance(pair[1], OfText)]
+            outcomes = runner.ask(small.cache, [i for _, i in asked], read=small.read, compress=small.compress)
+            for (task, _), outcome in zip(asked, outcomes, strict=True):
                 journal.add((name, ratio, task), [outcome])
+            for task, item in some:
+                if isinstance(item, OfText):
+                    journal.add((name, ratio, task), [runner.of_text(small, item)])
 
 
 if __name__ == "__main__":

@@ -207,6 +207,7 @@ def init_cache(config: CacheConfig) -> PagedCache:
             row_width=config.row_width,
             head_dim=config.head_dim,
             dtype=config.dtype,
+            hadamard=config.tiers is not None and config.tiers.layout.hadamard,
         ),
         quantised=NoStore() if config.tiers is None else _empty_quantised(heads, config.tiers, config.max_context),
         num_tokens=jnp.zeros(config.batch, jnp.int32),

@@ -13,6 +13,7 @@ from jaxkv.cache.tables import HeadTables
 from pallas_kernels import slot_values
 from pallas_kernels.kvs import RawKVs
 from pallas_kernels.pool_values import pool_dtype
+from pallas_kernels.quantised_block.hadamard import turned
 from pallas_kernels.walk import walk
 
 LANES = 128
@@ -37,6 +38,8 @@ class RawStore:
     tables: HeadTables
     head_dim: int = field(metadata={"static": True})
     """Values of K, and of V, of a KV; a half of the row may be wider."""
+    hadamard: bool = field(default=False, metadata={"static": True})
+    """Whether K and V are turned, as those of the quantised store are; see ``turned``."""
 
     @classmethod
     def empty(
@@ -49,6 +52,7 @@ class RawStore:
         row_width: int,
         head_dim: int,
         dtype: DTypeLike,
+        hadamard: bool = False,
     ) -> RawStore:
         rows = -(-num_blocks * block_size // LANES)
         return cls(
@@ -57,7 +61,12 @@ class RawStore:
             positions=jnp.zeros((rows, LANES), jnp.int32),
             tables=HeadTables.empty(heads, max_blocks=max_blocks, num_blocks=num_blocks, kvs_a_block=(block_size,)),
             head_dim=head_dim,
+            hadamard=hadamard,
         )
+
+    def turned(self, vectors: Array) -> Array:
+        """Queries, keys or values ``[..., head_dim]`` as those that are cached are, or of such ones what they were."""
+        return turned(vectors) if self.hadamard else vectors
 
     @property
     def block_size(self) -> int:

@@ -160,6 +160,12 @@ def add_compression(command: argparse.ArgumentParser) -> None:
         const=True,
         help="mixed, auto: sinks and the protected window stay unquantised",
     )
+    group.add_argument(
+        "--hadamard",
+        action="store_const",
+        const=True,
+        help="leankv, mixed, auto: K and V are turned before they are quantised, for keys with outlier channels",
+    )
     group.add_argument("--compress-every", type=int, metavar="N", help="compress again every N tokens")
 
 

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import Self
 
+import jax.numpy as jnp
 from jax import Array
 
 from jaxkv.cache.config import CacheConfig
@@ -67,6 +68,23 @@ class Policy:
     def observes_decoding(self) -> bool:
         """Whether decoded tokens' attention is to be added to scores: what is never compressed again needs none."""
         return self.compress_every is not None and self.placement.observes_decoding(self.scorer)
+
+    def faded(self, scores: Array, positions: Array, num_tokens: Array) -> Array:
+        """What scores to which decoding adds become when a sequence is compressed again.
+
+        A sum over all queries would keep the oldest KVs, which were seen by most, whatever came later. So each
+        time it is scaled as if no more queries had been summed than the protected window has: what stays of the past
+        beside the queries since then. It is a mean, too, of KVs that are older than both.
+
+        Args:
+          scores: ``f32[layers, batch, kv_heads, kvs]``.
+          positions: ``i32`` like ``scores``.
+          num_tokens: ``i32[batch]``.
+        """
+        age = num_tokens[None, :, None, None] - positions
+        summed = jnp.minimum(age, self.protected_window + (self.compress_every or 0))
+        few = jnp.minimum(age, self.protected_window)
+        return scores * few.astype(jnp.float32) / jnp.maximum(summed, 1).astype(jnp.float32)
 
     @property
     def acts_in_decoding(self) -> bool:

@@ -28,6 +28,8 @@ class Tiered(Placement):
     low: Format = K4V2
     block_tokens: int = 64
     """KVs in a high block."""
+    hadamard: bool = False
+    """K and V are turned by a Hadamard matrix before they are quantised: for keys with outlier channels."""
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -43,6 +45,7 @@ class Tiered(Placement):
             tokens=self.block_tokens,
             tile=block_tile(),
             low_step=block_low_step(head_dim),
+            hadamard=self.hadamard,
         )
 
     def block_bytes(self, cache: PagedCache) -> int:
@@ -73,11 +76,9 @@ class Tiered(Placement):
         return 0
 
     def ranks_decoded(self, scorer: Scorer) -> bool:
-        return scorer.ranks_decoded and not scorer.observes_decoding
-
-    def observes_decoding(self, scorer: Scorer) -> bool:
-        """No: a decode step that adds to scores would attend to unquantised KVs alone."""
-        return False
+        """Where the scorer does, and its queries tell of all keys: a decode step knows of quantised ones not how far
+        back they are."""
+        return scorer.ranks_decoded and not (scorer.observes_decoding and scorer.observes.buffer)
 
     def room_in_tables(self, cache: PagedCache, room: Array) -> Array:
         """``i32[]``: quantised blocks that the one sequence of a cache may hold: at least one a head."""

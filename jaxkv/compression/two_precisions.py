@@ -22,8 +22,9 @@ class TwoPrecisions(Tiered):
     """All heads of all layers compete for whole blocks of the budget, first for high ones and then for low ones.
 
     A block's price is the highest rank among the KVs that it would hold, as in KV-Compress (section 4), so what is
-    allocated is also filled. Tokens decoded later are kept unquantised until they are compressed (``compress_every``),
-    which takes a ranking that needs no scores of them.
+    allocated is also filled. Tokens decoded later are kept unquantised until they are compressed (``compress_every``);
+    then they compete with all that is quantised, which keeps its scores. So a KV declines as better ones come:
+    unquantised, high, low, gone.
     """
 
     high_share: float = 0.5

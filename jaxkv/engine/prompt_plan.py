@@ -125,5 +125,7 @@ def _too_large(config: CacheConfig, tokens: int, need: int, when: str, *, advise
 
 def _blocks_of(layout: BlockLayout | None) -> str:
     return (
-        "unquantised blocks" if layout is None else f"blocks of {layout.tokens} tokens {layout.high} and {layout.low}"
+        "unquantised blocks"
+        if layout is None
+        else f"blocks of {layout.tokens} tokens {layout.high} and {layout.low}{', turned' * layout.hadamard}"
     )

@@ -142,13 +142,20 @@ class Scheduler:
                 f"the prompt doesn't fit its {total.quantised} quantised blocks; "
                 f"{more_memory(self.config, whole, quantised=True)}, a smaller budget, or shorten it"
             )
-        held, more = counts.held(row), self._growth([row], request.limit)
+        held, policy, tokens = counts.held(row), request.policy, request.until_compressed
+        more = self._growth([row], tokens)
+        if policy is not None and tokens < request.limit:
+            whole = len(request.prompt) + request.limit
+            held = held.or_more(compressed_blocks(self.config, policy, whole))
+            if not policy.placement.quantises_decoding:
+                more = more.or_more(Blocks(raw=self.config.full_blocks(tokens)))
         if held + more <= total:
             return None
         quantised = held.raw + more.raw <= total.raw
         have, grows = (held.quantised, more.quantised) if quantised else (held.raw, more.raw)
+        when = "once it is read" if tokens == request.limit else "whenever it is compressed"
         return (
-            f"the prompt holds {have} blocks once it is read, but {request.limit} more tokens may need {grows}; "
+            f"the prompt holds {have} blocks {when}, but {tokens} more tokens may need {grows}; "
             f"{more_memory(self.config, have + grows, quantised=quantised)}, or ask for fewer tokens"
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxkv.cache.contents import contents
+from jaxkv.cache.contents import contents, with_scores
 from jaxkv.cache.moves import move
 from jaxkv.cache.state import PagedCache
 from jaxkv.compression.policy import Policy
@@ -62,6 +62,18 @@ def compress(
 
     # One sequence at a time: what is ranked together is one sequence's, and temporaries stay those of one.
     return lax.fori_loop(0, cache.num_tokens.shape[0], one, cache)
+
+
+def compress_again(
+    cache: PagedCache, policy: Policy, select: Array | None = None, *, room: Array | None = None
+) -> PagedCache:
+    """As ``compress``, of sequences that have grown by ``compress_every`` tokens since they were compressed last."""
+    if policy.observes_decoding:
+        now = contents(cache)
+        due = jnp.ones(cache.num_tokens.shape, bool) if select is None else select
+        scores = jnp.where(due[:, None, None], policy.faded(now.scores, now.positions, cache.num_tokens), now.scores)
+        cache = with_scores(cache, scores, now.positions, due)
+    return compress(cache, policy, select, room=room)
 
 
 def check_blocks(cache: PagedCache, policy: Policy) -> None:

@@ -11,7 +11,7 @@ from jax import Array, lax
 from jaxkv.cache.state import PagedCache
 from jaxkv.compression.placement import Claim, claim_raw
 from jaxkv.compression.policy import Policy
-from jaxkv.generation.compress import check_blocks, compress
+from jaxkv.generation.compress import check_blocks, compress, compress_again
 from jaxkv.generation.passes import begin_step
 from jaxkv.generation.prefill import prefill
 from jaxkv.generation.sampling import Greedy, Sampler, logprobs_of
@@ -152,7 +152,7 @@ def _compress_grown(cache: PagedCache, policy: Policy | None, active: Array) -> 
     if policy is None or policy.compress_every is None:
         return cache
     due = active & (cache.num_tokens % policy.compress_every == 0)
-    return lax.cond(jnp.any(due), lambda c: compress(c, policy, due), lambda c: c, cache)
+    return lax.cond(jnp.any(due), lambda c: compress_again(c, policy, due), lambda c: c, cache)
 
 
 @any_ranks

@@ -15,6 +15,7 @@ from jax import Array
 
 from jaxkv.cache.contents import contents, readable, unquantised
 from jaxkv.cache.home import HIGH, LOW
+from jaxkv.cache.quantised import NoStore
 from jaxkv.cache.raw import add_to_slots
 from jaxkv.cache.state import PagedCache
 from jaxkv.compression.placement import Claim
@@ -88,6 +89,8 @@ class ReadChunk:
     ) -> tuple[tuple[Array, Array, QueryMoments | None], Array]:
         pool, mass, queries = state
         raw, starts = self.cache.raw, self.before.raw.lengths[layer]
+        own = query
+        query, key, value = (raw.turned(x) for x in (query, key, value))
         # Written before it is read, and read to the end before the next layer writes: else XLA copies the pool.
         pool = write_blocks(pool, key, value, raw.tables.block_table[layer], starts, self.counts)
         before = replace(self.before, raw=replace(self.before.raw, pool=pool))
@@ -98,8 +101,8 @@ class ReadChunk:
             mass = mass.at[layer].add(_join(on_cached, on_own, cached.lengths, self.counts))
             out = out + _zero_from(on_cached).astype(out.dtype)
         if queries is not None and self.rotation is not None:
-            queries = queries.with_layer(layer, query, self.rotation(layer, self.positions), self.typical)
-        return (pool, mass, queries), out
+            queries = queries.with_layer(layer, own, self.rotation(layer, self.positions), self.typical)
+        return (pool, mass, queries), raw.turned(out)
 
     def _observed(self, cached_positions: Array) -> ObservedQueries | None:
         rows = self.observes.rows(self.positions, self.counts, self.prompt.end)
@@ -156,13 +159,14 @@ class LookAhead:
         self.granted = jnp.bool_(True)
 
     def attend(self, state: Array, layer: int | Array, query: Array, key: Array, value: Array) -> tuple[Array, Array]:
+        query, key, value = (self.cache.raw.turned(x) for x in (query, key, value))
         cached, positions = readable(self.cache, self.now, layer)
         table, lengths = (jnp.broadcast_to(x, (self.batch, *x.shape[1:])) for x in cached[1:])
         seen = None
         if self.policy is not None and self.rows is not None:
             seen = observed(self.policy, self.rows, self.positions, positions)
         out, masses = prefill_attention(query, key, value, RawKVs(cached.pool, table, lengths), observe=seen)
-        return state if masses is None else state.at[layer].add(masses[0]), out
+        return state if masses is None else state.at[layer].add(masses[0]), self.cache.raw.turned(out)
 
 
 class AppendToken:
@@ -183,29 +187,38 @@ class AppendToken:
         self.lengths = jnp.where(self.counts[None, :, None] > 0, raw.lengths, 0)
         """What each head attends to: nothing in rows that aren't active."""
         self.policy = policy if policy is not None and policy.observes_decoding else None
-        self.state = raw.pool, raw.scores
+        observed = self.policy is not None and not isinstance(claim.cache.quantised, NoStore)
+        self.state = raw.pool, raw.scores, claim.cache.tiers.pool if observed else None
 
     def attend(
-        self, state: tuple[Array, Array], layer: int | Array, query: Array, key: Array, value: Array
-    ) -> tuple[tuple[Array, Array], Array]:
-        pool, scores = state
+        self, state: tuple[Array, Array, Array | None], layer: int | Array, query: Array, key: Array, value: Array
+    ) -> tuple[tuple[Array, Array, Array | None], Array]:
+        pool, scores, quantised = state
+        turned = self.cache.raw.turned
+        query, key, value = (turned(x) for x in (query, key, value))
         table, length = self.cache.raw.tables.block_table[layer], self.lengths[layer]
         pool = write_blocks(pool, key, value, table, self.starts[layer], self.counts)
         held = RawKVs(pool, table, length)
+        tiers = self.cache.quantised.view(layer, self.counts > 0)
         if self.policy is None:
-            tiers = self.cache.quantised.view(layer, self.counts > 0)
             out, _ = paged_attention(query[:, 0], held, tiers=tiers)
-            return (pool, scores), out[:, None]
+            return (pool, scores, quantised), turned(out[:, None])
         scorer, up_to = self.policy.scorer, None
-        out, masses = paged_attention(query[:, 0], held, observe=scorer.score_decoded)
+        if tiers is None or quantised is None:
+            out, masses = paged_attention(query[:, 0], held, observe=scorer.score_decoded)
+        else:
+            tiers = replace(tiers, pool=quantised)
+            out, (masses, quantised) = paged_attention(query[:, 0], held, tiers=tiers, observe=scorer.score_decoded)
         if scorer.observes.buffer:
             up_to = self.cache.raw.positions, self.positions[:, 0] - scorer.observes.buffer
-        return (pool, add_to_slots(scores, table, length, masses, up_to)), out[:, None]
+        return (pool, add_to_slots(scores, table, length, masses, up_to), quantised), turned(out[:, None])
 
-    def end(self, state: tuple[Array, Array]) -> PagedCache:
-        pool, scores = state
-        raw = replace(self.cache.raw, pool=pool, scores=scores)
-        return replace(self.cache, raw=raw, num_tokens=self.cache.num_tokens + self.counts)
+    def end(self, state: tuple[Array, Array, Array | None]) -> PagedCache:
+        pool, scores, quantised = state
+        raw, store = replace(self.cache.raw, pool=pool, scores=scores), self.cache.quantised
+        if quantised is not None:
+            store = replace(self.cache.tiers, pool=quantised)
+        return replace(self.cache, raw=raw, quantised=store, num_tokens=self.cache.num_tokens + self.counts)
 
 
 class QuantiseToken:
@@ -228,7 +241,8 @@ class QuantiseToken:
         self, state: tuple[Array, Weakest], layer: int | Array, query: Array, key: Array, value: Array
     ) -> tuple[tuple[Array, Weakest], Array]:
         pool, weakest = state
-        store, kv_heads = self.cache.tiers, key.shape[2]
+        store, kv_heads, turned = self.cache.tiers, key.shape[2], self.cache.raw.turned
+        query, key, value = (turned(x) for x in (query, key, value))
         each = jnp.repeat(self.positions, kv_heads)
         key, value = (x.reshape(-1, store.layout.head_dim) for x in (key, value))
         blocks, offsets = self.blocks[layer].reshape(-1), self.offsets[layer].reshape(-1)
@@ -242,7 +256,7 @@ class QuantiseToken:
         def put(old: Array, found: Array) -> Array:
             return old.at[layer].set(jnp.where(self.acts[:, None, None], found, old[layer]))
 
-        return (seen.pool, jax.tree.map(put, weakest, seen.weakest)), out[:, None]
+        return (seen.pool, jax.tree.map(put, weakest, seen.weakest)), turned(out[:, None])
 
     def end(self, state: tuple[Array, Weakest]) -> PagedCache:
         pool, weakest = state

@@ -92,5 +92,11 @@ def kvs_of(cache: PagedCache, now: Contents, layer: Array) -> tuple[Array, Array
     held = now.held[layer]
     blocks = jnp.where(held[..., :: cache.raw.block_size], table, NULL_BLOCK)
     rows = read_rows(pool[blocks]).reshape(*held.shape, -1)
-    keys, values = jnp.split(jnp.where(held[..., None], rows, 0.0), 2, axis=-1)
+    keys, values = (_turned(part, cache) for part in jnp.split(jnp.where(held[..., None], rows, 0.0), 2, axis=-1))
     return keys, values, positions
+
+
+def _turned(half: Array, cache: PagedCache) -> Array:
+    """K or V as computed, of the half of a row that holds it, ``[..., half]``, 0 past ``head_dim``."""
+    width = cache.raw.head_dim
+    return half.at[..., :width].set(cache.raw.turned(half[..., :width])) if cache.raw.hadamard else half

@@ -50,6 +50,8 @@ class LeanKV(Method):
     low: Format = K4V2
     block_tokens: int = 64
     """KVs in a high block."""
+    hadamard: bool = False
+    """K and V are turned by a Hadamard matrix before they are quantised: for keys with outlier channels."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,6 +68,7 @@ class LeanKV(Method):
             high=self.high,
             low=self.low,
             block_tokens=self.block_tokens,
+            hadamard=self.hadamard,
         )
         return HighestOfGroup(), placement
 

@@ -26,6 +26,8 @@ class InTwoPrecisions(Method):
     low: Format = K4V2
     block_tokens: int = 64
     """KVs in a high block."""
+    hadamard: bool = False
+    """K and V are turned by a Hadamard matrix before they are quantised: for keys with outlier channels."""
     high_share: float = 0.5
     """Part of the budget's blocks that are of the high tier; at least those of what is protected."""
     unquantised_window: bool = False

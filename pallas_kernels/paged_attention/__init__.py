@@ -2,6 +2,7 @@
 
 from pallas_kernels.kvs import RawKVs as RawKVs
 from pallas_kernels.paged_attention.api import paged_attention as paged_attention
+from pallas_kernels.paged_attention.types import Observed as Observed
 from pallas_kernels.paged_attention.types import Significance as Significance
 from pallas_kernels.paged_attention.types import Significant as Significant
 from pallas_kernels.paged_attention.types import TieredKVs as TieredKVs

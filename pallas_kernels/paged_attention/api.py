@@ -6,7 +6,7 @@ from jax import Array
 
 from pallas_kernels.dispatch import Implementation, backend, check_row
 from pallas_kernels.kvs import RawKVs
-from pallas_kernels.paged_attention.types import Observe, Significance, Significant, TieredKVs
+from pallas_kernels.paged_attention.types import Observe, Observed, Significance, Significant, TieredKVs
 from pallas_kernels.settings import operation
 
 
@@ -26,6 +26,10 @@ def paged_attention(
 ) -> tuple[Array, Array]: ...
 @overload
 def paged_attention(
+    query: Array, raw: RawKVs, *, tiers: TieredKVs, observe: Observe, implementation: Implementation | None = None
+) -> tuple[Array, Observed]: ...
+@overload
+def paged_attention(
     query: Array,
     raw: RawKVs | None,
     *,
@@ -43,22 +47,22 @@ def paged_attention(
     observe: Observe | Significance | None = None,
     next_position: Array | None = None,
     implementation: Implementation | None = None,
-) -> tuple[Array, Array | Significant | None]:
+) -> tuple[Array, Array | Observed | Significant | None]:
     """One query a sequence against the KVs that each of its KV heads holds, in one softmax.
 
     Args:
       query: ``[batch, heads, head_dim]``; query head ``h`` reads KV head ``h // (heads // kv_heads)``.
       raw: unquantised KVs; None only beside ``tiers``.
       tiers: quantised KVs.
-      observe: what to make of the attention probabilities: of ``raw`` alone a function, of ``tiers`` a
-        ``Significance``; None leaves them.
+      observe: what to make of the attention probabilities: a function of ``raw``, with ``tiers`` of all; of ``tiers``
+        alone a ``Significance``; None leaves them.
       next_position: ``i32[batch]`` that of the token after the query; with a ``Significance``.
       implementation: see ``dispatch.Implementation``; None: the platform's own.
 
     Returns:
       Output ``[batch, heads, head_dim]``, zeros for a head that holds no KV; and what ``observe`` comes to: of a
       function ``f32[batch, kv_heads, max_blocks * block_size]`` in table order, which mean nothing past a head's
-      length; of a ``Significance`` a ``Significant``; of None, None.
+      length, with tiers an ``Observed``; of a ``Significance`` a ``Significant``; of None, None.
 
     Raises:
       ValueError: arguments or shapes that don't belong together, or that this implementation can't take.
@@ -80,10 +84,10 @@ def paged_attention(
         raise ValueError(f"lengths must be of the high and of the low tier: {tiers.lengths.shape=}")
     if tiers.pool.shape[1:] != (layout.rows, 128) or query.shape[-1] != layout.head_dim:
         raise ValueError(f"the pool's blocks are not of this layout: {tiers.pool.shape=}, {query.shape=}, {layout=}")
-    if observe is not None and not isinstance(observe, Significance):
-        raise ValueError("with tiers observe must be a Significance; a function observes raw KVs alone")
-    if (observe is None) != (next_position is None):
+    if isinstance(observe, Significance) != (next_position is not None):
         raise ValueError("a Significance and next_position go together: give both or neither")
+    if raw is None and observe is not None and not isinstance(observe, Significance):
+        raise ValueError("a function observes raw KVs, and tiers beside them: give raw, or a Significance")
     kernels, options = backend("paged_attention", implementation, query, raw, tiers, part="_tiers")
     return kernels.paged_attention(query, raw, tiers, observe=observe, next_position=next_position, **options)
 

@@ -26,7 +26,7 @@ from pallas_kernels.paged_attention.gpu_merge import merge
 from pallas_kernels.paged_attention.gpu_segments import plan_work
 from pallas_kernels.paged_attention.gpu_tensor_cores import QUERIES
 from pallas_kernels.paged_attention.gpu_tiers_codes import rows_held, tiles, token_of
-from pallas_kernels.paged_attention.types import Significance, Significant, TieredKVs
+from pallas_kernels.paged_attention.types import Observe, Observed, Significance, Significant, TieredKVs
 from pallas_kernels.quantised_block.layout import LANES, Segments
 from pallas_kernels.walk import Walk
 
@@ -55,10 +55,10 @@ def paged_attention(
     raw: RawKVs | None,
     tiers: TieredKVs,
     *,
-    observe: Significance | None = None,
+    observe: Observe | Significance | None = None,
     next_position: Array | None = None,
     interpret: Any = False,
-) -> tuple[Array, Significant | None]:
+) -> tuple[Array, Observed | Significant | None]:
     """See ``api.paged_attention``; ``interpret`` takes ``InterpretGPUParams``."""
     batch, heads, head_dim = query.shape
     kv_heads = tiers.block_table.shape[1]
@@ -77,15 +77,25 @@ def paged_attention(
         part, kept = attend(lengths[:, index], tier, walks[index], from_right=index > 0)
         parts.append(part)
         logits.append(kept)
+    beside = []
     if raw is not None:
-        parts.append(Part(*gpu.partial_attention(query, raw, interpret=interpret)[:3]))
+        keep = observe is not None and not isinstance(observe, Significance)
+        *part, beside = gpu.partial_attention(query, raw, keep=keep, interpret=interpret)
+        parts.append(Part(*part))
     whole = join(parts)
     output = whole.output.reshape(batch, heads, head_dim).astype(query.dtype)
-    if observe is None or next_position is None:
+    if observe is None:
         return output, None
     softmax = Softmax(whole.maximum * math.log(2), whole.total, whole.output)
     of_steps = [_steps_of(*each, group) for each in zip(logits, tiers.layout.tiers, walks, strict=True)]
-    return output, xla_tiers.significant(tiers, softmax, walks, of_steps, observe, next_position)
+    if isinstance(observe, Significance):
+        assert next_position is not None
+        return output, xla_tiers.significant(tiers, softmax, walks, of_steps, observe, next_position)
+    assert raw is not None
+    held = jnp.arange(beside[0].shape[2]) < raw.lengths.reshape(-1, 1, 1)
+    p = jnp.where(held, jnp.exp2(beside[0] - whole.maximum[..., None]) / whole.total[..., None], 0.0)
+    p = p[..., : raw.block_table.shape[2] * raw.pool.shape[1]].reshape(batch, kv_heads, group, -1)
+    return output, Observed(observe(p), xla_tiers.scored(tiers, softmax, walks, of_steps, observe))
 
 
 def check(query: Array, raw: RawKVs | None, tiers: TieredKVs) -> None:

@@ -88,8 +88,8 @@ def paged_attention(
     """
     batch, kv_heads, max_blocks = raw.block_table.shape
     tiles = tiles or tiling(raw.pool, max_blocks, buffers=BUFFERS)
-    run = partial(_run, raw.pool, observe=observe, tiles=tiles, interpret=interpret)
-    out, masses, _ = _in_calls(run, query, raw, smem_entries)
+    run = partial(attend_rows, raw.pool, observe=observe, tiles=tiles, interpret=interpret)
+    out, masses, _ = in_calls(run, query, raw, smem_entries)
     if masses is None:
         return out, None
     return out, masses.reshape(batch, kv_heads, -1)[..., : max_blocks * tiles.block_size]
@@ -100,21 +100,7 @@ def check(query: Array, raw: RawKVs) -> None:
     check_pool(raw.pool, query.shape[-1])
 
 
-def partial_attention(query: Array, raw: RawKVs, *, interpret: Any = False) -> tuple[Array, Array]:
-    """Attention to some of a head's KVs, to be joined with that to others.
-
-    Returns:
-      Output as of ``paged_attention``, float32; and ``f32[rows, group, 128]``, of which the first two lanes are the
-      maximum of the logits and the sum of their exponentials.
-    """
-    tiles = tiling(raw.pool, raw.block_table.shape[-1], buffers=BUFFERS)
-    run = partial(_run, raw.pool, tiles=tiles, sums=True, interpret=interpret)
-    out, _, sums = _in_calls(run, query.astype(jnp.float32), raw, SMEM_ENTRIES)
-    assert sums is not None  # they are asked for
-    return out, sums
-
-
-def _in_calls(run: Callable[..., Results], query: Array, raw: RawKVs, smem_entries: int) -> Results:
+def in_calls(run: Callable[..., Results], query: Array, raw: RawKVs, smem_entries: int) -> Results:
     """As many rows a call as SMEM takes; the output is ``[batch, heads, head_dim]``."""
     batch, heads, head_dim = query.shape
     kv_heads, max_blocks = raw.block_table.shape[1:]
@@ -130,7 +116,7 @@ def _in_calls(run: Callable[..., Results], query: Array, raw: RawKVs, smem_entri
     return Results(out[..., lanes.value_at : lanes.value_at + head_dim].reshape(batch, heads, head_dim), masses, sums)
 
 
-def _run(
+def attend_rows(
     pool: Array,
     query: Array,
     table: Array,

@@ -18,10 +18,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.kvs import RawKVs
-from pallas_kernels.paged_attention import tpu
+from pallas_kernels.paged_attention import tpu, tpu_partial
 from pallas_kernels.paged_attention.tpu_tiers_significance import Kept, Least
 from pallas_kernels.paged_attention.tpu_tiers_softmax import Attention, BlockStream, KVs, Softmax, join
-from pallas_kernels.paged_attention.types import Significance, Significant, TieredKVs, Weakest
+from pallas_kernels.paged_attention.types import Observe, Observed, Significance, Significant, TieredKVs, Weakest
 from pallas_kernels.quantised_block import BlockLayout
 from pallas_kernels.quantised_block.layout import LANES
 from pallas_kernels.quantised_block.tpu_vectors import SUBLANES, check_layout
@@ -64,12 +64,12 @@ def paged_attention(
     raw: RawKVs | None,
     tiers: TieredKVs,
     *,
-    observe: Significance | None = None,
+    observe: Observe | Significance | None = None,
     next_position: Array | None = None,
     tiles: Tiling | None = None,
     smem_entries: int = SMEM_ENTRIES,
     interpret: Any = False,
-) -> tuple[Array, Significant | None]:
+) -> tuple[Array, Observed | Significant | None]:
     """See ``api.paged_attention``.
 
     ``tiles`` and ``smem_entries`` are for tests: how heads are cut, and how large a table one call may take.
@@ -84,7 +84,13 @@ def paged_attention(
     tiles = tiles or tiling(layout, max_blocks)
     rows, group = batch * kv_heads, heads // kv_heads
 
+    if observe is None or isinstance(observe, Significance):
+        significance, all_kvs = observe, False
+    else:
+        significance, all_kvs = Significance.of_scores(observe), True
+        next_position = jnp.zeros(batch, jnp.int32)
     padded = -(-group // SUBLANES) * SUBLANES
+    beside, p = (None, None) if raw is None else _attend_raw(query, raw, padded, interpret, keep=all_kvs)
     spread = query.reshape(rows, group, head_dim).astype(jnp.float32)
     spread = jnp.pad(spread, ((0, 0), (0, padded - group), (0, LANES - head_dim)))
     whole = Rows(
@@ -92,14 +98,15 @@ def paged_attention(
         lengths=tiers.lengths.reshape(rows, 2),
         query=spread,
         following=None if next_position is None else jnp.repeat(next_position.astype(jnp.int32), kv_heads),
-        raw=None if raw is None else _attend_raw(query, raw, padded, interpret),
+        raw=beside,
     )
     run = partial(
         _run,
         layout=layout,
         dtype=jnp.bfloat16 if query.dtype == jnp.bfloat16 else jnp.float32,
         group=group,
-        significance=observe,
+        significance=significance,
+        sums=p is not None,
         tiles=tiles,
         interpret=interpret,
     )
@@ -107,10 +114,15 @@ def paged_attention(
     for at in range(0, rows, at_once):
         pool, *part = run(pool, jax.tree.map(lambda x, at=at: x[at : at + at_once], whole))
         parts.append(part)
-    out, weakest = jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
+    out, weakest, sums = jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
     out = out[:, :group, :head_dim].reshape(batch, heads, head_dim).astype(query.dtype)
     if weakest is None:
         return out, None
+    if not isinstance(observe, Significance):
+        assert observe is not None
+        assert beside is not None
+        weight = jnp.exp(beside.sums[..., 0] - sums[..., 0]) * beside.sums[..., 1] / sums[..., 1]
+        return out, Observed(observe(p * weight[:, :group].reshape(batch, kv_heads, group, 1)), pool)
     value, index = (x[:, 0, :2].reshape(batch, kv_heads, 2) for x in weakest)
     return out, Significant(pool, Weakest(value=value, index=index))
 
@@ -129,12 +141,16 @@ def tiling(layout: BlockLayout, max_blocks: int) -> Tiling:
     return Tiling(block_size=layout.rows, blocks=blocks, max_blocks=max_blocks, buffers=BUFFERS)
 
 
-def _attend_raw(query: Array, raw: RawKVs, padded: int, interpret: Any) -> Beside:
+def _attend_raw(query: Array, raw: RawKVs, padded: int, interpret: Any, *, keep: bool) -> tuple[Beside, Array | None]:
+    """And if they are to be kept the probabilities among the unquantised KVs."""
     batch, kv_heads = raw.lengths.shape
     rows, head_dim = batch * kv_heads, query.shape[-1]
-    output, sums = tpu.partial_attention(query, raw, interpret=interpret)
+    attend = tpu_partial.partial_probabilities if keep else tpu_partial.partial_attention
+    output, sums, *p = attend(query, raw, interpret=interpret)
     output = output.reshape(rows, -1, head_dim) * sums[..., 1:2]
-    return Beside(*(jnp.pad(x, ((0, 0), (0, padded - x.shape[1]), (0, LANES - x.shape[2]))) for x in (output, sums)))
+    padding = ((0, 0), (0, padded - output.shape[1]))
+    beside = Beside(*(jnp.pad(x, (*padding, (0, LANES - x.shape[2]))) for x in (output, sums)))
+    return beside, p[0] if keep else None
 
 
 def _run(
@@ -145,11 +161,12 @@ def _run(
     dtype: Any,
     group: int,
     significance: Significance | None,
+    sums: bool,
     tiles: Tiling,
     interpret: Any,
-) -> tuple[Array, Array, Least | None]:
-    """One call over some rows: the pool; output ``f32[rows, padded group, 128]``; and what is least, ``[rows, 1, 128]``
-    each, the tiers in the first lanes."""
+) -> tuple[Array, Array, Least | None, Array | None]:
+    """One call over some rows: the pool; output ``f32[rows, padded group, 128]``; what is least, ``[rows, 1, 128]``
+    each, the tiers in the first lanes; and if they are asked for the softmax's sums, like ``Beside.sums``."""
     rows, padded, _ = whole.query.shape
     steps = -(-rows // CORES)
     whole = jax.tree.map(lambda x: jnp.pad(x, ((0, CORES * steps - rows), *[(0, 0)] * (x.ndim - 1))), whole)
@@ -157,13 +174,14 @@ def _run(
         pl.BlockSpec((1, height, LANES), lambda core, step, *_: (core * steps + step, 0, 0)) for height in (padded, 1)
     )
     anywhere = pl.BlockSpec(memory_space=pltpu.HBM)
-    out_specs: tuple[Any, ...] = None, of_group, None
-    out_shape: tuple[Any, ...] = None, jax.ShapeDtypeStruct(whole.query.shape, jnp.float32), None
+    grouped = jax.ShapeDtypeStruct(whole.query.shape, jnp.float32)
+    out_specs: tuple[Any, ...] = None, of_group, None, of_group if sums else None
+    out_shape: tuple[Any, ...] = None, grouped, None, grouped if sums else None
     scratch: tuple[Any, ...] = BlockStream.scratch_shapes(tiles, pool), None
     if significance:
         of_each = (jax.ShapeDtypeStruct((CORES * steps, 1, LANES), kind) for kind in (jnp.float32, jnp.int32))
-        out_specs = anywhere, of_group, Least(of_weakest, of_weakest)
-        out_shape = jax.ShapeDtypeStruct(pool.shape, pool.dtype), out_shape[1], Least(*of_each)
+        out_specs = anywhere, of_group, Least(of_weakest, of_weakest), out_specs[3]
+        out_shape = jax.ShapeDtypeStruct(pool.shape, pool.dtype), grouped, Least(*of_each), out_shape[3]
         scratch = scratch[0], Kept.scratch_shapes(tiles, layout, padded)
     room = sum(4 * math.prod(x.shape) for x in jax.tree.leaves(scratch) if x.memory_space == pltpu.VMEM)
     scalars = whole.lengths.reshape(-1), whole.table.reshape(-1), whole.following
@@ -171,7 +189,7 @@ def _run(
     kernel = partial(
         _kernel, layout=layout, dtype=dtype, group=group, significance=significance, tiles=tiles, steps=steps
     )
-    written, out, weakest = pl.pallas_call(
+    written, *found = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
@@ -188,8 +206,8 @@ def _run(
         name="paged_attention_tiers",
         interpret=interpret,
     )(*scalars, *inputs, pool)
-    out, weakest = jax.tree.map(lambda x: x[:rows], (out, weakest))
-    return (pool if written is None else written), out, weakest
+    out, weakest, row_sums = jax.tree.map(lambda x: x[:rows], tuple(found))
+    return (pool if written is None else written), out, weakest, row_sums
 
 
 def _kernel(
@@ -202,6 +220,7 @@ def _kernel(
     written: Any | None,
     out: Any,
     weakest: Least | None,
+    row_sums: Any | None,
     stream_scratch: tuple[Any, Any, Any],
     kept_scratch: Any | None,
     *,
@@ -248,6 +267,10 @@ def _kernel(
         parts.append(Softmax(sums[:, :1], sums[:, 1:2], raw.output[0]))
     whole = join(parts)
     out[0] = whole.output / jnp.maximum(whole.total, jnp.finfo(jnp.float32).tiny)
+    if row_sums is not None:
+        lane = lax.broadcasted_iota(jnp.int32, row_sums.shape[1:], 1)
+        total = jnp.maximum(whole.total, jnp.finfo(jnp.float32).tiny)
+        row_sums[0] = jnp.where(lane == 0, whole.maximum, total)
 
     if kept and weakest and significance and following is not None:
         for index, (kvs, tiles_before) in enumerate(zip(tiers, before, strict=True)):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.quantised_block import BlockLayout
@@ -38,6 +39,15 @@ class Significance:
     """Scores, positions ``[..., kvs]`` and the next token's position ``[..., 1]`` to how much a KV is worth, infinite
     where it must stay."""
 
+    @classmethod
+    def of_scores(cls, observe: Observe) -> "Significance":
+        """That adds to scores and asks for nothing weakest."""
+        return cls(observe, _must_stay)
+
+
+def _must_stay(scores: Array, positions: Array, next_position: Array) -> Array:
+    return jnp.full_like(scores, jnp.inf)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
@@ -56,3 +66,12 @@ class Significant(NamedTuple):
     pool: Array
     """The tiers', with the scores that were added to."""
     weakest: Weakest
+
+
+class Observed(NamedTuple):
+    """What an ``Observe`` comes to of unquantised and quantised KVs in one softmax."""
+
+    masses: Array
+    """``f32[batch, kv_heads, kvs]`` of the unquantised ones in table order; past a head's length they mean nothing."""
+    pool: Array
+    """The tiers', with the scores that were added to."""

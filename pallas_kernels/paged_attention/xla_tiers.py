@@ -12,7 +12,7 @@ from jax import Array, lax
 
 from pallas_kernels.kvs import RawKVs
 from pallas_kernels.online_softmax import MASKED, Softmax
-from pallas_kernels.paged_attention.types import Significance, Significant, TieredKVs, Weakest
+from pallas_kernels.paged_attention.types import Observe, Observed, Significance, Significant, TieredKVs, Weakest
 from pallas_kernels.pool_values import IN_BOUNDS, read_rows
 from pallas_kernels.quantised_block import blocks, quantizer
 from pallas_kernels.quantised_block.layout import Segments
@@ -24,9 +24,9 @@ def paged_attention(
     raw: RawKVs | None,
     tiers: TieredKVs,
     *,
-    observe: Significance | None = None,
+    observe: Observe | Significance | None = None,
     next_position: Array | None = None,
-) -> tuple[Array, Significant | None]:
+) -> tuple[Array, Observed | Significant | None]:
     """See ``api.paged_attention``."""
     batch, heads, head_dim = query.shape
     pool, layout = tiers.pool, tiers.layout
@@ -40,17 +40,27 @@ def paged_attention(
     for tier, blocks_of in zip(layout.tiers, walks, strict=True):
         softmax, kept = _attend_tier(softmax, scaled, words, tier, blocks_of, keep=observe is not None)
         logits.append(kept)
+    beside = None
     if raw is not None:
-        softmax = _attend_raw(softmax, scaled, raw)
+        keep = observe is not None and not isinstance(observe, Significance)
+        beside = walk(raw.block_table.reshape(rows, -1), raw.lengths.reshape(rows), raw.pool.shape[1])
+        softmax, kept = _attend_raw(softmax, scaled, raw, beside, keep=keep)
+        logits.append(kept)
     softmax = softmax.floored()
     output = softmax.normalised().reshape(batch, heads, head_dim).astype(query.dtype)
-    if observe is None or next_position is None:
+    if observe is None:
         return output, None
 
     def steps_of(kept: Array) -> Callable[[Array], Array]:
         return lambda i: lax.dynamic_index_in_dim(kept, i, 0, keepdims=False)
 
-    return output, significant(tiers, softmax, walks, [steps_of(kept) for kept in logits], observe, next_position)
+    of_tiers = [steps_of(kept) for kept in logits[:2]]
+    if isinstance(observe, Significance):
+        assert next_position is not None
+        return output, significant(tiers, softmax, walks, of_tiers, observe, next_position)
+    assert beside is not None
+    masses = _masses(softmax, logits[2], beside, observe).reshape(batch, kv_heads, -1)
+    return output, Observed(masses, scored(tiers, softmax, walks, of_tiers, observe))
 
 
 def walks_of(tiers: TieredKVs) -> list[Walk]:
@@ -59,6 +69,14 @@ def walks_of(tiers: TieredKVs) -> list[Walk]:
     table, lengths = tiers.block_table.reshape(batch * kv_heads, -1), tiers.lengths.reshape(-1, 2)
     high, low = tiers.layout.tiers
     return [walk(table, lengths[:, 0], high.tokens), walk(table[:, ::-1], lengths[:, 1], low.tokens)]
+
+
+def scored(
+    tiers: TieredKVs, softmax: Softmax, walks: list[Walk], logits: list[Callable[[Array], Array]], observe: Observe
+) -> Array:
+    """The pool with scores added to; arguments as for ``significant``."""
+    nobody = jnp.zeros(tiers.lengths.shape[0], jnp.int32)
+    return significant(tiers, softmax, walks, logits, Significance.of_scores(observe), nobody).pool
 
 
 def significant(
@@ -110,20 +128,36 @@ def _attend_tier(
     return lax.fori_loop(0, blocks_of.steps, step, (softmax, logits))
 
 
-def _attend_raw(softmax: Softmax, scaled: Array, raw: RawKVs) -> Softmax:
-    rows, _, head_dim = scaled.shape
+def _attend_raw(softmax: Softmax, scaled: Array, raw: RawKVs, blocks_of: Walk, *, keep: bool) -> tuple[Softmax, Array]:
+    """As ``_attend_tier``, of unquantised KVs."""
+    _, group, head_dim = scaled.shape
     half = raw.pool.shape[2] // 2
-    blocks_of = walk(raw.block_table.reshape(rows, -1), raw.lengths.reshape(rows), raw.pool.shape[1])
+    logits = jnp.zeros((blocks_of.most_steps if keep else 0, blocks_of.step, group, raw.pool.shape[1]), jnp.float32)
 
-    def step(i: Array, softmax: Softmax) -> Softmax:
+    def step(i: Array, carry: tuple[Softmax, Array]) -> tuple[Softmax, Array]:
+        softmax, logits = carry
         part = blocks_of.part(i)
         kv = read_rows(raw.pool.at[part.blocks].get(mode=IN_BOUNDS))
         s = jnp.einsum("cgd,ctd->cgt", scaled.at[part.row].get(mode=IN_BOUNDS), kv[..., :head_dim])
         value = jnp.where(part.held[..., None], kv[..., half : half + head_dim], 0.0)
         s = jnp.where(part.held[:, None], s, MASKED)
-        return softmax.add(part.row, s, part.held, lambda p: jnp.einsum("cgt,ctd->cgd", p, value))
+        if keep:
+            logits = lax.dynamic_update_index_in_dim(logits, s, i, 0)
+        return softmax.add(part.row, s, part.held, lambda p: jnp.einsum("cgt,ctd->cgd", p, value)), logits
 
-    return lax.fori_loop(0, blocks_of.steps, step, softmax)
+    return lax.fori_loop(0, blocks_of.steps, step, (softmax, logits))
+
+
+def _masses(softmax: Softmax, logits: Array, blocks_of: Walk, observe: Observe) -> Array:
+    """What unquantised KVs are given, ``f32[rows, blocks, kvs]``, from the logits that ``_attend_raw`` kept."""
+    rows, kvs = softmax.total.shape[0], logits.shape[-1]
+
+    def step(i: Array, masses: Array) -> Array:
+        part = blocks_of.part(i)
+        p = softmax.probabilities(part.row, lax.dynamic_index_in_dim(logits, i, 0, keepdims=False), part.held)
+        return masses.at[part.row, part.segment].set(observe(p), mode="drop")  # but for a block that doesn't exist
+
+    return lax.fori_loop(0, blocks_of.steps, step, jnp.zeros((rows, blocks_of.row_segments, kvs), jnp.float32))
 
 
 def _dot_keys(query: Array, key: quantizer.Codes) -> Array:

@@ -104,6 +104,8 @@ class BlockLayout:
     low_step: int = 1
     """Where a high block's tokens are a multiple of this a low block's are too, and a block is up to a quarter larger
     for it: what kernels work on at once is then whole."""
+    hadamard: bool = False
+    """Whether K and V are turned before they are cached (``hadamard``), unquantised ones of the same cache, too."""
 
     def __post_init__(self) -> None:
         if self.head_dim % 16:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from evaluation.tasks import Item
+from evaluation.tasks import Item, OfText, Reading
 from jaxkv import CacheConfig, PagedCache, Policy, compress, init_cache, look_ahead, stats
 from jaxkv.engine.programs import Programs, program
 from jaxkv.generation.prefill import CHUNK
@@ -57,6 +57,18 @@ class Read:
     seen: int
     """Of its tokens that are read."""
     seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compressed:
+    """A cache that answers."""
+
+    cache: PagedCache
+    read: float
+    """Seconds of reading and scoring."""
+    compress: float
+    nll: float | None = None
+    """Of the text, nats a token, where that was told while it was read."""
 
 
 class Runner(Programs):
@@ -118,6 +130,19 @@ class Runner(Programs):
         jax.block_until_ready(cache)
         return cache, read.seconds + time.perf_counter() - began - (self.compile_seconds - compiled)
 
+    def compressed(
+        self, read: Read, told: Sequence[int], reading: Reading, policy: Policy | None, ratios: Sequence[float]
+    ) -> Iterator[tuple[float, Compressed]]:
+        """The context and what else is told before compression, read and compressed at each ratio; whole."""
+        full, seconds = self.scored(read, told, policy)
+        for ratio in ratios:
+            small, spent = (full, 0.0) if policy is None else self.shrunk(full, policy, ratio)
+            yield ratio, Compressed(cache=small, read=seconds, compress=spent)
+
+    def reads_whole(self, reading: Reading, policy: Policy | None) -> bool:
+        """Whether ``compressed`` goes on from what ``read`` has read."""
+        return True
+
     def _read(
         self, cache: PagedCache, prompt: PromptState, tokens: Sequence[int], policy: Policy | None
     ) -> tuple[PagedCache, PromptState]:
@@ -131,17 +156,29 @@ class Runner(Programs):
         Raises:
           ValueError: what must stay takes more.
         """
-        room = self.bytes_full(cache) / ratio
-        blocks = max(int(room - self.config(policy).table_bytes), 0) // policy.placement.block_bytes(cache)
+        tokens = int(cache.num_tokens[0])
+        blocks = self.blocks(policy, ratio, tokens)
         began, compiled = time.perf_counter(), self.compile_seconds
         small = jax.block_until_ready(self._shrink(cache, policy, jnp.array([blocks])))
         seconds = time.perf_counter() - began - (self.compile_seconds - compiled)
-        if (held := stats(small).bytes_held) > room:
-            raise ValueError(
-                f"ratio {ratio:g} leaves room for {room:.0f} bytes, but of {int(cache.num_tokens[0])} tokens what is "
-                f"protected, one block a head and the tables take {held}; choose a smaller ratio or longer contexts"
-            )
+        self.check_held(stats(small).bytes_held, ratio, tokens)
         return small, seconds
+
+    def blocks(self, policy: Policy, ratio: float, tokens: int) -> int:
+        """That a text of so many tokens may hold beside its tables, of ``placement.block_bytes`` each."""
+        config = self.config(policy)
+        layout = config.tiers and config.tiers.layout
+        size = config.block_bytes if layout is None else layout.block_bytes
+        return max(int(tokens * self.token_bytes / ratio - config.table_bytes), 0) // size
+
+    def check_held(self, held: int, ratio: float, tokens: int) -> None:
+        """Raises ValueError where what must stay takes more."""
+        room = tokens * self.token_bytes / ratio
+        if held > room:
+            raise ValueError(
+                f"ratio {ratio:g} leaves room for {room:.0f} bytes, but of {tokens} tokens what is protected, one "
+                f"block a head and the tables take {held}; choose a smaller ratio or longer contexts"
+            )
 
     def bytes_full(self, cache: PagedCache) -> int:
         """K and V of each token, at 16 bits a value."""
@@ -155,6 +192,20 @@ class Runner(Programs):
     def config(self, policy: Policy | None) -> CacheConfig:
         """Sizes of the cache that a policy needs."""
         return self._config(layout=policy and policy.placement.layout(self._sizes.head_dim))
+
+    def of_text(self, small: Compressed, item: OfText) -> Outcome:
+        """What the model thought of the text."""
+        held, full = stats(small.cache).bytes_held, self.bytes_full(small.cache)
+        return Outcome(
+            item=item.id,
+            correct=0.0,
+            token_accuracy=0.0,
+            nll=small.nll,
+            bytes_held=held,
+            bytes_full=full,
+            seconds_read=small.read,
+            seconds_compress=small.compress,
+        )
 
     def ask(self, cache: PagedCache, items: Sequence[Item], *, read: float, compress: float) -> list[Outcome]:
         """Each question from the same cache, and its answer's tokens as the model would have them."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from evaluation.prose import CITIES, number_fact, passage, plant, word_fact
-from evaluation.tasks import Item, Task, TaskSet
+from evaluation.tasks import WHOLE, Continual, InParts, Item, OfText, Reading, Task, TaskSet
 from models import Tokenizer
 
 
@@ -24,9 +25,27 @@ class Suite:
     """Of them also asked for in the prompt."""
 
 
-SUITES = {
+@dataclass(frozen=True, kw_only=True)
+class Depths:
+    """Sizes of a suite of facts alone: in each of equal parts of a text one with a word, and one with a number."""
+
+    contexts: int
+    words: int
+    """As of ``Suite``."""
+    facts: int
+    """Parts of the text."""
+    readings: Mapping[str, Reading] = field(default_factory=dict)
+    """What a task's name ends with, and how its contexts are read."""
+    tells: bool = False
+    """Whether how likely the text itself is found is a task, too."""
+
+
+SUITES: dict[str, Suite | Depths] = {
     "quick": Suite(contexts=3, words=1250, facts=4, aware=1),
     "full": Suite(contexts=24, words=1250, facts=4, aware=2),
+    "long": Suite(contexts=12, words=5450, facts=4, aware=0),
+    "parts": Depths(contexts=12, words=1500, facts=8, readings={"": WHOLE, ", in parts": InParts(pools=3)}),
+    "continual": Depths(contexts=12, words=1500, facts=10, readings={"": Continual(every=128)}, tells=True),
 }
 INSTRUCTION = (
     "\n\nNow, answer the following question based on the above text, only give me the answer and do not output any "
@@ -38,7 +57,8 @@ BEGUN = {"words": {"answer begun": 0}, "numbers": {"answer begun": 1, "digit giv
 
 
 def generate(name: str, tokenizer: Tokenizer, first_seed: int = 0) -> TaskSet:
-    """The tasks of a suite: words, numbers, and both with the question in the prompt; copying, continuing, turns.
+    """The tasks of a suite: words, numbers, and both with the question in the prompt; copying, continuing, turns. Of
+    ``parts`` and ``continual`` words and numbers alone.
 
     Asked before: the prompt ends with the question. Answer begun: with the answer's beginning, too; a number's first
     token, the space, is given, which ``generate`` takes from the full cache. Digit given: its first digit, too. As in
@@ -49,7 +69,10 @@ def generate(name: str, tokenizer: Tokenizer, first_seed: int = 0) -> TaskSet:
     contexts: dict[str, tuple[int, ...]] = {}
     tasks: dict[str, list[Item]] = defaultdict(list)
     for seed in range(first_seed, first_seed + suite.contexts):
-        _add(suite, seed, tokenizer, contexts, tasks)
+        if isinstance(suite, Depths):
+            _add_depths(suite, seed, tokenizer, contexts, tasks)
+        else:
+            _add(suite, seed, tokenizer, contexts, tasks)
     return TaskSet(contexts=contexts, tasks=tuple(Task(name=n, items=tuple(items)) for n, items in tasks.items()))
 
 
@@ -98,3 +121,34 @@ def _add(
         add("copying", f"\n\nAs it was said before: {start}", ids(sentence[len(start) :])[:8])
     head, tail = after[:40].rsplit(" ", 1)
     add("continuation", f" {head}", ids(f" {tail}{after[40:]}")[:128])
+
+
+def _add_depths(
+    suite: Depths, seed: int, tokenizer: Tokenizer, contexts: dict[str, tuple[int, ...]], tasks: dict[str, list[Item]]
+) -> None:
+    """One context; an item's name ends with the part that its fact stands in."""
+    rng, key = random.Random(seed), str(seed)
+
+    def ids(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer.encode(text, add_special=False))
+
+    cities = rng.sample(CITIES, 2 * suite.facts)
+    words = [word_fact(city, rng) for city in cities[: suite.facts]]
+    numbers = [number_fact(city, rng) for city in cities[suite.facts :]]
+    sentences, _ = passage(suite.words, rng)
+    both = [fact for pair in zip(words, numbers, strict=True) for fact in pair]
+    contexts[key] = tuple(tokenizer.encode(plant(both, sentences, rng), add_special=True))
+    for ending, reading in suite.readings.items():
+        for task, facts in ("words", words), ("numbers", numbers):
+            for part, fact in enumerate(facts):
+                tasks[task + ending].append(
+                    Item(
+                        id=f"{key}/{part}",
+                        context_id=key,
+                        question=ids(fact.question + fact.stem),
+                        answer=ids(fact.answer),
+                        reading=reading,
+                    )
+                )
+        if suite.tells:
+            tasks["the text" + ending].append(OfText(id=key, context_id=key, reading=reading))

@@ -12,6 +12,28 @@ from models import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How a context is read: whole, and then compressed once."""
+
+
+WHOLE = Reading()
+
+
+@dataclass(frozen=True, kw_only=True)
+class InParts(Reading):
+    """As a prompt that is so many times the pool: each part is compressed before the next is read."""
+
+    pools: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continual(Reading):
+    """As an answer that grows under one budget, and is compressed whenever so many tokens have come."""
+
+    every: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Item:
     """A question that follows a context, and the answer that should follow it, as tokens."""
 
@@ -22,11 +44,20 @@ class Item:
     answer: tuple[int, ...]
     told: tuple[int, ...] = ()
     """Read with the context, before it is compressed: what makes a task query-aware."""
+    reading: Reading = WHOLE
 
     @property
     def room(self) -> int:
         """Tokens that are cached after the context."""
         return len(self.told)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfText(Item):
+    """Not a question: how likely the model finds the context itself, while it is read."""
+
+    question: tuple[int, ...] = ()
+    answer: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -126,7 +126,7 @@ BROKEN = [
     (
         {"prompt": "x", "max_token": 5, "temprature": 1},
         7,
-        'unknown field "max_token", "temprature"; known are compress_every, compression, high, ',
+        'unknown field "max_token", "temprature"; known are compress_every, compression, hadamard, high, ',
     ),
     ({"prompt": "x", "max_tokens": "5"}, 7, 'max_tokens must be a whole number, got "5"'),
     ({"prompt": "x", "unquantised_window": 1}, 7, "unquantised_window must be true or false, got 1"),

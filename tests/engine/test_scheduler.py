@@ -1,12 +1,14 @@
 """The scheduler's decisions, from counts alone: nothing is promised twice, the oldest goes on, every trace ends."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pool import AGAIN, DOCUMENT, HEADS, ONCE, SIZE, Pool, config, sequence
 
-from jaxkv import LeanKV
+from jaxkv import KVCompress, LeanKV, MaxTokens
 from jaxkv.cache import TierConfig
 from jaxkv.engine.block_counts import BlockCounts, Blocks
 from jaxkv.engine.decisions import Join, Wait
@@ -175,6 +177,17 @@ def test_an_answer_that_outgrows_its_pool_is_refused():
     assert scheduler.too_large(0) is None
     counts.raw_lengths[:, 0] = 400
     assert "the prompt holds 100 blocks once it is read, but 200 more tokens may need 52" in scheduler.too_large(0)
+
+
+def test_an_answer_that_is_compressed_again_may_be_longer_than_its_pool():
+    policy = KVCompress(budget=MaxTokens(tokens=32), protected_window=8, compress_every=40)
+    scheduler, counts = read_and_compressed(config(100), policy)
+    counts.raw_lengths[:, 0] = 20  # of the prompt
+    scheduler.sequence(0).request = replace(scheduler.sequence(0).request, limit=100_000)
+    assert scheduler.too_large(0) is None
+    counts.total = Blocks(raw=HEADS * 4)
+    said = f"the prompt holds {HEADS * 2} blocks whenever it is compressed, but 40 more tokens may need {HEADS * 3}"
+    assert said in scheduler.too_large(0)
 
 
 def test_an_answer_that_outgrows_its_quantised_pool_is_refused():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_gpu_kernels import in_place
 from test_gpu_kernels import run as run
 from test_quantised_writes import garbage, lower, lowered, new_kvs, write
-from test_tiered_attention import check_alike, observing, query_of, reference, tiers_of
+from test_tiered_attention import SQUARES, check_alike, check_all_observed, observing, query_of, reference, tiers_of
 from tiered import hold, layout_of
 
 from pallas_kernels.paged_attention import gpu_tiers, gpu_tiers_codes, gpu_tiers_softmax, paged_attention
@@ -68,6 +68,14 @@ def test_attention(run, name):
 
 def test_attention_with_groups_beside_unquantised_kvs(run):
     check_attention(run, LAYOUTS["groups"], raw=True)
+
+
+def test_attention_that_observes_all_kvs(run):
+    rng, layout = np.random.default_rng(), LAYOUTS["plain"]
+    held = hold(rng, layout, SKEWED)
+    query = query_of(rng, held, layout)
+    got = run(gpu_tiers.paged_attention, query, held.raw, tiers_of(held, layout), observe=SQUARES.observe)
+    check_all_observed(held, layout, query, *got)
 
 
 def test_attention_of_bfloat16_that_nobody_observes(run):

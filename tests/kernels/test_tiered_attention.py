@@ -15,7 +15,7 @@ from oracles.tiers import attend
 from tiered import LAYOUTS, SIGNIFICANCE, WINDOW, block_of, hold, layout_of, slots
 
 from pallas_kernels import walk as blocks_walk
-from pallas_kernels.paged_attention import TieredKVs, paged_attention, tpu_tiers
+from pallas_kernels.paged_attention import Significance, TieredKVs, paged_attention, tpu_tiers
 from pallas_kernels.tpu_tiles import Tiling
 
 GROUP = 3
@@ -70,6 +70,32 @@ def check_against_numpy(held, layout, query, output, significant):
     close(significant.pool, wanted_pool, held, layout)
 
 
+SQUARES = Significance(observe=lambda p: (p * p).sum(-2), value=lambda scores, *_: jnp.full_like(scores, jnp.inf))
+
+
+def check_all_observed(held, layout, query, output, observed):
+    """By the sum of squares over the group, of quantised and unquantised KVs in one softmax."""
+    wanted_pool, masses = held.pool.copy(), np.asarray(observed.masses)
+    for where in np.ndindex(held.lengths.shape[:-1]):
+        kvs, quantised = [], []
+        for tier in range(2):
+            quantised += [(block_of(wanted_pool, b, layout, tier), o) for b, o in slots(held, layout, where, tier)]
+        kvs += [block.get(offset)[:2] for block, offset in quantised]
+        kvs += zip(*held.raw_kvs[where], strict=True)
+        if not kvs:
+            continue
+        queries, out = (np.asarray(x).reshape(*held.lengths.shape[:-1], GROUP, -1)[where] for x in (query, output))
+        wanted, p = attend(queries, *(np.stack(x) for x in zip(*kvs, strict=True)))
+        np.testing.assert_allclose(out, wanted, atol=1e-5)
+        gains = (p * p).sum(0).astype(np.float32)
+        for (block, offset), gain in zip(quantised, gains, strict=False):
+            at = block.scores + offset
+            block.words[at] = (block.words[at].view(np.float32) + gain).view(np.uint32)
+        raw = gains[len(quantised) :]
+        np.testing.assert_allclose(masses[where][: len(raw)], raw, rtol=1e-4, atol=1e-8)
+    close(observed.pool, wanted_pool, held, layout)
+
+
 def close(got, wanted, held, layout):
     """Pools alike: in what held scores to rounding, else to the bit, but for the null block."""
     got, wanted = np.asarray(got).copy(), np.asarray(wanted).copy()
@@ -103,6 +129,17 @@ def test_the_reference_against_numpy(name, seed):
     held = hold(rng, layout, lengths, max_blocks=7)
     query = query_of(rng, held, layout)
     check_against_numpy(held, layout, query, *reference(query, held.raw, tiers_of(held, layout), **observing(held)))
+
+
+@settings(max_examples=5, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_the_reference_observes_all_kvs_against_numpy(seed):
+    rng, layout = np.random.default_rng(seed), LAYOUTS["plain"]
+    lengths = rng.integers(0, 90, (2, 2, 2)) * (rng.random((2, 2, 2)) < 0.8)
+    held = hold(rng, layout, lengths, max_blocks=7)
+    query = query_of(rng, held, layout)
+    got = reference(query, held.raw, tiers_of(held, layout), observe=SQUARES.observe)
+    check_all_observed(held, layout, query, *got)
 
 
 def test_the_reference_in_many_steps(monkeypatch):
@@ -151,6 +188,15 @@ def test_tpu(interpreter):
 
 def test_tpu_with_groups_beside_unquantised_kvs(eager):
     check_tpu(eager, LAYOUTS["groups"], raw=True)
+
+
+def test_tpu_observes_all_kvs(eager):
+    rng, layout = np.random.default_rng(), LAYOUTS["plain"]
+    held = hold(rng, layout, SKEWED)
+    query, tiers = query_of(rng, held, layout), tiers_of(held, layout)
+    tiles = Tiling(block_size=layout.rows, blocks=2, max_blocks=held.table.shape[-1], buffers=3)
+    got = eager.run(tpu_tiers.paged_attention, query, held.raw, tiers, observe=SQUARES.observe, tiles=tiles)
+    check_all_observed(held, layout, query, *got)
 
 
 def test_tpu_of_bfloat16_that_nobody_observes(eager):
@@ -204,7 +250,8 @@ def test_what_does_not_belong_together_is_refused():
         (None, {"tiers": replace(tiers, lengths=jnp.zeros((1, 1, 3), jnp.int32))}, "the high and of the low tier"),
         (None, {"observe": SIGNIFICANCE}, "go together"),
         (None, {"next_position": following}, "go together"),
-        (None, {"observe": lambda p: p.sum(-2)}, "must be a Significance"),
+        (None, {"observe": lambda p: p.sum(-2)}, "give raw, or a Significance"),
+        (held.raw, {"observe": lambda p: p.sum(-2), "next_position": following}, "go together"),
         (held.raw, {"tiers": None, "observe": SIGNIFICANCE, "next_position": following}, "give tiers"),
     ):
         with pytest.raises(ValueError, match=message):

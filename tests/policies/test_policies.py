@@ -211,7 +211,7 @@ def test_names_and_budgets_that_make_no_policy_say_why():
         ("ada-kv", {"window": -3}, r"window must be at least 1 query and below 2\*\*31, got -3"),
         ("snapkv", {"pool": 4}, "pool must be odd"),
         ("auto", {"compress_every": 8}, "Auto doesn't rank what is decoded"),
-        ("mixed", {"compress_every": 8}, "Mixed doesn't rank what is decoded"),
+        ("mixed", {"compress_every": 8, "buffer": 3}, "Mixed doesn't rank what is decoded"),
         ("leankv", {"sinks": 4}, "leankv protects no sinks, got sinks=4"),
         ("keydiff", {"compress_every": 8}, "KeyDiff doesn't rank what is decoded"),
     ):
