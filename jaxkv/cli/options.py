@@ -126,6 +126,11 @@ def add_compression(command: argparse.ArgumentParser) -> None:
         const=True,
         help="mixed, auto: sinks and the protected window stay unquantised",
     )
+    group.add_argument(
+        "--reread",
+        action=argparse.BooleanOptionalAction,
+        help="auto: read prompts a second time (default), or not where the model has a learned gate",
+    )
     group.add_argument("--compress-every", type=int, metavar="N", help="compress again every N tokens")
 
 
