@@ -37,6 +37,7 @@ SETTINGS = {
     "high_share": "a number",
     "unquantised_window": "true or false",
     "hadamard": "true or false",
+    "reread": "true or false",
 }
 """What may be said of a policy beside its budget."""
 SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "logprobs")

@@ -1,6 +1,7 @@
 """Many questions on one document: read once for all, beside read anew for each.
 
     python scripts/bench_prefix.py [--questions 100] [--apart 4] [--tokens 4000] [--answer 16] [--ratios 1 8]
+        [--compression kv-compress]
 
 For each ratio the questions go through one pool with prefix sharing, and the first ``--apart`` of them, since they take
 long, without it; both sides in this one run, each after a small run that compiles its programs. It measures and doesn't
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import jax
 
-from jaxkv import LLM, CacheConfig, KVCompress, Ratio, SamplingParams
+from jaxkv import LLM, CacheConfig, Ratio, SamplingParams
+from jaxkv.policies import POLICIES, make_policy
 from jaxkv.requests import Finished
 
 TEXT = Path(__file__).parent / "data" / "emma-chapters-1-10.txt"
@@ -56,6 +58,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4000, help="of the document")
     parser.add_argument("--answer", type=int, default=16, help="tokens generated for each")
     parser.add_argument("--ratios", nargs="+", type=float, default=[1, 8])
+    parser.add_argument("--compression", choices=POLICIES, default="kv-compress", help="at ratios above 1")
     parser.add_argument("--full", type=int, default=3, help="whole sequences that the pool holds uncompressed")
     parser.add_argument("--max-batch", type=int, default=8)
     options = parser.parse_args()
@@ -72,7 +75,7 @@ def main() -> None:
             llm = LLM(
                 model.model,
                 tokenizer=model.tokenizer,
-                compression=KVCompress(budget=Ratio(ratio=ratio)) if ratio > 1 else None,
+                compression=make_policy(options.compression, Ratio(ratio=ratio)) if ratio > 1 else None,
                 cache_memory=memory,
                 max_batch=options.max_batch,
                 share_prefixes=share,

@@ -18,7 +18,7 @@ from jaxkv.cli.plot import check_drawable, head_map
 from jaxkv.cli.terminal import can_say
 from jaxkv.engine.schedule import Latency, Schedule, Throughput
 from jaxkv.llm import LLM, Prompt
-from jaxkv.policies import Policy, policy_from
+from jaxkv.policies import Auto, Policy, policy_from
 from jaxkv.report import as_dict, summary
 from jaxkv.requests import Completion, Event, Finished, PromptRead, SamplingParams, TextMade
 from jaxkv.words import DTYPES, SAMPLING, SCHEDULES
@@ -110,7 +110,7 @@ def load(options: argparse.Namespace, policy: Policy | None, **settings: Any) ->
     """
     keep_compiled_programs()
     check_platform()
-    return LLM(
+    llm = LLM(
         options.model,
         compression=policy,
         cache_memory=options.cache_memory,
@@ -122,6 +122,9 @@ def load(options: argparse.Namespace, policy: Policy | None, **settings: Any) ->
         schedule=None if options.schedule is None else SCHEDULE[options.schedule],
         **settings,
     )
+    if isinstance(llm.compression, Auto):
+        print(f"jaxkv: auto scores by {llm.compression.method}", file=sys.stderr)
+    return llm
 
 
 def read_prompt(options: argparse.Namespace) -> str:

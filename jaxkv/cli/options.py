@@ -166,6 +166,11 @@ def add_compression(command: argparse.ArgumentParser) -> None:
         const=True,
         help="leankv, mixed, auto: K and V are turned before they are quantised, for keys with outlier channels",
     )
+    group.add_argument(
+        "--reread",
+        action=argparse.BooleanOptionalAction,
+        help="auto: read prompts a second time (default), or not where the model has a learned gate",
+    )
     group.add_argument("--compress-every", type=int, metavar="N", help="compress again every N tokens")
 
 

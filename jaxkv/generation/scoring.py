@@ -20,9 +20,9 @@ def score_prompt(model: Decoder, cache: PagedCache, prompt: PromptState, policy:
     """The cache with scores from attention and KVs: of a prompt, or of a part of one that is read in parts.
 
     What the last queries observed, or what others are expected to, replaces the scores that there are; what all queries
-    did, or a second reading, adds to them.
+    did, or a second reading, adds to them. What KVs tell by themselves is left to ``compress``, which ranks them.
     """
-    if policy is None:
+    if policy is None or policy.scorer.scores_kvs_alone:
         return cache
     scorer, observes = policy.scorer, policy.scorer.observes
     if not (observes.watches or isinstance(observes, ExpectedQueries) or scorer.reads_kvs):

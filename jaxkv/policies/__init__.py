@@ -7,6 +7,7 @@ from jaxkv.compression.budget import MaxTokens as MaxTokens
 from jaxkv.compression.budget import Ratio as Ratio
 from jaxkv.compression.budget import Unlimited as Unlimited
 from jaxkv.compression.policy import Policy as Policy
+from jaxkv.policies.auto import Auto as Auto
 from jaxkv.policies.expected_attention import ExpectedAttention as ExpectedAttention
 from jaxkv.policies.gate import Gate as Gate
 from jaxkv.policies.gate import GateWeights as GateWeights
@@ -17,7 +18,6 @@ from jaxkv.policies.knorm import KNorm as KNorm
 from jaxkv.policies.kv_compress import KVCompress as KVCompress
 from jaxkv.policies.kvzip import KVzip as KVzip
 from jaxkv.policies.lean_kv import LeanKV as LeanKV
-from jaxkv.policies.mixed import Auto as Auto
 from jaxkv.policies.mixed import Mixed as Mixed
 from jaxkv.policies.names import POLICIES as POLICIES
 from jaxkv.policies.names import make_policy as make_policy

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Self
 from zipfile import BadZipFile
@@ -28,31 +28,42 @@ SHIPPED = {Family(num_layers=30, hidden_size=576, vocab_size=49_152): "smollm2-1
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GateWeights:
-    """Of one model's KV heads. Constants of the programs that use them, so they are hashed by what they are.
+    """Of one model's KV heads, ``f32[layers, kv_heads, ...]``. Constants of the programs that use them, so they are
+    hashed by what they are.
+
+    A KV is told as ``x``, its K before RoPE and its V. Its score's logarithm is linear in ``x`` and its squares, and in
+    the outputs of a hidden layer of ReLUs, which may have no unit at all.
 
     Raises:
       ValueError: shapes that don't belong together, or weights that aren't finite.
     """
 
     linear: np.ndarray
-    """``f32[layers, kv_heads, 4 * head_dim + 1]``: of K before RoPE, V, their squares, and 1."""
+    """``[..., 4 * head_dim + 1]``: of ``x``, ``x**2``, and 1."""
+    hidden: np.ndarray
+    """``[..., 2 * head_dim + 1, units]``: of ``x``, and 1."""
+    output: np.ndarray
+    """``[..., units]``."""
     frequencies: np.ndarray
     """``f32[head_dim / 2]``: radians a token by which RoPE turns each pair of K's values; 0 where it turns none."""
 
     def __post_init__(self) -> None:
-        wanted = 8 * self.frequencies.size + 1
-        if self.linear.ndim != 3 or self.frequencies.ndim != 1 or self.linear.shape[-1] != wanted:
+        heads, units, wanted = self.linear.shape[:2], self.output.shape[-1:], 8 * self.frequencies.size + 1
+        shapes = (*heads, wanted), (*heads, wanted // 2 + 1, *units), (*heads, *units)
+        given = self.linear.shape, self.hidden.shape, self.output.shape
+        if len(heads) != 2 or len(units) != 1 or self.frequencies.ndim != 1 or given != shapes:
             raise ValueError(
-                f"a gate's weights must be [layers, kv_heads, 4 * head_dim + 1] beside [head_dim / 2] frequencies, got "
-                f"{self.linear.shape} beside {self.frequencies.shape}; train it anew"
+                "a gate's weights must be [layers, kv_heads, ...] with [4 * head_dim + 1], [2 * head_dim + 1, units] "
+                f"and [units], beside [head_dim / 2] frequencies, got {', '.join(map(str, given))} beside "
+                f"{self.frequencies.shape}; train it anew"
             )
-        if not (np.isfinite(self.linear).all() and np.isfinite(self.frequencies).all()):
+        if not all(np.isfinite(getattr(self, each.name)).all() for each in fields(self)):
             raise ValueError("a gate's weights must be finite; the file is damaged, train it anew")
 
     @cached_property
     def digest(self) -> str:
-        parts = [self.linear.tobytes(), str(self.linear.shape).encode(), self.frequencies.tobytes()]
-        return hashlib.sha256(b"".join(parts)).hexdigest()
+        arrays = [getattr(self, each.name) for each in fields(self)]
+        return hashlib.sha256(b"".join(str(x.shape).encode() + x.tobytes() for x in arrays)).hexdigest()
 
     def __hash__(self) -> int:
         return hash(self.digest)
@@ -77,10 +88,11 @@ class GateWeights:
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one ``.npz`` file."""
+        """Writes one ``.npz`` file, of float16 but for the frequencies."""
         partial = Path(f"{os.fspath(path)}.partial")
+        halves = {each.name: getattr(self, each.name).astype(np.float16) for each in fields(self)}
         with partial.open("wb") as file:
-            np.savez(file, **{each.name: getattr(self, each.name) for each in fields(self)})
+            np.savez(file, **halves | {"frequencies": self.frequencies})
         partial.replace(path)
 
     @classmethod
@@ -100,18 +112,29 @@ def gate_for(sizes: ModelSizes) -> GateWeights | None:
     path = Path(__file__).parent / "gates" / f"{name}.npz"
     if name is None or not path.exists():
         return None
-    weights = GateWeights.load(path)
+    weights = _read_once(path)
     weights.check(sizes)
     return weights
 
 
-def features(keys: Array, values: Array, positions: Array, frequencies: Array | np.ndarray) -> Array:
-    """``f32[..., kvs, 4 * head_dim]`` of keys after RoPE and values, ``[..., kvs, head_dim]``, and positions."""
+_read_once = lru_cache(GateWeights.load)  # a job's lines may each bring a policy
+
+
+def unrotated(keys: Array, positions: Array, frequencies: Array | np.ndarray) -> Array:
+    """Keys as they were before RoPE: ``[..., kvs, head_dim]`` at positions ``i32[..., kvs]``."""
     angles = positions[..., None].astype(jnp.float32) * frequencies
     first, second = jnp.split(keys, 2, axis=-1)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    keys = jnp.concatenate([first * cos + second * sin, second * cos - first * sin], axis=-1)
-    return jnp.concatenate([keys, values, keys**2, values**2], axis=-1)
+    return jnp.concatenate([first * cos + second * sin, second * cos - first * sin], axis=-1)
+
+
+def told(linear: Array, hidden: Array, output: Array, x: Array) -> Array:
+    """Scores' logarithms of KVs ``[..., kv_heads, kvs, 2 * head_dim]``, by the weights of one layer: see
+    ``GateWeights``."""
+    first, second, one = jnp.split(linear, [x.shape[-1], 2 * x.shape[-1]], axis=-1)
+    scores = jnp.sum(x * (first[:, None] + x * second[:, None]), axis=-1) + one  # fused: the squares are never stored
+    units = jnp.einsum("...hkf,hfu->...hku", x, hidden[:, :-1]) + hidden[:, -1:]
+    return scores + jnp.einsum("...hku,hu->...hk", jnp.maximum(units, 0.0), output)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,10 +155,11 @@ class LearnedGate(Scorer):
             raise ValueError(
                 "this gate is the model's own, which isn't known: call policy.for_model(model.sizes) first"
             )
-        width = self.weights.head_dim
-        seen = features(keys[..., :width], values[..., :width], positions, self.weights.frequencies)
-        linear = jnp.asarray(self.weights.linear)[layer]
-        return jnp.einsum("bhkf,hf->bhk", seen, linear[:, :-1]) + linear[:, -1:]
+        of, width = self.weights, self.weights.head_dim
+        keys = unrotated(keys[..., :width], positions, of.frequencies)
+        x = jnp.concatenate([keys, values[..., :width]], axis=-1)
+        linear, hidden, output = (jnp.asarray(part)[layer] for part in (of.linear, of.hidden, of.output))
+        return told(linear, hidden, output, x)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,9 @@
-"""Any policy's ranking in two tiers, and ``Auto``, which is the one that kept most."""
+"""Any policy's ranking in two tiers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-
-import jax.numpy as jnp
 
 from jaxkv.checks import shown
 from jaxkv.compression.budget import Budget
@@ -14,7 +12,6 @@ from jaxkv.compression.policy import Method, Policy
 from jaxkv.compression.scorer import Scorer
 from jaxkv.compression.tiered import K4V2, K8V4
 from jaxkv.compression.two_precisions import TwoPrecisions
-from jaxkv.policies.kvzip import SecondReading
 from pallas_kernels.quantised_block import Format
 
 
@@ -64,14 +61,3 @@ class Mixed(InTwoPrecisions):
         own = {each.name: settings.pop(each.name) for each in fields(TwoPrecisions) if each.name in settings}
         ranking = scoring(budget=budget, **settings)
         return cls(budget=budget, scoring=ranking, compress_every=ranking.compress_every, **own)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Auto(InTwoPrecisions):
-    """What kept most, of all that docs/evaluation.md has: KVzip's ranking, mean over the group, in two precisions."""
-
-    protected_window: int = 2
-    sinks: int = 4
-
-    def parts(self) -> tuple[Scorer, Placement]:
-        return SecondReading(group=jnp.mean), self.placed()

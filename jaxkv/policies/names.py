@@ -9,6 +9,7 @@ from jaxkv.checks import shown
 from jaxkv.compression.budget import Budget, MaxBytes, MaxTokens, Ratio
 from jaxkv.compression.policy import Policy
 from jaxkv.compression.two_precisions import TwoPrecisions
+from jaxkv.policies.auto import Auto
 from jaxkv.policies.expected_attention import ExpectedAttention
 from jaxkv.policies.gate import Gate
 from jaxkv.policies.h2o import H2O
@@ -17,7 +18,7 @@ from jaxkv.policies.knorm import KNorm
 from jaxkv.policies.kv_compress import KVCompress
 from jaxkv.policies.kvzip import KVzip
 from jaxkv.policies.lean_kv import UNLIMITED, LeanKV
-from jaxkv.policies.mixed import Auto, Mixed
+from jaxkv.policies.mixed import Mixed
 from jaxkv.policies.snapkv import AdaKV, PyramidKV, SnapKV
 from jaxkv.policies.streaming_llm import StreamingLLM
 from jaxkv.policies.tova import TOVA

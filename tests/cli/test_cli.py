@@ -6,7 +6,7 @@ import json
 import pytest
 import tiny
 
-from jaxkv import LLM, Latency, SamplingParams
+from jaxkv import LLM, Auto, Latency, Ratio, SamplingParams
 from jaxkv.cli import commands as cli
 from jaxkv.cli.main import main
 from jaxkv.cli.options import answer_settings, byte_count, parser
@@ -75,6 +75,16 @@ class Letters:
 
     def flush(self):
         return ""
+
+
+def test_auto_says_which_it_is(capsys, monkeypatch):
+    llm = LLM(tiny.MODEL, tokenizer=Letters(), compression=Auto(budget=Ratio(ratio=2)))
+    monkeypatch.setattr(cli, "LLM", lambda *_, **__: llm)
+    code, out = run(
+        capsys, "--model", "any", "--prompt", "Hello", "--max-tokens", 3, "--compression", "auto", "--ratio", 2
+    )
+    assert code == 0
+    assert out.err.count("jaxkv: auto scores by reading each prompt a second time\n") == 1
 
 
 def test_the_text_goes_to_standard_output_and_the_figures_to_the_other(capsys, monkeypatch):

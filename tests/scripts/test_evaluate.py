@@ -14,7 +14,7 @@ from evaluation.tasks import Item, Task, TaskSet, read_tasks
 
 from jaxkv import Ratio
 from jaxkv.compression.shares import Global
-from jaxkv.policies import KNorm, KVzip
+from jaxkv.policies import Auto, KNorm, KVzip
 
 CONTEXTS = {"a": tuple(tiny.prompt(400, 1).tolist()), "b": tuple(tiny.prompt(333, 2).tolist())}
 RUNNER = Runner(tiny.MODEL, 512)
@@ -174,11 +174,12 @@ def test_the_interval_of_an_accuracy():
 
 
 def test_policies_take_settings():
-    found = parse_policies("none,kvzip:power=2:group=mean,knorm:shares=global")
-    assert list(found) == ["none", "kvzip:power=2:group=mean", "knorm:shares=global"]
+    found = parse_policies("none,kvzip:power=2:group=mean,knorm:shares=global,auto:reread=false")
+    assert list(found) == ["none", "kvzip:power=2:group=mean", "knorm:shares=global", "auto:reread=false"]
     assert found["none"] is None
     assert found["kvzip:power=2:group=mean"] == KVzip(budget=Ratio(ratio=2), power=2, group=jnp.mean)
     assert found["knorm:shares=global"] == KNorm(budget=Ratio(ratio=2), shares=Global())
+    assert found["auto:reread=false"] == Auto(budget=Ratio(ratio=2), reread=False)
 
 
 def test_a_suite_follows_from_its_seeds():
