@@ -157,7 +157,7 @@ def sizes(compiled: Any) -> dict[str, int]:
 
 
 BITS = {"pred": 8, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "s32": 32, "u32": 32, "f32": 32}
-"""Of what is looked at for copies; not FP8, which only weights are: stacked ones are seen in another tiling."""
+"""Of what is looked at for copies; not FP8, which only weights are (stacked, they are retiled in place)."""
 COPY = re.compile(r"= \(?(\w+)\[([\d,]*)\][^=]*? (copy|copy-start|transpose|pad|convert)\(")
 
 
