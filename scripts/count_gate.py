@@ -9,6 +9,7 @@ comes out too small: the gate's share is less than what is printed. Nothing here
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +42,7 @@ class Count(NamedTuple):
 def count(function: Callable[..., Any], *args: Any) -> Count:
     """Of a function, for arguments given by shape and dtype."""
     found = jax.jit(function).lower(*args).compile().cost_analysis()
+    assert found is not None  # only where a backend doesn't count
     return Count(found["flops"], found["bytes accessed"])
 
 
@@ -56,7 +58,7 @@ def of_score(cache: PagedCache, sizes: ModelSizes) -> Count:
         return now.scores[0], *kvs_of(cache, now, jnp.int32(0)), now.held[0]
 
     parts = jax.eval_shape(of_layer, cache)
-    gate = count(lambda *parts: scorer.score_kvs(*parts, jnp.int32(0)), *parts)
+    gate = count(partial(scorer.score_kvs, layer=jnp.int32(0)), *parts)
     # XLA takes the whole pool for read where some of its blocks are: in truth the KVs, which are written again.
     moved = 2 * sum(part.size * part.dtype.itemsize for part in parts)
     return Count(gate.flops, gate.size + moved) * sizes.num_layers
@@ -76,8 +78,10 @@ def main() -> None:
     ids, one = jax.ShapeDtypeStruct((1, CHUNK), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
     active = jax.ShapeDtypeStruct((1,), jnp.bool_)
     graph, weights = nnx.split(model)
-    chunk = count(lambda w, *args: prefill_chunk(nnx.merge(graph, w), *args, None), weights, cache, prompt, ids, one)
-    step = count(lambda w, *args: decode_step(nnx.merge(graph, w), *args, None), weights, cache, one, active)
+    chunk = count(
+        lambda w, *args: prefill_chunk(nnx.merge(graph, w), *args, policy=None), weights, cache, prompt, ids, one
+    )
+    step = count(lambda w, *args: decode_step(nnx.merge(graph, w), *args), weights, cache, one, active)
     score, read = of_score(cache, sizes), chunk * (options.tokens / CHUNK)
     print("| | GFLOP | the gate's | GB | the gate's |\n| --- | --- | --- | --- | --- |")
     for name, whole, part in (

@@ -92,7 +92,7 @@ class GateWeights:
         partial = Path(f"{os.fspath(path)}.partial")
         halves = {each.name: getattr(self, each.name).astype(np.float16) for each in fields(self)}
         with partial.open("wb") as file:
-            np.savez(file, **halves | {"frequencies": self.frequencies})
+            np.savez(file, allow_pickle=False, **halves | {"frequencies": self.frequencies})
         partial.replace(path)
 
     @classmethod
