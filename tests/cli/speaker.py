@@ -12,6 +12,8 @@ from jaxkv.requests import Finished, SamplingParams, TextMade
 
 
 class Speaker:
+    compression = None
+
     def events(self, prompts, params):
         [prompt] = prompts
         if prompt == "interrupt":
