@@ -50,6 +50,8 @@ def completion(prompt: str, params: SamplingParams) -> Completion:
 class FakeLLM:
     """Holds several requests at a time, and refuses prompts with ``too long`` in them."""
 
+    compression = None
+
     def __init__(self, pause: float = 0.0, held: int = 4):
         self.pause, self.held = pause, held
         self.drawn: list[str] = []
