@@ -158,7 +158,7 @@ def test_a_fault_of_ours_is_no_failed_line(monkeypatch, capsys):
     def broken(options, heed):
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(cli, "run_generate", broken)
+    monkeypatch.setitem(cli.COMMANDS, "generate", broken)
     assert main(["generate", "--model", "x", "--prompt", "y"]) == 70
     assert "RuntimeError: out of luck" in capsys.readouterr().err
 
