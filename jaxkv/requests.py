@@ -158,10 +158,14 @@ class Request:
     prompt: np.ndarray
     """``i32[tokens]``."""
     params: SamplingParams
+    """Nothing of them is left open."""
     limit: int
     """Tokens to make at most: ``max_tokens``, or less where the context ends before."""
     policy: Policy | None
     """What compresses its cache; None: nothing."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "params", self.params.filled())  # the one way into a frozen dataclass
 
     @property
     def until_compressed(self) -> int:

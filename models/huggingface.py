@@ -10,12 +10,12 @@ import huggingface_hub  # its functions are imported with their first use
 from huggingface_hub import constants, errors
 
 from models.checkpoints import orbax
+from models.checkpoints.gguf_file import all_parts, first_parts
 from models.errors import CheckpointError
 
 _NAME = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(/(?P<file>[\w.-]+(/[\w.-]+)*\.gguf))?(@(?P<revision>[\w./-]+))?"
 )
-_PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", f"{orbax.WEIGHTS}/*", orbax.QUANTISED)
 _GATED = "accept its terms at {url} with your account"
 _TOKEN = "give a token that may read it: HF_TOKEN in the environment, or `hf auth login`"
@@ -48,7 +48,7 @@ def fetch(model: str) -> Path:
         directory = _snapshot(repo, revision, [*orbax.config_files(), *orbax.COMPANIONS, "config.json", *_WEIGHTS])
         has_weights = orbax.family_in(directory) or any(directory.glob("*.safetensors"))
         return directory if has_weights else directory / _only_gguf(repo, [path.name for path in directory.iterdir()])
-    path = _snapshot(repo, revision, [_PART.sub(r"-?????-of-\1.gguf", file)]) / file
+    path = _snapshot(repo, revision, [all_parts(file)]) / file
     if not path.exists():
         raise CheckpointError(f"{repo} has no file {file!r}{_known(names or [])}")
     return path
@@ -65,8 +65,7 @@ def _names(repo: str, revision: str | None) -> list[str] | None:
 
 def _only_gguf(repo: str, names: list[str]) -> str:
     """The one GGUF file, or the first part of it."""
-    found = [name for name in names if name.endswith(".gguf")]
-    first = [name for name in found if not (part := _PART.search(name)) or part[0].startswith("-00001-")]
+    first = first_parts(names)
     if len(first) != 1:
         raise CheckpointError(
             f"{repo} has no model*.safetensors and {len(first)} GGUF files, expected one or the other{_known(first)}"

@@ -19,7 +19,7 @@ from jax import Array, lax
 from jax.tree_util import register_dataclass
 from jax.typing import DTypeLike
 
-__all__ = ["CODES", "Grouped", "Packed", "Quantised", "Scaled", "quantise", "widened"]
+__all__ = ["CODES", "Grouped", "Packed", "Quantised", "Scaled", "in_bits", "quantise", "widened"]
 
 CODES: dict[str, tuple[Any, float]] = {"int8": (np.dtype(np.int8), 127.0), "fp8": (jnp.dtype(jnp.float8_e4m3fn), 448.0)}
 """What weights can be quantised to at load, by name: the codes' dtype and their largest magnitude."""
@@ -65,6 +65,11 @@ class Packed:
             return codes
         bits = 8 * self.high.shape[self.axis] // codes.shape[self.axis]
         return codes | (_unpacked(self.high, bits, self.axis) << 4)
+
+
+def in_bits(codes: np.ndarray, bits: int, *, axis: int) -> np.ndarray | Packed:
+    """Codes as a matrix holds them, in their bits; those of 8 as they are."""
+    return Packed.of(codes, bits=bits, axis=axis) if bits < 8 else codes
 
 
 def _packed(codes: np.ndarray, bits: int, axis: int) -> np.ndarray:

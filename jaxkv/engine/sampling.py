@@ -14,7 +14,7 @@ from jaxkv.requests import SamplingParams
 
 def sampler_for(rows: Iterable[SamplingParams]) -> Sampler:
     """As each row asks; the cheap one where all rows are greedy."""
-    rows = [params.filled() for params in rows]
+    rows = list(rows)
     if all(p.temperature == 0 for p in rows):
         return Greedy()
     return Random(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
-from models.quantised import Grouped, Packed
+from models.quantised import Grouped, in_bits
 
 Made = Callable[[np.ndarray], Grouped]
 
@@ -29,8 +29,7 @@ def _rows(codes: np.ndarray) -> np.ndarray:
 
 def _matrix(codes: np.ndarray, scales: object, size: int, *, bits: int = 8, **more: object) -> Grouped:
     """``size``: codes that share a scale."""
-    held = Packed.of(_rows(codes), bits=bits, axis=1) if bits < 8 else _rows(codes)
-    return Grouped(axis=1, codes=held, scales=scales, block=(1, size), **more)
+    return Grouped(axis=1, codes=in_bits(_rows(codes), bits, axis=1), scales=scales, block=(1, size), **more)
 
 
 def _middle(value: int) -> np.ndarray:

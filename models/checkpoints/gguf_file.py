@@ -8,7 +8,7 @@ from __future__ import annotations
 import mmap
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -108,8 +108,18 @@ class GgufFile:
 
 def ggufs_in(directory: Path) -> list[Path]:
     """The GGUF files there; of a split model, the first part."""
-    parts = {path: _PART.search(path.name) for path in sorted(directory.glob("*.gguf"))}
-    return [path for path, part in parts.items() if part is None or int(part[1]) == 1]
+    return [directory / name for name in first_parts(path.name for path in directory.glob("*.gguf"))]
+
+
+def first_parts(names: Iterable[str]) -> list[str]:
+    """Those that are GGUF files, in order; of a split model, the first part."""
+    parts = {name: _PART.search(name) for name in sorted(names) if name.endswith(".gguf")}
+    return [name for name, part in parts.items() if part is None or int(part[1]) == 1]
+
+
+def all_parts(name: str) -> str:
+    """A pattern of the names of a model's parts, of which one is given; a name that is no part's as it is."""
+    return _PART.sub(r"-?????-of-\2.gguf", name)
 
 
 def _ending(number: int, count: int) -> str:

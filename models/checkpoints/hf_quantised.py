@@ -14,7 +14,7 @@ import numpy as np
 
 from models.checkpoints.compressed import Quantisation, Scheme
 from models.errors import CheckpointError
-from models.quantised import Grouped, Packed, Quantised, Scaled
+from models.quantised import Grouped, Quantised, Scaled, in_bits
 
 _FLOAT8 = (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
 _WEIGHTS = ("weight", "weight_packed", "qweight")
@@ -200,9 +200,9 @@ def _of_codes(layer: _Layer, scheme: Scheme | None) -> Quantised:
 
 def _shaped(layer: _Layer, values: Any, blocks: tuple[int, int]) -> Any:
     """``[out]`` as ``[out, 1]``, and one number as ``[1, 1]``."""
-    if values is None or values.size not in (1, blocks[0] * blocks[1]):
-        if values is None:
-            return None
+    if values is None:
+        return None
+    if values.size not in (1, blocks[0] * blocks[1]):
         raise layer.wrong(f"has scales or zero points of shape {values.shape}, expected {blocks}")
     return values.reshape(blocks if values.size > 1 else (1, 1))
 
@@ -239,10 +239,6 @@ def _nibbles(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
     return codes.reshape(shape)
 
 
-def _held(codes: np.ndarray, bits: int) -> Any:
-    return Packed.of(codes, bits=bits, axis=1) if bits < 8 else codes
-
-
 def _of_packed(layer: _Layer, scheme: Scheme, shape: tuple[int, ...]) -> Grouped:
     """compressed-tensors' pack-quantized: codes along the inputs, zero points along the outputs."""
     if len(shape) != 2 or min(shape) < 1 or shape[1] % 8:
@@ -267,7 +263,7 @@ def _of_packed(layer: _Layer, scheme: Scheme, shape: tuple[int, ...]) -> Grouped
     made = Grouped(axis=1, codes=codes, scales=_shaped(layer, scales, blocks), zeros=zeros, block=block)
     if "weight_g_idx" in layer.names and (layer.read("weight_g_idx") >= 0).all():
         made = _in_order(layer, made, layer.read("weight_g_idx"))
-    return replace(made, codes=_held(made.codes, bits))
+    return replace(made, codes=in_bits(made.codes, bits, axis=1))
 
 
 def _of_gptq(layer: _Layer, scheme: Scheme, shape: tuple[int, ...], *, older: bool) -> Grouped:
@@ -283,7 +279,7 @@ def _of_gptq(layer: _Layer, scheme: Scheme, shape: tuple[int, ...], *, older: bo
     made = Grouped(axis=1, codes=codes, scales=scales, zeros=zeros, block=(1, size))
     if "g_idx" in layer.names:
         made = _in_order(layer, made, layer.read("g_idx"))
-    return replace(made, codes=_held(made.codes, bits))
+    return replace(made, codes=in_bits(made.codes, bits, axis=1))
 
 
 def _of_awq(layer: _Layer, scheme: Scheme, shape: tuple[int, ...]) -> Grouped:
@@ -299,7 +295,7 @@ def _of_awq(layer: _Layer, scheme: Scheme, shape: tuple[int, ...]) -> Grouped:
     scales = layer.floats("scales").T
     if scales.shape != (outputs, groups):
         raise layer.wrong(f"has scales of shape {scales.T.shape}, expected {(groups, outputs)}")
-    codes, zeros = _held(unpacked("qweight", inputs), 4), unpacked("qzeros", groups).astype(np.int16)
+    codes, zeros = in_bits(unpacked("qweight", inputs), 4, axis=1), unpacked("qzeros", groups).astype(np.int16)
     return Grouped(axis=1, codes=codes, scales=scales, zeros=zeros, block=(1, size))
 
 

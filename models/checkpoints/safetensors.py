@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Collection
 from dataclasses import replace
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -64,11 +65,8 @@ def _read_config(directory: Path) -> tuple[Family[Model], Any, Quantisation]:
         config, quantisation = family.config_from_hf(values), quantisation_of(values)
     except CheckpointError as error:
         raise error if str(path) in str(error) else CheckpointError(f"{path}: {error}") from error
-    return (
-        family,
-        replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *ends_in(directory))))),
-        quantisation,
-    )
+    ends = tuple(dict.fromkeys((*config.eos_token_ids, *ends_in(directory))))
+    return family, replace(config, eos_token_ids=ends), quantisation
 
 
 def tensor_kinds(directory: Path) -> set[str]:
@@ -87,6 +85,7 @@ class _SafetensorsFiles:
         self.origin = directory
         self._files = {}  # tensor name -> the open file that holds it
         self._paths: dict[str, Path] = {}  # of the same
+        self._bytes = cache(_bytes_of)
         index = directory / _INDEX
         if index.exists():
             self._open_shards(index)
@@ -113,7 +112,7 @@ class _SafetensorsFiles:
     def values(self, name: str) -> np.ndarray:
         kind = self._files[name].get_slice(name).get_dtype()
         if kind in _FLOAT8:
-            return _mapped(self._paths[name], name).view(_FLOAT8[kind])
+            return self._bytes(self._paths[name])[name].view(_FLOAT8[kind])
         try:
             return self._files[name].get_tensor(name)
         except (SafetensorError, TypeError, AttributeError) as error:  # the last: numpy has no such dtype
@@ -142,12 +141,16 @@ class _SafetensorsFiles:
             )
 
 
-def _mapped(path: Path, name: str) -> np.ndarray:
-    """A tensor of one byte a value, as bytes: the library has checked the header, but has no dtype for FP8."""
+def _bytes_of(path: Path) -> dict[str, np.ndarray]:
+    """Tensors of one byte a value, as bytes: the library has checked the header, but has no dtype for FP8."""
     length = int(np.fromfile(path, "<u8", 1)[0])
-    entry = json.loads(np.fromfile(path, np.uint8, length, offset=8).tobytes())[name]
-    start, stop = (8 + length + offset for offset in entry["data_offsets"])
-    return np.memmap(path, np.uint8, "r")[start:stop].reshape(entry["shape"])
+    header = json.loads(np.fromfile(path, np.uint8, length, offset=8).tobytes())
+    values = np.memmap(path, np.uint8, "r", offset=8 + length)
+    return {
+        name: values[slice(*entry["data_offsets"])].reshape(entry["shape"])
+        for name, entry in header.items()
+        if name != "__metadata__" and entry["dtype"] in _FLOAT8
+    }
 
 
 def _only_file(directory: Path) -> Path:

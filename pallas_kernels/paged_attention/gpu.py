@@ -29,16 +29,19 @@ def paged_attention(
 ) -> tuple[Array, Array | None]:
     """See ``api.paged_attention``; ``interpret`` takes ``InterpretGPUParams``."""
     batch, heads, head_dim = query.shape
-    pool, block_table, lengths = raw
-    kv_heads, max_blocks = block_table.shape[1:]
     output, maximum, total, logits = partial_attention(query, raw, keep=observe is not None, interpret=interpret)
     output = output.reshape(batch, heads, head_dim).astype(query.dtype)
     if observe is None:
         return output, None
-    held = jnp.arange(logits[0].shape[2]) < lengths.reshape(-1, 1, 1)
-    p = jnp.where(held, jnp.exp2(logits[0] - maximum[..., None]) / total[..., None], 0.0)
-    p = p[..., : max_blocks * pool.shape[1]].reshape(batch, kv_heads, heads // kv_heads, -1)
-    return output, observe(p)
+    return output, observe(probabilities(logits[0], raw, maximum, total))
+
+
+def probabilities(logits: Array, raw: RawKVs, maximum: Array, total: Array) -> Array:
+    """``f32[batch, kv_heads, group, max_blocks * block_size]`` from kept logits, and a row's maximum and sum."""
+    batch, kv_heads, max_blocks = raw.block_table.shape
+    held = jnp.arange(logits.shape[2]) < raw.lengths.reshape(-1, 1, 1)
+    p = jnp.where(held, jnp.exp2(logits - maximum[..., None]) / total[..., None], 0.0)
+    return p[..., : max_blocks * raw.pool.shape[1]].reshape(batch, kv_heads, logits.shape[1], -1)
 
 
 def partial_attention(

@@ -92,9 +92,7 @@ def paged_attention(
         assert next_position is not None
         return output, xla_tiers.significant(tiers, softmax, walks, of_steps, observe, next_position)
     assert raw is not None
-    held = jnp.arange(beside[0].shape[2]) < raw.lengths.reshape(-1, 1, 1)
-    p = jnp.where(held, jnp.exp2(beside[0] - whole.maximum[..., None]) / whole.total[..., None], 0.0)
-    p = p[..., : raw.block_table.shape[2] * raw.pool.shape[1]].reshape(batch, kv_heads, group, -1)
+    p = gpu.probabilities(beside[0], raw, whole.maximum, whole.total)
     return output, Observed(observe(p), xla_tiers.scored(tiers, softmax, walks, of_steps, observe))
 
 
