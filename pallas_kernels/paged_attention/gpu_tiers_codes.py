@@ -129,7 +129,7 @@ def read(
             found[index] = _as_bfloat16(*pair, bits, exact)
         return FragmentedArray(_registers=found, _layout=WGMMA_LAYOUT, _is_signed=None)
 
-    result = plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, layout=plgpu.Layout.WGMMA)
+    result = plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.bfloat16), layout=plgpu.Layout.WGMMA)
     inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=result)
     return inline(registers)(words.at[pl.ds(row, 1)])
 

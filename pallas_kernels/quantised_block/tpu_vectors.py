@@ -52,7 +52,7 @@ def unpack(words: Array, bits: int, dtype: jnp.dtype) -> Array:
     if dtype == jnp.float32 or past:  # packed rows can't be cut off within a register
         parts = [part.astype(jnp.float32)[:, : 2 * rows] for part in parts]
     codes = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
-    return codes - offset(bits, jnp.bfloat16) if dtype == jnp.float32 else codes.astype(dtype)
+    return codes - offset(bits, jnp.dtype(jnp.bfloat16)) if dtype == jnp.float32 else codes.astype(dtype)
 
 
 def _of_bytes(pairs: Array) -> Array:
