@@ -186,7 +186,7 @@ class Simulation:
                     continue
             if scheduler.running:
                 self._decode()
-            elif scheduler.reading is None and not scheduler.queue and ended:
+            elif ended and scheduler.is_empty:
                 break
         return self.ran
 
@@ -234,6 +234,8 @@ class Simulation:
             self._hold(prompt.row, self._kvs(prompt.row) + count)
             prompt.read += count
         first = reading.prompts[0]
+        if not first.part_is_read:
+            self.scheduler.set_aside()
         if first.part_is_read and reading.policy is not None:
             seconds += sum(self._compress(prompt.row, prompt.total) for prompt in reading.prompts)
         self._spend(seconds + HOST, reading=True)

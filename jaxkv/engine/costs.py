@@ -61,14 +61,16 @@ class Costs:
             self.compiling += (compiling - self.compiling) / self.compiled
 
     def of(self, work: Work) -> float:
-        """Seconds, where not seen, in proportion to those of the nearest size of the same kind; 0: none was seen."""
+        """Seconds; where not seen, in proportion to those of the nearest size of the same kind, but for what a pass
+        costs whatever its size; 0: none was seen."""
         if work in self.seen:
             return self.seen[work]
         like = [other for other in self.seen if other.is_step == work.is_step]
         if not like:
             return 0.0
         nearest = min(like, key=lambda other: (abs(other.size - work.size), other.policy != work.policy))
-        return self.seen[nearest] * work.size / nearest.size
+        fixed = 0.0 if work.is_step else min(self.overhead, self.seen[nearest])
+        return fixed + (self.seen[nearest] - fixed) * work.size / nearest.size
 
     def prefers(self, one: Work, others: Iterable[Work], *, times: int = 1) -> bool:
         """Whether one program is better run, so many times, than several others, one after the other.

@@ -8,6 +8,7 @@ from jaxkv.engine.block_counts import Blocks
 from jaxkv.engine.costs import PassShape
 from jaxkv.engine.prefixes import Share, SharedPrefix
 from jaxkv.engine.prompt_plan import PromptPlan
+from jaxkv.engine.reading import PromptInProgress
 from jaxkv.engine.sequence import Sequence
 
 
@@ -24,12 +25,19 @@ class Joining:
     leaves: Blocks
     """That it will hold at its end."""
 
+    @property
+    def unread(self) -> int:
+        """Tokens of its prompt that it doesn't borrow."""
+        return len(self.sequence.request.prompt) - self.share.borrow_tokens
+
 
 @dataclass(frozen=True, kw_only=True)
 class Join:
-    """The first in the queue is read, perhaps with others that wait."""
+    """The first in the queue is read, perhaps with others that wait; or only what is left of prompts."""
 
     prompts: tuple[Joining, ...]
+    rests: tuple[PromptInProgress, ...] = ()
+    """Prompts of which the rest is read in the same pass."""
     shape: PassShape
     cut: tuple[SharedPrefix, ...] = ()
     """Prefixes whose unused blocks go before."""

@@ -103,7 +103,7 @@ class Engine:
                     continue
             if scheduler.running:
                 yield from self._decode()
-            elif scheduler.reading is None and not scheduler.queue and ended:
+            elif ended and scheduler.is_empty:
                 self._cut(self.prefixes.unused())
                 return
 
@@ -117,20 +117,24 @@ class Engine:
                 self._cut(cut)
             case Join() as join:
                 self._cut(join.cut)
-                reading, share = self.scheduler.join(join), join.prompts[0].share
-                if share.prefix is not None:
-                    blocks = share.borrow_tokens // self.config.block_size
-                    self.cache = self.programs.attach(self.cache, reading.prompts[0].row, share.prefix.prefix, blocks)
-                    self._look()
-                self.borrowed_tokens += share.borrow_tokens
+                reading = self.scheduler.join(join)
+                for row, share in ((joining.row, joining.share) for joining in join.prompts):
+                    if share.prefix is not None:
+                        blocks = share.borrow_tokens // self.config.block_size
+                        self.cache = self.programs.attach(self.cache, row, share.prefix.prefix, blocks)
+                        self._look()
+                    self.borrowed_tokens += share.borrow_tokens
                 self._begin_part(reading)
-                for prompt in reading.prompts:
+                for prompt in reading.prompts[len(join.rests) :]:
                     yield PromptRead(request=prompt.sequence.index, tokens=prompt.read, total=prompt.total)
 
     def _begin_part(self, reading: Reading) -> None:
         fresh = all(prompt.read < prompt.part for prompt in reading.prompts)
         lengths = reading.part_lengths
         reading.state = self.programs.start(self.cache, reading.rows, lengths, reading.policy, fresh=fresh)
+        for place, prompt in enumerate(reading.prompts):
+            if prompt.state is not None:
+                reading.state, prompt.state = self.programs.take_up(reading.state, prompt.state, place), None
 
     def _read_chunk(self, reading: Reading) -> Iterator[Event]:
         """The next chunk; after a part's last, compression; after the prompts', first the first tokens."""
@@ -154,6 +158,8 @@ class Engine:
             yield PromptRead(request=prompt.sequence.index, tokens=prompt.read, total=prompt.total)
         if not first.part_is_read:
             self._look()
+            if (waits := self.scheduler.set_aside()) is not None:
+                waits.state = reading.state
             return
         if observation_of(policy).rereads:
             self._reread(reading)
@@ -164,13 +170,17 @@ class Engine:
 
     def _reread(self, reading: Reading) -> None:
         """Reads the part that ends here once more, for a policy that scores by what that attends to."""
-        policy, length = reading.policy, reading.shape.length
+        policy, length, programs = reading.policy, reading.shape.length, self.programs
         assert policy is not None
         with self._timed("prefill", reading.sequences):
-            for tokens, counts in reading.part_again():
-                reading.state = self.programs.reread(
-                    self.cache, reading.state, reading.rows, tokens, counts, policy, length
-                )
+            for place, tokens, counts in reading.part_again():
+                if place is None or length is None:
+                    rows, state = reading.rows, reading.state
+                    reading.state = programs.reread(self.cache, state, rows, tokens, counts, policy, length)
+                else:  # too long for a pass with the others
+                    one, row = programs.one_prompt(reading.state, place), reading.rows[place]
+                    one = programs.reread(self.cache, one, int(row), tokens, counts, policy, None)
+                    reading.state = programs.take_up(reading.state, one, place)
             jax.block_until_ready(reading.state)
 
     def _finish_part(self, reading: Reading, prompt: PromptInProgress) -> Iterator[Event]:
@@ -191,8 +201,9 @@ class Engine:
         params = [sequence.request.params for sequence in reading.sequences]
         sampler = sampler_for([*params, *params[:1] * (reading.shape.rows - len(params))])
         with self._timed("prefill", reading.sequences):
-            if policy is not None and self.prefixes.give_up(rows[0]):
-                self.cache = self.programs.own(self.cache, rows[0])
+            for row in rows if policy is not None else ():
+                if self.prefixes.give_up(row):
+                    self.cache = self.programs.own(self.cache, row)
             self.cache, *made = self.programs.finish(self.cache, reading.state, reading.rows, sampler, policy)
             tokens, logprobs = self._look(*made)
         self.scheduler.reading = None

@@ -76,6 +76,11 @@ class Prefixes:
             return Share(lend_tokens=lend)
         return Share(prefix=self._all[borrow.index(most)], borrow_tokens=most) if most else Share()
 
+    def borrowable(self, request: Request) -> int:
+        """Tokens that a request could borrow at most."""
+        mine = request.prompt[: readable(request)]
+        return max((self._whole(_common(shared.tokens, mine)) for shared in self._all), default=0)
+
     def borrow(self, row: int, share: Share) -> None:
         """A row begins with what its prompt borrows."""
         if share.prefix is not None:

@@ -160,6 +160,16 @@ class Programs(ModelPrograms):
         """Begins prompts, or parts of them, of ``i32[n]`` lengths; ``fresh``: in rows that hold nothing quantised."""
         return start_prompt(self.model, cache.rows(_each(rows)), _each(lengths), policy, fresh=fresh)
 
+    @program(donate=("prompts",))
+    def take_up(self, prompts: PromptState, part: PromptState, places: ArrayLike) -> PromptState:
+        """What is known of several prompts, with what is known of some, at ``i32[n]`` places, from another state."""
+        return prompts.with_rows(part, _each(places))
+
+    @program()
+    def one_prompt(self, prompts: PromptState, place: ArrayLike) -> PromptState:
+        """What is known of one of several prompts."""
+        return prompts.rows(_each(place))
+
     @program(donate=("cache", "prompt"), static=("policy", "length"))
     def chunk(
         self,

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 
-import numpy as np
-
 from jaxkv.cache.config import CacheConfig
-from jaxkv.engine.block_counts import BlockCounts, Blocks
+from jaxkv.engine.block_counts import Blocks
 from jaxkv.engine.costs import Costs, PassShape, Work
 from jaxkv.engine.decisions import Join, Joining, Wait
 from jaxkv.engine.prefixes import AHEAD, Prefixes, Share, SharedPrefix
-from jaxkv.engine.prompt_plan import PromptPlan, Unservable, compressed_blocks, more_memory, plan_parts
-from jaxkv.engine.reading import PromptInProgress, Reading, shape_alone, shape_together
-from jaxkv.engine.schedule import STEPS, Schedule, Throughput
+from jaxkv.engine.prompt_plan import PromptPlan, Unservable, compressed_blocks, plan_parts
+from jaxkv.engine.reading import (
+    LONGEST_TOGETHER,
+    PromptInProgress,
+    Reading,
+    last_together,
+    shape_alone,
+    shape_together,
+)
+from jaxkv.engine.residents import Residents
+from jaxkv.engine.schedule import Schedule, Throughput
 from jaxkv.engine.sequence import Sequence as Answer
 from jaxkv.generation.prefill import CHUNK
 from jaxkv.policies import Policy
 from jaxkv.requests import Refused
 
-HORIZON = 4 * STEPS
-"""Tokens that an answer is expected to go on for at least, where it isn't sooner at its limit."""
 
-
-class Scheduler:
+class Scheduler(Residents):
     """The rows of a cache, and what waits for one. Decisions change nothing, but they note why somebody waits, and
     what programs that aren't compiled would have saved; ``join``, ``leave`` and the like do.
 
@@ -47,35 +51,23 @@ class Scheduler:
         costs: Costs | None = None,
         split_prompts: bool | None = None,
     ):
-        self.config, self.share_prefixes, self.split_prompts = config, share_prefixes, split_prompts
-        self.schedule, self.costs = schedule or Throughput(), costs or Costs()
-        self.counts = BlockCounts(config)
+        super().__init__(config, schedule or Throughput())
+        self.share_prefixes, self.split_prompts, self.costs = share_prefixes, split_prompts, costs or Costs()
         self.prefixes = Prefixes(config.block_size)
-        self.rows: list[Answer | None] = [None] * config.batch
         self.queue: deque[Answer] = deque()
-        self.reading: Reading | None = None
         self.joined = self.preemptions = 0
         self.idle = 0.0
         """Seconds of decoding, since somebody joined, that rows stood idle which those who wait could have had; of all
         rows together one second a second."""
-        self.stopped = self.stopped_tokens = 0
-        """Answers that ended before their limits, and their tokens."""
         self.short_of_memory = False
         """Whether, when this was last asked, the first in the queue had a row but no room."""
         self.locked = False
         """After a preemption nobody joins until somebody leaves: else the two would take turns for ever."""
 
-    def sequence(self, row: int) -> Answer:
-        """That of a row that is taken."""
-        sequence = self.rows[row]
-        assert sequence is not None
-        return sequence
-
     @property
-    def running(self) -> list[int]:
-        """Rows that decode: all taken but those whose prompts are being read."""
-        reading = [] if self.reading is None else [prompt.row for prompt in self.reading.prompts]
-        return [row for row, sequence in enumerate(self.rows) if sequence is not None and row not in reading]
+    def is_empty(self) -> bool:
+        """Whether nobody waits or has a row."""
+        return not self.queue and self.rows.count(None) == len(self.rows)
 
     @property
     def wants_requests(self) -> bool:
@@ -85,8 +77,17 @@ class Scheduler:
     def next(self) -> Join | Wait | Refused:
         """What to do about the first in the queue; it joins where its whole prompt fits beside what others soon need.
 
-        Others that wait join with it, where their prompts go into the same pass of the model and that costs less.
+        Others that wait join with it, where their prompts go into the same pass of the model and that costs less. What
+        was set aside is read to its end where nobody joins whose rest is read with it.
         """
+        decision = self._next_in_queue()
+        if not self.aside or self.reading is not None or isinstance(decision, Refused):
+            return decision
+        if isinstance(decision, Join) and (decision.rests or self._cheaper_together(self.aside, decision.prompts[0])):
+            return decision
+        return self._rests()
+
+    def _next_in_queue(self) -> Join | Wait | Refused:
         if not self.queue or self.reading is not None or self.locked:
             return Wait()
         sequence, running = self.queue[0], self.running
@@ -96,29 +97,58 @@ class Scheduler:
         if None not in self.rows:
             return Wait()
         first, cut = self._joining(sequence, plan, self.rows.index(None)), ()
-        grows = self._growth_by(running, [self.expected(self.sequence(row)) for row in running])
-        self.short_of_memory = not self._fit([first], grows, self.counts.free)
-        if self.short_of_memory and (split := self._split(first, self.counts.free - grows)) is not None:
-            first, self.short_of_memory = split, not self._fit([split], grows, self.counts.free)
+        grows, free = self._growth_of_answers(), self.counts.free - self._still_take(self.aside)
+        self.short_of_memory = not self._fit([first], grows, free)
+        if self.short_of_memory and (split := self._split(first, free - grows)) is not None:
+            first, self.short_of_memory = split, not self._fit([split], grows, free)
         if self.short_of_memory:
             cut = self.prefixes.unused(but=first.share.prefix)
-            self.short_of_memory = not self._fit([first], grows, self.counts.free + self._freed_by(cut))
+            self.short_of_memory = not self._fit([first], grows, free + self._freed_by(cut))
             if self.short_of_memory:
                 # Where nobody runs, nothing but prefixes is in its way, also the one that it would have shared.
                 return Wait(cut=cut if running else self.prefixes.unused())
-        prompts, shape = self._together(first, grows, self.counts.free + self._freed_by(cut))
-        if running and not self.schedule.joins(self.idle, self._saved_by_waiting(prompts)):
+        join = self._together(first, grows, free + self._freed_by(cut), bool(cut))
+        if running and not self.schedule.joins(self.idle, self._saved_by_waiting(join.prompts)):
             return Wait()
-        return Join(prompts=prompts, shape=shape, cut=cut)
+        return replace(join, cut=cut)
+
+    def set_aside(self) -> PromptInProgress | None:
+        """After a chunk: the prompt that is being read, if the rest of it is read with those set aside before, or waits
+        for the first in the queue, whose own rest goes into a pass with them for less."""
+        reading, free = self.reading, None in self.rows and not self.locked
+        if reading is None or self.schedule.alternates or not reading.prompts[0].waits_for_others:
+            return None
+        prompts = [*self.aside, reading.prompts[0]]
+        if not (free and self._waits_for_first(prompts)) and not self._cheaper_together(prompts):
+            return None
+        self.aside, self.reading = prompts, None
+        return prompts[-1]
+
+    def _waits_for_first(self, prompts: list[PromptInProgress]) -> bool:
+        """Whether the first in the queue has room, too, and a rest to read with these."""
+        if not self.queue or isinstance(plan := self.queue[0].plan, Unservable):
+            return False
+        first = self._joining(self.queue[0], plan, self.rows.index(None))
+        if plan.part < len(first.sequence.request.prompt) or not self._cheaper_together(prompts, first):
+            return False
+        return self._fit([first], self._growth_of_answers(), self.counts.free - self._still_take(prompts))
+
+    def _cheaper_together(self, prompts: list[PromptInProgress], *joining: Joining) -> bool:
+        """Whether rests of prompts, and of those who join, of one policy, go into one pass that costs less."""
+        policy, *others = [each.sequence.request.policy for each in (*prompts, *joining)]
+        rests = [*map(_rest, prompts), *(last_together(each.unread) for each in joining)]
+        shape = shape_together(rests, len(self.rows))
+        if shape is None or any(other != policy for other in others):
+            return False
+        alone = sum(self.costs.of(Work(shape_alone(rest), policy)) for rest in rests)
+        return self.costs.of(Work(shape, policy)) < alone
 
     def join(self, join: Join) -> Reading:
         """Those who join get their rows."""
-        self.idle, rows = 0.0, [joining.row for joining in join.prompts]
-        self.reading = Reading(
-            prompts=[self._begin(joining) for joining in join.prompts],
-            shape=join.shape,
-            rows=self.with_others(rows, join.shape.rows),
-        )
+        self.idle, prompts = 0.0, [*join.rests, *map(self._begin, join.prompts)]
+        self.aside = [prompt for prompt in self.aside if prompt not in join.rests]
+        rows = self.with_others([prompt.row for prompt in prompts], join.shape.rows)
+        self.reading = Reading(prompts=prompts, shape=join.shape, rows=rows)
         return self.reading
 
     def next_shape(self, reading: Reading) -> PassShape:
@@ -126,49 +156,6 @@ class Scheduler:
         usual, least = reading.shape, reading.least_shape
         shorter = least != usual and self.costs.prefers(Work(least, reading.policy), [Work(usual, reading.policy)])
         return least if shorter else usual
-
-    def with_others(self, rows: Sequence[int], width: int) -> np.ndarray:
-        """``i32[width]``: these rows, and then as many others as it takes, each once."""
-        taken = set(rows)
-        others = (row for row in range(len(self.rows)) if row not in taken)
-        return np.array([*rows, *islice(others, width - len(rows))], np.int32)
-
-    def too_large(self, row: int) -> str | None:
-        """Why an answer can't be given to a prompt that is read and compressed; None where it can."""
-        counts, total, request = self.counts, self.counts.total, self.sequence(row).request
-        if self.config.tiers is not None and counts.left_unquantised(row, request.policy):
-            whole = self.config.heads * self.config.tiers.full_blocks(len(request.prompt) + request.limit)
-            return (
-                f"the prompt doesn't fit its {total.quantised} quantised blocks; "
-                f"{more_memory(self.config, whole, quantised=True)}, a smaller budget, or shorten it"
-            )
-        held, policy, tokens = counts.held(row), request.policy, request.until_compressed
-        more = self._growth([row], tokens)
-        if policy is not None and tokens < request.limit:
-            whole = len(request.prompt) + request.limit
-            held = held.or_more(compressed_blocks(self.config, policy, whole))
-            if not policy.placement.quantises_decoding:
-                more = more.or_more(Blocks(raw=self.config.full_blocks(tokens)))
-        if held + more <= total:
-            return None
-        quantised = held.raw + more.raw <= total.raw
-        have, grows = (held.quantised, more.quantised) if quantised else (held.raw, more.raw)
-        when = "once it is read" if tokens == request.limit else "whenever it is compressed"
-        return (
-            f"the prompt holds {have} blocks {when}, but {tokens} more tokens may need {grows}; "
-            f"{more_memory(self.config, have + grows, quantised=quantised)}, or ask for fewer tokens"
-        )
-
-    def parts_too_large(self, prompt: PromptInProgress) -> str | None:
-        """Why the next part can't be read beside what is left of those before; None where it can."""
-        held = self.counts.held(prompt.row).raw
-        need = held + self.config.full_blocks(prompt.part_length)
-        if need <= prompt.most.raw:
-            return None
-        return (
-            f"the prompt holds {held} blocks once {prompt.read} of its {prompt.total} tokens are read and compressed, "
-            f"so {need} with the next part, and may hold {prompt.most.raw}; protect less, or give more memory"
-        )
 
     def steps(self) -> int:
         """Decode steps of all running rows that the pool surely serves in one dispatch; 0: it must have room first."""
@@ -188,7 +175,7 @@ class Scheduler:
         It can't where all go on for longer, nobody waits whom an earlier end would let in, nothing on this side ends or
         chooses anything, and the pool serves both.
         """
-        if self.reading is not None or list(rows) != self.running:
+        if self.reading is not None or self.aside or list(rows) != self.running:
             return 0
         answers = [self.sequence(row) for row in rows]
         if self.queue and (any(answer.ends for answer in answers) or (None in self.rows and not self.short_of_memory)):
@@ -223,17 +210,6 @@ class Scheduler:
         """Rows have been decoded for so long, while others stood idle."""
         self.idle += seconds * min(self.rows.count(None), len(self.queue)) / len(self.rows)
 
-    def expected(self, sequence: Answer) -> int:
-        """Tokens, about, that an answer will still hold memory for: more join only where there is room for these, or
-        somebody would soon be put back and read again."""
-        policy, left = sequence.request.policy, sequence.tokens_left
-        if sequence.ends:  # as long as others were
-            usual = self.stopped_tokens // self.stopped if self.stopped else 0
-            left = min(left, max(usual - sequence.replayed, sequence.replaying + HORIZON))
-        if policy is not None and policy.compress_every is not None:
-            left = min(left, max(policy.compress_every, HORIZON))
-        return left
-
     def whom_to_compress_again(self) -> list[int]:
         """Running rows that may have outgrown their budgets."""
         policies = {row: self.sequence(row).request.policy for row in self.running}
@@ -255,6 +231,7 @@ class Scheduler:
         """A row is free."""
         if self.reading is not None and self.reading.prompts[0].row == row:
             self.reading = None
+        self.aside = [prompt for prompt in self.aside if prompt.row != row]
         sequence = self.sequence(row)
         if sequence.finish_reason == "stop":
             self.stopped += 1
@@ -265,6 +242,7 @@ class Scheduler:
 
     def _begin(self, joining: Joining) -> PromptInProgress:
         sequence, share = joining.sequence, joining.share
+        borrowed = Blocks(raw=self.config.full_blocks(share.borrow_tokens))
         self.queue.remove(sequence)
         self.rows[joining.row] = sequence
         self.joined += 1
@@ -276,7 +254,8 @@ class Scheduler:
             part=joining.plan.part,
             read=share.borrow_tokens,
             lend_tokens=share.lend_tokens,
-            most=joining.takes + Blocks(raw=self.config.full_blocks(share.borrow_tokens)),
+            most=joining.takes + borrowed,
+            leaves=joining.leaves + borrowed,
         )
 
     def _joining(self, sequence: Answer, plan: PromptPlan, row: int) -> Joining:
@@ -295,56 +274,63 @@ class Scheduler:
             return None
         return self._joining(joining.sequence, plan, joining.row)
 
-    def _leaves(self, sequence: Answer, takes: Blocks) -> Blocks:
-        """What a request will hold at its end, of what its prompt takes."""
-        policy, more = sequence.request.policy, self.expected(sequence)
-        if policy is None:
-            return takes + Blocks(raw=self.config.full_blocks(more))
-        kept = compressed_blocks(self.config, policy, len(sequence.request.prompt))
-        if policy.placement.quantises_decoding:
-            assert self.config.tiers is not None
-            return kept + Blocks(quantised=self.config.heads * self.config.tiers.full_blocks(more))
-        return kept + Blocks(raw=self.config.full_blocks(more))
-
-    def _fit(self, prompts: Sequence[Joining], grows: Blocks, free: Blocks) -> bool:
-        """Whether so many blocks suffice for these prompts, all read before any is compressed, and then for the answers
-        to their ends, beside those who are answering and grow by so much. Alone, a prompt must only be read."""
-        takes = sum((joining.takes for joining in prompts), Blocks())
-        if len(prompts) == 1 and not self.running:
-            return takes <= free
-        leave = sum((joining.leaves for joining in prompts), Blocks())
-        need = takes.or_more(leave) + grows if self.schedule.alternates else takes.or_more(leave + grows)
-        return need <= free
-
-    def _together(self, first: Joining, grows: Blocks, free: Blocks) -> tuple[tuple[Joining, ...], PassShape]:
-        """Who is read with the first in the queue, in one pass, and its shape."""
+    def _together(self, first: Joining, grows: Blocks, free: Blocks, cuts: bool) -> Join:
+        """Who is read with the first in the queue, in one pass; nothing but its own prefix is borrowed where others are
+        cut."""
         rows = [row for row, taken in enumerate(self.rows) if taken is None]
         policy, prompts, shape = first.sequence.request.policy, [first], None
+        rests = self._rests_of(policy) if self._is_short(first) else []
+        if rests:
+            shape = shape_together([first.unread, *map(_rest, rests)], len(self.rows))
         for sequence in self._packable(first):
             if len(prompts) == len(rows):
                 break
             assert isinstance(sequence.plan, PromptPlan)
             more = [*prompts, self._joining(sequence, sequence.plan, rows[len(prompts)])]
-            wider = shape_together([joining.plan.part for joining in more], len(self.rows))
-            if wider is not None and more[-1].share == Share() and self._fit(more, grows, free):
+            lengths = [*map(_rest, rests), *(joining.unread for joining in more)]
+            wider, share = shape_together(lengths, len(self.rows)), more[-1].share
+            borrows = share.prefix is None or not cuts or share.prefix is first.share.prefix
+            if wider is not None and not share.lend_tokens and borrows and self._fit(more, grows, free):
                 prompts, shape = more, wider
-        alone = shape_alone(min(first.plan.part, len(first.sequence.request.prompt) - first.share.borrow_tokens))
-        each = [Work(shape_alone(joining.plan.part), policy) for joining in prompts]
-        if shape is None or not self.costs.prefers(Work(shape, policy), each):
-            return (first,), alone
-        return tuple(prompts), shape
+        each = [*map(_rest, rests), *(joining.unread for joining in prompts)]
+        if shape is None or not self._pays_together(shape, each, policy):
+            return Join(prompts=(first,), shape=shape_alone(min(first.plan.part, first.unread)))
+        return Join(prompts=tuple(prompts), rests=tuple(rests), shape=shape)
+
+    def _pays_together(self, shape: PassShape, lengths: Iterable[int], policy: Policy | None) -> bool:
+        each = [Work(shape_alone(length), policy) for length in lengths]
+        return len(each) > 1 and self.costs.prefers(Work(shape, policy), each)
+
+    def _rests(self) -> Join:
+        """Those whose rests wait for others are read to their ends: together, or the first of them."""
+        rests = self._rests_of(self.aside[0].sequence.request.policy)
+        lengths = [_rest(prompt) for prompt in rests]
+        shape = shape_together(lengths, len(self.rows))
+        if shape is not None and self._pays_together(shape, lengths, rests[0].sequence.request.policy):
+            return Join(prompts=(), rests=tuple(rests), shape=shape)
+        return Join(prompts=(), rests=tuple(rests[:1]), shape=shape_alone(lengths[0]))
+
+    def _rests_of(self, policy: Policy | None) -> list[PromptInProgress]:
+        return [prompt for prompt in self.aside if prompt.sequence.request.policy == policy]
+
+    def _is_short(self, joining: Joining) -> bool:
+        """Whether all that is to be read of a prompt goes into a pass with others."""
+        whole = joining.plan.part >= len(joining.sequence.request.prompt)
+        return whole and not joining.share.lend_tokens and joining.unread <= LONGEST_TOGETHER
 
     def _packable(self, first: Joining) -> Iterator[Answer]:
         """Those who wait behind the first, as many as would go into one pass with it were there rows and room."""
-        request, lengths = first.sequence.request, [first.plan.part]
-        if first.share != Share() or first.plan.part < len(request.prompt):
+        request = first.sequence.request
+        if not self._is_short(first):
             return
+        lengths = [*map(_rest, self._rests_of(request.policy)), first.unread]
         for sequence in islice(self.queue, 1, None):
             plan, other = sequence.plan, sequence.request
             if isinstance(plan, Unservable) or other.policy != request.policy or plan.part < len(other.prompt):
                 continue
-            if shape_together([*lengths, plan.part], len(self.rows)) is not None:
-                lengths.append(plan.part)
+            unread = len(other.prompt) - (self.prefixes.borrowable(other) if first.share.prefix is not None else 0)
+            if shape_together([*lengths, unread], len(self.rows)) is not None:
+                lengths.append(unread)
                 yield sequence
 
     def _saved_by_waiting(self, prompts: tuple[Joining, ...]) -> float:
@@ -373,20 +359,6 @@ class Scheduler:
         quantised = compressed_blocks(self.config, request.policy, len(request.prompt)).quantised
         return Blocks(raw=plan.peak_blocks + copied, quantised=quantised)
 
-    def _growth(self, rows: Sequence[int], tokens: int) -> Blocks:
-        """What these rows allocate for at most so many more tokens each."""
-        return self._growth_by(rows, [min(tokens, self.sequence(row).tokens_left) for row in rows])
-
-    def _growth_by(self, rows: Sequence[int], tokens: Sequence[int]) -> Blocks:
-        return self.counts.growth(rows, [self.sequence(row).request.policy for row in rows], tokens)
-
-    def _unread(self) -> Blocks:
-        """What the rest of the prompts being read, and their compression, may still take."""
-        left = Blocks()
-        for prompt in [] if self.reading is None else self.reading.prompts:
-            left += prompt.most - self.counts.held(prompt.row)
-        return left
-
     def _freed_by(self, cut: Iterable[SharedPrefix]) -> Blocks:
         return Blocks(raw=self.config.heads * sum(shared.blocks - shared.in_use for shared in cut))
 
@@ -395,3 +367,8 @@ def _width(rows: int) -> int:
     """1, 2, 3, 4, 6, 8, 12, …: few widths, of which no row in three is idle."""
     power = 1 << (rows - 1).bit_length()
     return power * 3 // 4 if power >= 4 and rows <= power * 3 // 4 else power
+
+
+def _rest(prompt: PromptInProgress) -> int:
+    """Tokens still to read."""
+    return prompt.total - prompt.read

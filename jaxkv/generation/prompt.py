@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,30 @@ class PromptState:
     """Of this prompt's queries so far, where a policy expects others like them."""
     fresh: bool = field(default=False, metadata={"static": True})
     """The sequences held nothing before, so there is nothing quantised to read."""
+
+    def rows(self, which: Array) -> PromptState:
+        """Of only these prompts, ``i32[n]``; see ``with_rows``."""
+        return replace(
+            self,
+            mass=self.mass[:, which],
+            end=self.end[which],
+            lengths=self.lengths[which],
+            hidden=self.hidden[which],
+            queries=None if self.queries is None else self.queries.rows(which),
+        )
+
+    def with_rows(self, part: PromptState, which: Array) -> PromptState:
+        """Of all prompts again: ``which`` of them from ``part``, the others from this one."""
+        queries = None if self.queries is None or part.queries is None else self.queries.with_rows(part.queries, which)
+        return replace(
+            self,
+            mass=self.mass.at[:, which].set(part.mass),
+            end=self.end.at[which].set(part.end),
+            lengths=self.lengths.at[which].set(part.lengths),
+            hidden=self.hidden.at[which].set(part.hidden),
+            granted=self.granted & part.granted,
+            queries=queries,
+        )
 
 
 def start_prompt(

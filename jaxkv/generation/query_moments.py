@@ -31,6 +31,18 @@ class QueryMoments:
         scatter = jnp.zeros((*mean.shape, sizes.head_dim), jnp.float32)
         return cls(count=jnp.zeros(batch, jnp.float32), mean=mean, scatter=scatter)
 
+    def rows(self, which: Array) -> QueryMoments:
+        """Of only these rows of the batch, ``i32[n]``."""
+        return QueryMoments(count=self.count[which], mean=self.mean[:, which], scatter=self.scatter[:, which])
+
+    def with_rows(self, part: QueryMoments, which: Array) -> QueryMoments:
+        """Of all rows again: ``which`` of them from ``part``, the others from this one."""
+        return QueryMoments(
+            count=self.count.at[which].set(part.count),
+            mean=self.mean.at[:, which].set(part.mean),
+            scatter=self.scatter.at[:, which].set(part.scatter),
+        )
+
     def with_layer(
         self, layer: int | Array, query: Array, rotated_by: tuple[Array, Array], real: Array
     ) -> QueryMoments:

@@ -35,7 +35,7 @@ class Pool:
     def __init__(self, config, *, share_prefixes=True, schedule=None, costs=None):
         self.config = config
         self.scheduler = Scheduler(config, share_prefixes=share_prefixes, schedule=schedule, costs=costs)
-        self.steps = 0
+        self.steps = self.passes = self.asides = 0
         self.counts, self.refused, self.ended = self.scheduler.counts, [], []
 
     def look(self):
@@ -77,13 +77,14 @@ class Pool:
                 reading = self.scheduler.join(join)
                 assert reading.rows[: len(reading.prompts)].tolist() == [prompt.row for prompt in reading.prompts]
                 assert len(set(reading.rows)) == len(reading.rows) == reading.shape.rows
-                for prompt in reading.prompts:
+                for prompt in reading.prompts[len(join.rests) :]:
                     self.grow(prompt.row, prompt.read)
 
     def read(self):
         reading, scheduler = self.scheduler.reading, self.scheduler
         shape = scheduler.next_shape(reading)
         tokens, counts = reading.next_chunk(shape)
+        self.passes += 1
         assert tokens.shape == (1, shape.tokens)
         expected = [prompt.ids[prompt.read : prompt.read + count] for prompt, count in reading.of_prompts(counts)]
         np.testing.assert_array_equal(tokens[0, : counts.sum()], np.concatenate(expected))
@@ -93,7 +94,8 @@ class Pool:
         [*others, prompt] = reading.prompts
         policy, row = reading.policy, prompt.row
         if others:
-            assert all(each.read == each.total <= reading.shape.length for each in reading.prompts)
+            assert all(each.read == each.total for each in reading.prompts)
+            assert max(counts) <= reading.shape.length
             assert all(each.sequence.request.policy == policy for each in others)
         if prompt.read == prompt.lend_tokens:
             scheduler.prefixes.lend(
@@ -101,6 +103,7 @@ class Pool:
             )
             self.look()
         if not prompt.part_is_read:
+            self.asides += scheduler.set_aside() is not None
             return
         for each in [] if policy is None else reading.prompts:
             scheduler.prefixes.give_up(each.row)
@@ -165,6 +168,6 @@ class Pool:
                     continue
             if self.scheduler.running:
                 self.decode()
-            elif self.scheduler.reading is None and not self.scheduler.queue and not waiting:
+            elif self.scheduler.is_empty and not waiting:
                 return
         raise AssertionError("it never ends")
