@@ -258,14 +258,15 @@ def _kernel(
         pl.when(step == 0)(kept.start)
         kept.finish(layout.tiers, kept.turn)
 
-    parts = []
-    for kvs, tiles_before in zip(tiers, before, strict=True):
-        keep = partial(kept.keep, kvs, tiles_before) if kept else None
-        parts.append(Attention(stream, kvs, query[0], layout.head_dim, dtype, keep).run())
+    high, low = (
+        Attention(stream, kvs, query[0], layout.head_dim, dtype, partial(kept.keep, kvs, at) if kept else None)
+        for kvs, at in zip(tiers, before, strict=True)
+    )
+    whole = high.run()
+    whole = lax.cond(low.kvs.blocks > 0, lambda: join(whole, low.run()), lambda: whole)  # often there are none
     if raw:
         sums = raw.sums[0]
-        parts.append(Softmax(sums[:, :1], sums[:, 1:2], raw.output[0]))
-    whole = join(parts)
+        whole = join(whole, Softmax(sums[:, :1], sums[:, 1:2], raw.output[0]))
     out[0] = whole.output / jnp.maximum(whole.total, jnp.finfo(jnp.float32).tiny)
     if row_sums is not None:
         lane = lax.broadcasted_iota(jnp.int32, row_sums.shape[1:], 1)

@@ -81,15 +81,11 @@ class Softmax(NamedTuple):
     output: Array
 
 
-def join(parts: list[Softmax]) -> Softmax:
-    """That of all of these KVs."""
-
-    def both(a: Softmax, b: Softmax) -> Softmax:
-        maximum = jnp.maximum(a.maximum, b.maximum)
-        of_a, of_b = jnp.exp(a.maximum - maximum), jnp.exp(b.maximum - maximum)
-        return Softmax(maximum, a.total * of_a + b.total * of_b, a.output * of_a + b.output * of_b)
-
-    return reduce(both, parts)
+def join(a: Softmax, b: Softmax) -> Softmax:
+    """That of the KVs of both."""
+    maximum = jnp.maximum(a.maximum, b.maximum)
+    of_a, of_b = jnp.exp(a.maximum - maximum), jnp.exp(b.maximum - maximum)
+    return Softmax(maximum, a.total * of_a + b.total * of_b, a.output * of_a + b.output * of_b)
 
 
 Keep = Callable[[Array, Array, range, list[Array]], None]

@@ -28,6 +28,8 @@ SHORT = 256
 """Of a head that is compressed 64 times; shorter than a tile."""
 CHUNK = 512
 """Tokens of a prompt that are read at once."""
+LONG_CHUNK = 2048
+"""What peers' kernels are counted with."""
 
 
 class Need(NamedTuple):
@@ -157,14 +159,14 @@ def tiers(name: str, *, is_low: bool, significance: bool = False) -> Case:
     )
 
 
-def prefill(name: str) -> Case:
+def prefill(name: str, chunk: int = CHUNK) -> Case:
     """A chunk of a prompt over what is cached of it. A tile: 512 KVs of either, under 512 query rows."""
     model = SHAPES[name]
     heads, kv_heads, head_dim = model.num_heads, model.num_kv_heads, model.head_dim
     batch, entries = 2, CONTEXT // BLOCK_SIZE
 
     def arguments(kvs: int) -> tuple[Any, ...]:
-        query, new = (jnp.zeros((batch, CHUNK, n, head_dim), jnp.bfloat16) for n in (heads, kv_heads))
+        query, new = (jnp.zeros((batch, chunk, n, head_dim), jnp.bfloat16) for n in (heads, kv_heads))
         table = np.arange(batch * kv_heads * entries, dtype=np.int32).reshape(batch, kv_heads, entries)
         return query, new, new, jnp.asarray(table), jnp.full((batch, kv_heads), kvs, jnp.int32)
 
@@ -176,9 +178,9 @@ def prefill(name: str) -> Case:
 
     few, many, keys = 4096, 8192, 512
     queries = 512 / (heads // kv_heads)
-    causal = CHUNK * (CHUNK + 1) / 2
+    causal = chunk * (chunk + 1) / 2
     return Case(
-        name=f"prefill, {name}",
+        name=f"prefill, {name}" + (f", {chunk:,} at once" if chunk != CHUNK else ""),
         kernel="prefill_attention",
         function=attend,
         pool=raw_pool(model),
@@ -191,13 +193,13 @@ def prefill(name: str) -> Case:
                 kvs=keys,
                 more=many,
                 less=few,
-                times=(many - few) / keys * CHUNK / queries,
+                times=(many - few) / keys * chunk / queries,
             ),
-            Part(name="own keys", need=Need(flops=flops(1, 1).flops * causal), kvs=CHUNK, more=0),
+            Part(name="own keys", need=Need(flops=flops(1, 1).flops * causal), kvs=chunk, more=0),
             Part(
                 name=f"chunk after {many:,}",
-                need=Need(flops=flops(1, 1).flops * (causal + CHUNK * many)),
-                kvs=CHUNK + many,
+                need=Need(flops=flops(1, 1).flops * (causal + chunk * many)),
+                kvs=chunk + many,
                 more=many,
             ),
         ),
@@ -240,4 +242,5 @@ def cases() -> Iterator[Case]:
             yield tiers(name, is_low=is_low)
             yield tiers(name, is_low=is_low, significance=True)
         yield prefill(name)
+        yield prefill(name, LONG_CHUNK)
     yield moves("llama-3.1-8b")
