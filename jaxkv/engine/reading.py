@@ -21,6 +21,8 @@ LONGEST_TOGETHER = CHUNK // 2
 """Tokens of a prompt that is read with others at most: of longer ones, one fills a chunk nearly as well."""
 SMALLEST_TOGETHER = 64
 """Tokens that a prompt is counted as at least."""
+MOST_TOGETHER = 2 * CHUNK // SMALLEST_TOGETHER
+"""Prompts of a pass at most."""
 
 
 @dataclass(kw_only=True, eq=False)

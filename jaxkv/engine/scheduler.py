@@ -15,6 +15,7 @@ from jaxkv.engine.prefixes import AHEAD, Prefixes, Share, SharedPrefix
 from jaxkv.engine.prompt_plan import PromptPlan, Unservable, compressed_blocks, plan_parts
 from jaxkv.engine.reading import (
     LONGEST_TOGETHER,
+    MOST_TOGETHER,
     PromptInProgress,
     Reading,
     last_together,
@@ -319,12 +320,12 @@ class Scheduler(Residents):
         return whole and not joining.share.lend_tokens and joining.unread <= LONGEST_TOGETHER
 
     def _packable(self, first: Joining) -> Iterator[Answer]:
-        """Those who wait behind the first, as many as would go into one pass with it were there rows and room."""
+        """Some who wait not far behind the first, as would go into one pass with it were there rows and room."""
         request = first.sequence.request
         if not self._is_short(first):
             return
         lengths = [*map(_rest, self._rests_of(request.policy)), first.unread]
-        for sequence in islice(self.queue, 1, None):
+        for sequence in islice(self.queue, 1, 2 * MOST_TOGETHER):
             plan, other = sequence.plan, sequence.request
             if isinstance(plan, Unservable) or other.policy != request.policy or plan.part < len(other.prompt):
                 continue

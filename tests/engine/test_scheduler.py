@@ -252,7 +252,7 @@ def test_chunks_cover_a_prompt_part_by_part(total, part):
         prompt.read += count
         if prompt.part_is_read:
             ends.append(prompt.read)
-            again = [t for tokens, [count] in reading.part_again() for t in tokens[0, :count]]
+            again = [t for _, tokens, [count] in reading.part_again() for t in tokens[0, :count]]
             assert again == seen[(len(ends) - 1) * part :]
     assert seen == prompt.ids.tolist()
     assert ends == [*range(part, total, part), total]
