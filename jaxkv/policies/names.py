@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from jaxkv.checks import shown
-from jaxkv.compression.budget import Budget, MaxBytes, MaxTokens, Ratio
+from jaxkv.compression.budget import IN_WORDS, Budget, budget_in_words
 from jaxkv.compression.policy import Policy
 from jaxkv.compression.two_precisions import TwoPrecisions
 from jaxkv.policies.auto import Auto
@@ -48,11 +48,7 @@ FIELDS_OF: dict[str, tuple[Any, ...]] = {"kv-compress-full": (KVCompress,), "mix
 """Whose fields a policy's settings are, where it isn't a dataclass itself."""
 UNBOUNDED = ("leankv",)
 """Those that need no budget."""
-BUDGETS: dict[str, Callable[[Any], Budget]] = {
-    "ratio": lambda value: Ratio(ratio=value),
-    "max_cache_tokens": lambda value: MaxTokens(tokens=value),
-    "max_cache_bytes": lambda value: MaxBytes(size=value),
-}
+BUDGETS = IN_WORDS
 
 
 def policy_from(options: Mapping[str, Any]) -> Policy | None:
@@ -63,16 +59,14 @@ def policy_from(options: Mapping[str, Any]) -> Policy | None:
     Raises:
       ValueError: two budgets, or as ``make_policy``.
     """
-    given = {name: options[name] for name in (*BUDGETS, *SETTINGS) if options.get(name) is not None}
-    budgets = [make(given.pop(name)) for name, make in BUDGETS.items() if name in given]
-    if len(budgets) > 1:
-        raise ValueError(f"give one of {', '.join(BUDGETS)}, got {len(budgets)}")
-    name = options.get("compression") or ("kv-compress" if budgets else "none")
+    budget = budget_in_words(options)
+    given = {name: options[name] for name in SETTINGS if options.get(name) is not None}
+    name = options.get("compression") or ("kv-compress" if budget is not None else "none")
     if name == "none" and given:
         raise ValueError(f"nothing is compressed, so there is no {', '.join(given)}; give a budget, such as a ratio")
     if given.get("window") == 0:
         given["window"] = None
-    return make_policy(name, budgets[0] if budgets else None, **given)
+    return make_policy(name, budget, **given)
 
 
 def make_policy(name: str, budget: Budget | None, **settings) -> Policy | None:
@@ -90,7 +84,7 @@ def make_policy(name: str, budget: Budget | None, **settings) -> Policy | None:
     if budget is None and name in UNBOUNDED:
         budget = UNLIMITED
     if budget is None:
-        raise ValueError(f"policy {name} needs a budget: a ratio, tokens or bytes")
+        raise ValueError(f"policy {name} needs a budget: a ratio, tokens or bytes, such as ratio=8")
     known = {each.name for owner in FIELDS_OF.get(name, (POLICIES[name],)) for each in fields(owner) if each.init}
     for setting in settings:
         if setting not in known:
