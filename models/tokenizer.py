@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -68,18 +69,31 @@ class Tokenizer:
         """Text from tokens that come one by one."""
         return Detokenizer(tokenizer=self)
 
-    def chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
-        """A conversation in the model's format, as text for ``encode_chat``.
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **options: Any,
+    ) -> str:
+        """A conversation in the model's format, as text for ``encode_chat``; ``options`` are the template's own.
 
         Raises:
           CheckpointError: the checkpoint has no chat template, or it refuses the conversation.
+          ValueError: an option that the template never reads, or a message without role or content.
         """
         if self.chat_template is None:
             raise CheckpointError("this model has no chat template; give the prompt as plain text, without chat")
         named = {"bos_token": self.bos_id, "eos_token": self.eos_ids[0] if self.eos_ids else None}
         special = {name: self.core.id_to_token(i) or "" for name, i in named.items() if i is not None}
         return render_chat(
-            self.chat_template, messages, add_generation_prompt=add_generation_prompt, special_tokens=special
+            self.chat_template,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            special_tokens=special,
+            tools=tools,
+            options=options,
         )
 
 

@@ -18,6 +18,7 @@ ORDER = [
     {"jaxkv.requests"},
     {"jaxkv.report"},
     {"jaxkv.engine"},
+    {"jaxkv.arguments"},
     {"jaxkv.llm"},
     {"jaxkv.batch"},
     {"jaxkv.cli"},

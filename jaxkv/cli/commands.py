@@ -13,11 +13,12 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from jaxkv.arguments import Prompt
 from jaxkv.cli.options import answer_settings
 from jaxkv.cli.plot import check_drawable, head_map
 from jaxkv.cli.terminal import can_say
 from jaxkv.engine.schedule import Latency, Schedule, Throughput
-from jaxkv.llm import LLM, Prompt
+from jaxkv.llm import LLM
 from jaxkv.policies import Auto, Policy, policy_from
 from jaxkv.report import as_dict, summary
 from jaxkv.requests import Completion, Event, Finished, PromptRead, SamplingParams, TextMade

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxkv.version import __version__
-from jaxkv.words import BUDGETS, DTYPES, POLICIES, SAMPLING, SCHEDULES, SETTINGS, WEIGHTS
+from jaxkv.words import BUDGETS, DTYPES, POLICIES, SAMPLING, SCHEDULES, SETTINGS, WEIGHTS, byte_count
 
 ANSWER = (
     "model",
@@ -99,7 +99,7 @@ def add_batch(command: argparse.ArgumentParser) -> None:
 
 def add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", required=True, help=MODEL)
-    command.add_argument("--cache-memory", type=byte_count, metavar="BYTES", help="for the whole cache: 500M, 2G, …")
+    command.add_argument("--cache-memory", type=size_in_bytes, metavar="BYTES", help="for the whole cache: 500M, 2G, …")
     command.add_argument("--block-size", type=int, help="token slots a block (default: 16; 64 on a TPU)")
     command.add_argument("--dtype", choices=DTYPES, help="to compute in (default: float32 on a CPU, else bfloat16)")
     command.add_argument(
@@ -127,7 +127,7 @@ def add_compression(command: argparse.ArgumentParser) -> None:
         "--ratio", type=float, help="hold this many times less than the full cache would, in its own dtype"
     )
     budget.add_argument("--max-cache-tokens", type=int, metavar="N", help="KVs a head, on average")
-    budget.add_argument("--max-cache-bytes", type=byte_count, metavar="BYTES", help="for the sequence")
+    budget.add_argument("--max-cache-bytes", type=size_in_bytes, metavar="BYTES", help="for the sequence")
     group.add_argument("--protected-window", type=int, metavar="N", help="newest tokens never evicted (default: 32)")
     group.add_argument("--sinks", type=int, metavar="N", help="first tokens never evicted (default: 0)")
     group.add_argument(
@@ -188,15 +188,12 @@ def add_sampling(command: argparse.ArgumentParser) -> None:
     group.add_argument("--logprobs", action="store_true", help="log probability of each token (generate: with --json)")
 
 
-def byte_count(text: str) -> int:
-    """``1500000``, ``500M``, ``2G``, ``1.5GiB``: K, M and G are powers of 1000, KiB, MiB and GiB of 1024."""
-    units = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
-    number = text.strip().upper().removesuffix("B")
-    unit = number.lstrip("0123456789.")
+def size_in_bytes(text: str) -> int:
+    """As ``byte_count``, for argparse, which says nothing of a ValueError's own words."""
     try:
-        return int(float(number[: len(number) - len(unit)]) * units[unit.strip()])
-    except (ValueError, KeyError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes; write 500M, 2G or 1.5GiB") from None
+        return byte_count(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def answer_settings(options: argparse.Namespace) -> dict[str, Any]:

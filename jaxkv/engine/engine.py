@@ -26,11 +26,11 @@ from jaxkv.cache import CacheConfig, PagedCache
 from jaxkv.cache.stats import CacheStats, stats_of
 from jaxkv.engine.costs import Costs, Work
 from jaxkv.engine.decisions import Join, Wait
-from jaxkv.engine.dispatch import Dispatch
+from jaxkv.engine.dispatch import Dispatch, Made
 from jaxkv.engine.prefixes import SharedPrefix
 from jaxkv.engine.programs import Programs
 from jaxkv.engine.reading import PromptInProgress, Reading
-from jaxkv.engine.sampling import replaying_sampler_for, sampler_for
+from jaxkv.engine.sampling import Samplers, most_likeliest
 from jaxkv.engine.schedule import STEPS, Schedule
 from jaxkv.engine.scheduler import Scheduler
 from jaxkv.engine.sequence import Sequence
@@ -51,6 +51,7 @@ class Engine:
       schedule: what goes first; None: whatever lets most be decoded together.
       costs: what the model's passes and steps took so far; noted here.
       split_prompts: see ``Scheduler``.
+      samplers: what makes samplers for rows; None: as they ask.
     """
 
     def __init__(
@@ -63,7 +64,9 @@ class Engine:
         schedule: Schedule | None = None,
         costs: Costs | None = None,
         split_prompts: bool | None = None,
+        samplers: Samplers | None = None,
     ):
+        self.samplers = samplers or Samplers(vocab_size=programs.model.sizes.vocab_size)
         self.programs, self.config, self.cache = programs, config, cache
         self.scheduler = Scheduler(
             config, share_prefixes=share_prefixes, schedule=schedule, costs=costs, split_prompts=split_prompts
@@ -188,13 +191,13 @@ class Engine:
     def _finish_prompts(self, reading: Reading) -> Iterator[Event]:
         """The first tokens, from the full caches, and compression; who can't be answered leaves."""
         policy, rows = reading.policy, [prompt.row for prompt in reading.prompts]
-        params = [sequence.request.params for sequence in reading.sequences]
-        sampler = sampler_for([*params, *params[:1] * (reading.shape.rows - len(params))])
+        each = [*reading.sequences, *reading.sequences[:1] * (reading.shape.rows - len(rows))]
+        sampler, top = self.samplers.first(each), most_likeliest(each)
         with self._timed("prefill", reading.sequences):
             if policy is not None and self.prefixes.give_up(rows[0]):
                 self.cache = self.programs.own(self.cache, rows[0])
-            self.cache, *made = self.programs.finish(self.cache, reading.state, reading.rows, sampler, policy)
-            tokens, logprobs = self._look(*made)
+            self.cache, made = self.programs.finish(self.cache, reading.state, reading.rows, sampler, policy, top)
+            made = Made.of_first(self._look(*made))
         self.scheduler.reading = None
         if policy is not None:
             self._compress(rows, among=reading.rows)
@@ -204,7 +207,7 @@ class Engine:
                 self._leave([row])
                 yield Refused(request=sequence.index, error=error)
             else:
-                yield from self._accept({row: at}, tokens[:, None], logprobs[:, None], np.ones_like(tokens))
+                yield from self._accept({row: at}, made)
 
     def _compress(self, rows: list[int], tokens: int = 0, among: np.ndarray | None = None) -> None:
         """To the budgets of the tokens that they have seen, or of so many where those are more.
@@ -258,11 +261,12 @@ class Engine:
             self.cache,
             pending if after is None else after.made.last,
             limits,
-            replaying_sampler_for(each),
+            self.samplers.next(each),
             STEPS,
             policy,
             None if whole else self.scheduler.with_others(rows, work.size),
-            np.array([bool(sequence.ends) for sequence in each]),
+            np.array([sequence.stops_at_own for sequence in each]),
+            most_likeliest(each),
         )
         self.cache = sent.cache
         return Dispatch(
@@ -280,9 +284,7 @@ class Engine:
 
     def _receive(self, sent: Dispatch) -> Iterator[Event]:
         """Takes what steps have made, perhaps while others run."""
-        tokens, logprobs, counts, held = jax.device_get(
-            (sent.made.tokens, sent.made.logprobs, sent.made.counts, sent.made.held)
-        )
+        made, held = jax.device_get((Made.of_steps(sent.made), sent.made.held))
         if sent.looks == self._looks:
             self.counts.take(held)
         else:  # since then somebody left
@@ -292,33 +294,30 @@ class Engine:
         self._received = time.perf_counter()
         for sequence in sent.sequences:
             sequence.timings.add(seconds)
-        run = int(counts.max())
+        run = int(made.counts.max())
         if not sent.follows:  # else what the host did meanwhile is in it
             self.scheduler.costs.note(sent.work, seconds["decode"] / max(run, 1), sent.compiling)
         self.scheduler.note_decoding(seconds["decode"])
         self.decode_seconds += seconds["decode"]
         self.decode_steps += run
-        self.decoded += int(counts.sum())
+        self.decoded += int(made.counts.sum())
         each = zip(sent.rows, sent.place, sent.sequences, strict=True)
         still = {row: at for row, at, sequence in each if self.rows[row] is sequence}
-        if not counts[list(still.values())].all():
+        if not made.counts[list(still.values())].all():
             raise RuntimeError("the pool ran dry while decoding, though blocks were kept free; please report this")
-        yield from self._accept(still, tokens, logprobs, counts)
+        yield from self._accept(still, made)
 
-    def _accept(
-        self, places: dict[int, int], tokens: np.ndarray, logprobs: np.ndarray, counts: np.ndarray
-    ) -> Iterator[Event]:
-        """Takes what rows have made, each at its place the first ``counts`` tokens; those that end leave together."""
+    def _accept(self, places: dict[int, int], made: Made) -> Iterator[Event]:
+        """Takes what rows have made, each at its place; those that end leave together."""
         ended: list[int] = []
-        finite = np.isfinite(logprobs.sum(axis=-1)).tolist()
-        made, said = tokens.tolist(), logprobs.tolist()
+        finite = np.isfinite(made.logprobs.sum(axis=-1)).tolist()
         for row, at in places.items():
-            sequence, count, error = self.scheduler.sequence(row), int(counts[at]), None
+            sequence, error = self.scheduler.sequence(row), None
             try:
                 if not finite[at]:
                     error = "the model's logits are not finite: its weights are damaged, or too large for their dtype"
                 else:
-                    yield from list(sequence.take(made[at][:count], said[at][:count]))
+                    yield from list(sequence.take(*made.row(at, sequence.request.params.top_logprobs)))
             except TokenizerError as what:
                 error = str(what)
             if error is not None:

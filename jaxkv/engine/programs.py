@@ -25,7 +25,7 @@ from jaxkv.generation.decode import decode as decode_rows
 from jaxkv.generation.decode import is_any
 from jaxkv.generation.prefill import finish_prompt, prefill_chunk, reread_chunk
 from jaxkv.generation.prompt import PromptState, start_prompt
-from jaxkv.generation.sampling import Sampler, logprobs_of
+from jaxkv.generation.sampling import Chosen, Sampler, choose
 from jaxkv.generation.scoring import score_prompt
 from jaxkv.policies import Policy
 from models.interface import Decoder
@@ -139,6 +139,10 @@ class Steps(NamedTuple):
     """``f32[n, steps]``."""
     counts: Array
     """``i32[n]``: tokens made."""
+    likeliest: Array
+    """``i32[n, steps, top]``."""
+    their_logprobs: Array
+    """``f32[n, steps, top]``."""
     last: Array
     """``i32[n]``: the last of each row."""
     held: Counts
@@ -192,14 +196,19 @@ class Programs(ModelPrograms):
         part, tokens, counts = cache.rows(_each(rows)), jnp.asarray(tokens), _each(counts)
         return reread_chunk(self.model, part, prompt, tokens, counts, policy, length=length)
 
-    @program(donate=("cache",), static=("policy",))
+    @program(donate=("cache",), static=("policy", "top"))
     def finish(
-        self, cache: PagedCache, prompt: PromptState, rows: ArrayLike, sampler: Sampler, policy: Policy | None
-    ) -> tuple[PagedCache, Array, Array]:
-        """Ends prompts: the cache, the first tokens and their log probabilities, ``[n]`` each."""
+        self,
+        cache: PagedCache,
+        prompt: PromptState,
+        rows: ArrayLike,
+        sampler: Sampler,
+        policy: Policy | None,
+        top: int = 0,
+    ) -> tuple[PagedCache, Chosen]:
+        """Ends prompts: the cache, and the first tokens."""
         part, logits = finish_prompt(self.model, cache.rows(_each(rows)), prompt, policy)
-        tokens = sampler(logits, part.num_tokens)
-        return cache.with_rows(part, _each(rows)), tokens, logprobs_of(logits, tokens)
+        return cache.with_rows(part, _each(rows)), choose(sampler, logits, part.num_tokens, top)
 
     @program(donate=("cache",), static=("policy",))
     def score(self, cache: PagedCache, prompt: PromptState, rows: ArrayLike, policy: Policy) -> PagedCache:
@@ -218,7 +227,7 @@ class Programs(ModelPrograms):
         part = compress(part, policy, None if select is None else jnp.asarray(select), tokens=tokens)
         return cache.with_rows(part, _each(rows))
 
-    @program(donate=("cache",), static=("steps", "policy"))
+    @program(donate=("cache",), static=("steps", "policy", "top"))
     def decode(
         self,
         cache: PagedCache,
@@ -229,6 +238,7 @@ class Programs(ModelPrograms):
         policy: Policy | None,
         rows: ArrayLike | None = None,
         stops: ArrayLike | None = None,
+        top: int = 0,
     ) -> Steps:
         """Up to ``steps`` tokens for every row, or for some; arguments and results are of these. See ``decode``.
 
@@ -247,6 +257,7 @@ class Programs(ModelPrograms):
             policy=policy,
             stop_tokens=self.stop_tokens,
             stops=may_stop,
+            top=top,
         )
         last = jnp.take_along_axis(made.tokens, jnp.maximum(made.counts - 1, 0)[:, None], axis=1)[:, 0]
         cache = made.cache if rows is None else cache.with_rows(made.cache, _each(rows))
@@ -255,6 +266,8 @@ class Programs(ModelPrograms):
             tokens=made.tokens,
             logprobs=made.logprobs,
             counts=made.counts,
+            likeliest=made.likeliest,
+            their_logprobs=made.their_logprobs,
             last=jnp.where(made.counts > 0, last, tokens),
             held=jax.tree.map(jnp.copy, Counts.of(cache)),
         )

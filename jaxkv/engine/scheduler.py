@@ -193,7 +193,7 @@ class Scheduler:
         answers = [self.sequence(row) for row in rows]
         if self.queue and (any(answer.ends for answer in answers) or (None in self.rows and not self.short_of_memory)):
             return 0
-        if any(a.replaying or a.request.params.stop or a.tokens_left <= sent for a in answers):
+        if any(a.replaying or a.ends_here or a.tokens_left <= sent for a in answers):
             return 0
         steps = self.steps()
         while steps and not self._growth(rows, sent + steps) <= self.counts.free:

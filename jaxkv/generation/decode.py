@@ -14,9 +14,12 @@ from jaxkv.compression.policy import Policy
 from jaxkv.generation.compress import check_blocks, compress, compress_again
 from jaxkv.generation.passes import begin_step
 from jaxkv.generation.prefill import prefill
-from jaxkv.generation.sampling import Greedy, Sampler, logprobs_of
+from jaxkv.generation.sampling import Sampler, choose
 from models.interface import Decoder
 from pallas_kernels.settings import any_ranks
+
+Choose = Callable[[Array, Array], Array]
+"""Logits ``f32[batch, vocab]`` and positions ``i32[batch]`` to tokens ``i32[batch]``."""
 
 
 @any_ranks
@@ -71,6 +74,10 @@ class Decoded(NamedTuple):
     """``f32[batch, steps]``: log probability of each token under the model."""
     counts: Array
     """``i32[batch]`` tokens made, a stop token included."""
+    likeliest: Array
+    """``i32[batch, steps, top]``: the likeliest tokens at each place, the likeliest first."""
+    their_logprobs: Array
+    """``f32[batch, steps, top]``."""
     active: Array
     """``bool[batch]`` rows that neither met a stop token nor their limit: with work left."""
 
@@ -83,10 +90,11 @@ def decode(
     limits: Array,
     *,
     steps: int,
-    sampler: Sampler | None = None,
+    sampler: Sampler | Choose | None = None,
     policy: Policy | None = None,
     stop_tokens: tuple[int, ...] = (),
     stops: Array | None = None,
+    top: int = 0,
 ) -> Decoded:
     """Many decode steps in one dispatch, with allocation, and where the policy wants it compression, inside.
 
@@ -101,20 +109,21 @@ def decode(
       policy: what compresses sequences that have grown; static.
       stop_tokens: end a row; static.
       stops: ``bool[batch]`` rows that they end; None: all.
+      top: how many of the likeliest tokens to tell at each place; static.
     """
-    sampler = Greedy() if sampler is None else sampler
     may_stop = jnp.bool_(True) if stops is None else stops
     batch, tokens, limits = tokens.shape[0], tokens.astype(jnp.int32), limits.astype(jnp.int32)
 
-    def going(state: tuple[Array, Array, Decoded]) -> Array:
-        step, _, made = state
+    def going(state: tuple[Array, Array, Decoded, Sampler]) -> Array:
+        step, _, made, _ = state
         return (step < steps) & jnp.any(made.active) & room_to_step(made.cache, made.active, policy)
 
-    def once(state: tuple[Array, Array, Decoded]) -> tuple[Array, Array, Decoded]:
-        step, last, made = state
+    def once(state: tuple[Array, Array, Decoded, Sampler]) -> tuple[Array, Array, Decoded, Sampler]:
+        step, last, made, sampler = state
         cache, logits = decode_step(model, made.cache, last, made.active, policy)
-        new, logprob = _choose(sampler, logits, cache.num_tokens)
-        new, logprob = jnp.where(made.active, new, 0), jnp.where(made.active, logprob, 0.0)
+        chosen = choose(sampler, logits, cache.num_tokens, top)
+        new, logprob = jnp.where(made.active, chosen.tokens, 0), jnp.where(made.active, chosen.logprobs, 0.0)
+        sampler = sampler.after(new, made.active)
         counts = made.counts + made.active.astype(jnp.int32)
         active = made.active & (counts < limits) & ~(is_any(new, stop_tokens) & may_stop)
         cache = _compress_grown(cache, policy, made.active)  # also what ends here: it may only end its dispatch
@@ -123,23 +132,22 @@ def decode(
             tokens=made.tokens.at[:, step].set(new),
             logprobs=made.logprobs.at[:, step].set(logprob),
             counts=counts,
+            likeliest=made.likeliest.at[:, step].set(chosen.likeliest),
+            their_logprobs=made.their_logprobs.at[:, step].set(chosen.their_logprobs),
             active=active,
         )
-        return step + 1, jnp.where(made.active, new, last), made
+        return step + 1, jnp.where(made.active, new, last), made, sampler
 
     start = Decoded(
         cache=cache,
         tokens=jnp.zeros((batch, steps), jnp.int32),
         logprobs=jnp.zeros((batch, steps), jnp.float32),
         counts=jnp.zeros(batch, jnp.int32),
+        likeliest=jnp.zeros((batch, steps, top), jnp.int32),
+        their_logprobs=jnp.zeros((batch, steps, top), jnp.float32),
         active=limits > 0,
     )
-    return lax.while_loop(going, once, (jnp.int32(0), tokens, start))[2]
-
-
-def _choose(sampler: Callable[[Array, Array], Array], logits: Array, position: Array) -> tuple[Array, Array]:
-    tokens = sampler(logits, position)
-    return tokens, logprobs_of(logits, tokens)
+    return lax.while_loop(going, once, (jnp.int32(0), tokens, start, Sampler.of(sampler)))[2]
 
 
 def is_any(tokens: Array, stop_tokens: tuple[int, ...]) -> Array:
@@ -164,8 +172,9 @@ def generate(
     *,
     max_tokens: int,
     policy: Policy | None = None,
-    sampler: Sampler | None = None,
+    sampler: Sampler | Choose | None = None,
     stop_tokens: tuple[int, ...] = (),
+    top: int = 0,
 ) -> Decoded:
     """From prompts to tokens in one program. The first token comes from the full cache, then it is compressed.
 
@@ -177,9 +186,9 @@ def generate(
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-    sampler = Greedy() if sampler is None else sampler
     cache, logits = prefill(model, cache, tokens, lengths, policy)
-    first, logprob = _choose(sampler, logits, cache.num_tokens)
+    sampler = Sampler.of(sampler)
+    first, *told = choose(sampler, logits, cache.num_tokens, top)
     if policy is not None:
         cache = compress(cache, policy)
     fits = ~jnp.isnan(logits[:, 0]) & (lengths > 0)
@@ -190,14 +199,23 @@ def generate(
         first,
         jnp.where(more, max_tokens - 1, 0),
         steps=max(max_tokens - 1, 1),
-        sampler=sampler,
+        sampler=sampler.after(jnp.where(fits, first, 0), fits),
         policy=policy,
         stop_tokens=stop_tokens,
+        top=top,
     )
+
+    def joined(first: Array, rest: Array) -> Array:
+        first = jnp.where(fits.reshape(-1, *[1] * (first.ndim - 1)), first, jnp.zeros((), first.dtype))
+        return jnp.concatenate([first[:, None], rest], axis=1)[:, :max_tokens]
+
+    logprobs, likeliest, their_logprobs = map(joined, told, (rest.logprobs, rest.likeliest, rest.their_logprobs))
     return Decoded(
         cache=rest.cache,
-        tokens=jnp.concatenate([jnp.where(fits, first, 0)[:, None], rest.tokens], axis=1)[:, :max_tokens],
-        logprobs=jnp.concatenate([jnp.where(fits, logprob, 0.0)[:, None], rest.logprobs], axis=1)[:, :max_tokens],
+        tokens=joined(first, rest.tokens),
+        logprobs=logprobs,
+        likeliest=likeliest,
+        their_logprobs=their_logprobs,
         counts=rest.counts + fits.astype(jnp.int32),
         active=rest.active | (~fits & (lengths > 0)),
     )

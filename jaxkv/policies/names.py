@@ -69,6 +69,30 @@ def policy_from(options: Mapping[str, Any]) -> Policy | None:
     return make_policy(name, budget, **given)
 
 
+def named(compression: Policy | str | None, budget: Mapping[str, Any]) -> Policy | None:
+    """What a ``compression`` argument means: a policy, or one by its name, with one of ``BUDGETS`` beside it or none.
+
+    With a budget alone it is KV-Compress, with neither the full cache.
+
+    Raises:
+      ValueError: neither of these, a policy that has a budget already, or as ``policy_from``.
+    """
+    given = {name: budget[name] for name in BUDGETS if budget.get(name) is not None}
+    if isinstance(compression, str) or (compression is None and given):
+        return policy_from({**given, "compression": compression})
+    if compression is not None and not isinstance(compression, Policy):
+        raise ValueError(
+            f"compression must be a policy, its name, or None for the full cache, got {shown(compression)}; "
+            'write compression="auto", ratio=8'
+        )
+    if given:
+        [name] = list(given)[:1]
+        raise ValueError(
+            f"{compression} has a budget, {compression.budget}; leave {name} out, or give it a policy's name"
+        )
+    return compression
+
+
 def make_policy(name: str, budget: Budget | None, **settings) -> Policy | None:
     """The policy of that name with this budget; None for ``none``, which keeps everything.
 
