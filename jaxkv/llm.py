@@ -26,7 +26,7 @@ from jaxkv.arguments import (
     params_with,
 )
 from jaxkv.cache import CacheConfig, PagedCache, init_cache
-from jaxkv.checks import check_dtype, number, shown
+from jaxkv.checks import check_dtypes, number, shown
 from jaxkv.dtypes import dtype_and_weights
 from jaxkv.engine import Engine, sequence, sizing
 from jaxkv.engine.costs import Costs
@@ -109,42 +109,34 @@ class LLM:
     ):
         if number(max_batch, "max_batch") < 1:
             raise ValueError(f"max_batch must be at least 1, got {shown(max_batch)}")
-        budget = {"ratio": ratio, "max_cache_tokens": max_cache_tokens, "max_cache_bytes": max_cache_bytes}
-        policy = named(compression, budget)
         if schedule is not None and not isinstance(schedule, Schedule):
             raise ValueError(f"schedule must be Throughput() or Latency(), or None, got {shown(schedule)}")
-        for value, name in ((dtype, "dtype"), (cache_dtype, "cache_dtype")):
-            if value is not None:
-                check_dtype(value, name)
+        check_dtypes(dtype=dtype, cache_dtype=cache_dtype)
+        budget = {"ratio": ratio, "max_cache_tokens": max_cache_tokens, "max_cache_bytes": max_cache_bytes}
+        policy = named(compression, budget)
         memory = byte_count(cache_memory) if isinstance(cache_memory, str) else cache_memory
-        memory = None if memory is None else number(memory, "cache_memory")
+        self.cache_memory = None if memory is None else number(memory, "cache_memory")
+        self.dtype, held = dtype_and_weights(dtype, weights)
+        self.cache_dtype = self.dtype if cache_dtype is None else jnp.dtype(cache_dtype)
+        self.block_size = default_block_size() if block_size is None else number(block_size, "block_size")
+        self.max_batch = number(max_batch, "max_batch")
+        self.share_prefixes, self.schedule, self.split_prompts = share_prefixes, schedule, split_prompts
         began = time.perf_counter()
         self.sampling = SamplingDefaults()
         """What the model's makers chose, for what a prompt's ``SamplingParams`` leave open."""
-        self.dtype, held = dtype_and_weights(dtype, weights)
-        self.cache_dtype = self.dtype if cache_dtype is None else jnp.dtype(cache_dtype)
         if isinstance(model, str | Path):
-            path = resolve(str(model))
-            self.sampling = sampling_defaults(path) if generation_config else self.sampling
-            self.model = load_model(path, dtype=self.dtype, weights=held)
-            self.tokenizer = tokenizer or load_tokenizer(path)
-            if _compiles_stacked_layers_well() and are_alike(self.model):
-                self.model = stack_layers(self.model)
+            self._load(resolve(str(model)), held, tokenizer, generation_config)
         elif weights is not None:
             raise ValueError(f"weights={shown(weights)} is for a model that is yet to be loaded; give its path or name")
         else:
             self.model, self.tokenizer = check_model(model), tokenizer
         self.load_seconds = time.perf_counter() - began
-        self.cache_memory = memory
         self.compression = policy and policy.for_model(self.model.sizes)
         self.samplers = Samplers(
             vocab_size=self.model.sizes.vocab_size,
             chooses=None if sampler is None else Sampler.of(sampler),
             changes=logits_processor,
         )
-        self.block_size = default_block_size() if block_size is None else number(block_size, "block_size")
-        self.max_batch = number(max_batch, "max_batch")
-        self.share_prefixes, self.schedule, self.split_prompts = share_prefixes, schedule, split_prompts
         self._cache: tuple[CacheConfig, PagedCache] | None = None
         """That of the latest call which came to its end."""
         self._programs: Programs | None = None
@@ -152,6 +144,13 @@ class LLM:
         """Of the programs, for a cache of the sizes that it has now."""
         self.engine: Engine | None = None
         """Of the latest call."""
+
+    def _load(self, path: Path, weights: str, tokenizer: Tokenizer | None, generation_config: bool) -> None:
+        self.sampling = sampling_defaults(path) if generation_config else self.sampling
+        self.model: Decoder = load_model(path, dtype=self.dtype, weights=weights)
+        self.tokenizer = tokenizer or load_tokenizer(path)
+        if _compiles_stacked_layers_well() and are_alike(self.model):
+            self.model = stack_layers(self.model)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_cache": None, "_programs": None, "engine": None}  # a cache is donated, so not shared

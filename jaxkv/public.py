@@ -14,7 +14,9 @@ from jaxkv.cache import CacheConfig as CacheConfig
 from jaxkv.cache import CacheStats as CacheStats
 from jaxkv.cache import PagedCache as PagedCache
 from jaxkv.cache import init_cache as init_cache
+from jaxkv.cache import fork as fork
 from jaxkv.cache import release as release
+from jaxkv.cache import reorder as reorder
 from jaxkv.cache import stats as stats
 from jaxkv.generation import Decoded as Decoded
 from jaxkv.generation.sampling import Greedy as Greedy

@@ -32,7 +32,7 @@ def prompts(ids: np.ndarray, options: argparse.Namespace) -> list[list[int]]:
 
 def run(llm: LLM, pieces: list[list[int]], options: argparse.Namespace) -> str:
     """A row of the table."""
-    params = SamplingParams(max_tokens=options.new, temperature=0, ignore_eos=True)
+    params = SamplingParams(max_tokens=options.new, temperature=0, repetition_penalty=1, ignore_eos=True)
     context = int(options.tokens.split("-")[1]) + options.new
 
     def jobs() -> Iterator[tuple[list[int], SamplingParams]]:

@@ -91,7 +91,7 @@ def stats_of(cache: PagedCache, counts: Counts) -> CacheStats:
     blocks = -(-lengths // size)
     kvs_full = int(tokens.sum()) * layers * kv_heads
     blocks_full = int((-(-tokens // size)).sum()) * layers * kv_heads
-    row_bytes = batch * raw.tables.row_bytes + nbytes((cache.num_tokens, cache.shared))
+    row_bytes = batch * raw.tables.row_bytes + nbytes(cache.num_tokens)
     tiers = _of_tiers(cache.quantised, counts.quantised)
     kvs, slots = int(lengths.sum()) + sum(tiers.kvs), int(blocks.sum()) * size + tiers.slots
     bits = 32 * int(lengths.sum()) + tiers.bits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import Self, cast
+from typing import Self
 
 import jax.numpy as jnp
 from jax import Array
@@ -28,7 +28,7 @@ class Policy:
       ValueError: no budget or two, or a setting out of range.
     """
 
-    budget: Budget = cast(Budget, None)
+    budget: Budget = None  # pyright: ignore[reportAssignmentType]  # until it is made
     """Or one of the next three."""
     ratio: float | None = field(default=None, repr=False, compare=False)
     """Short for ``budget=Ratio(ratio)``. It and the next two become the budget, and are None afterwards."""

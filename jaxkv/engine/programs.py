@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 
 from jaxkv.cache import prefix
 from jaxkv.cache.prefix import Prefix
+from jaxkv.cache.sharing import own
 from jaxkv.cache.state import PagedCache
 from jaxkv.cache.state import release as release_rows
 from jaxkv.cache.stats import Counts
@@ -289,8 +290,8 @@ class Programs(ModelPrograms):
 
     @program(donate=("cache",))
     def own(self, cache: PagedCache, row: ArrayLike) -> PagedCache:
-        """Copies what a row borrows."""
-        return prefix.own(cache, jnp.asarray(row))
+        """Copies what a row holds together with others."""
+        return own(cache, jnp.arange(cache.num_tokens.shape[0], dtype=jnp.int32) == jnp.asarray(row))[0]
 
     @program(donate=("cache",))
     def cut(self, cache: PagedCache, shared: Prefix, blocks: ArrayLike) -> tuple[PagedCache, Prefix]:

@@ -76,6 +76,6 @@ def check_memory(config: CacheConfig, most: int) -> None:
     """Raises ValueError for a cache of more bytes than there are."""
     if config.nbytes > most:
         raise ValueError(
-            f"a cache of {config.nbytes} bytes for {config.batch} sequences of {config.max_context} tokens is more than "
-            f"the {most} that this machine can give it; give less cache_memory, a smaller max_context or max_batch"
+            f"a cache of {config.nbytes} bytes for {config.batch} sequences of {config.max_context} tokens is more "
+            f"than the {most} that this machine can give it; give less cache_memory, a smaller max_context or max_batch"
         )

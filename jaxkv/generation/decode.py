@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxkv.cache.sharing import own
 from jaxkv.cache.state import PagedCache
 from jaxkv.compression.placement import Claim, claim_raw
 from jaxkv.compression.policy import Policy
@@ -42,19 +43,36 @@ def decode_step(
     Raises:
       ValueError: a cache whose blocks aren't those of the policy.
     """
-    tokens, claim = tokens.astype(jnp.int32), _claim(cache, active, policy)
-    step = begin_step(cache, claim, active, policy)
+    cache, owned = _owned(cache, active, policy)
+    cache, logits = _step(model, cache, tokens.astype(jnp.int32), active & owned, policy)
+    return cache, jnp.where(owned, logits, jnp.nan)
+
+
+def _step(
+    model: Decoder, cache: PagedCache, tokens: Array, active: Array, policy: Policy | None
+) -> tuple[PagedCache, Array]:
+    step = begin_step(cache, _claim(cache, active, policy), active, policy)
     state, hidden = model(tokens[:, None], cache.num_tokens[:, None], step.attend, step.state)
     return step.end(state), jnp.where(step.granted, model.logits(hidden[:, 0]), jnp.nan)
+
+
+def _owned(cache: PagedCache, active: Array, policy: Policy | None) -> tuple[PagedCache, Array]:
+    """The cache, with copies for rows whose old KVs a policy changes in decoding, and ``bool[]``: there was room."""
+    if policy is None or not policy.acts_in_decoding:
+        return cache, jnp.bool_(True)
+    cache, owned = own(cache, active)
+    return cache, jnp.all(owned | ~active)
 
 
 @any_ranks
 def room_to_step(cache: PagedCache, active: Array, policy: Policy | None = None) -> Array:
     """``bool[]``: whether blocks and table rows suffice for a decode step of the active rows, ``bool[batch]``.
 
-    Where the policy quantises what it decodes, nothing of these rows may have stayed unquantised.
+    Where the policy quantises what it decodes, nothing of these rows may have stayed unquantised; where it acts in
+    decoding at all, blocks must be free for copies of what they share.
     """
-    return _claim(cache, active, policy).granted
+    cache, owned = _owned(cache, active, policy)
+    return owned & _claim(cache, active, policy).granted
 
 
 def _claim(cache: PagedCache, active: Array, policy: Policy | None) -> Claim:
@@ -80,6 +98,20 @@ class Decoded(NamedTuple):
     """``f32[batch, steps, top]``."""
     active: Array
     """``bool[batch]`` rows that neither met a stop token nor their limit: with work left."""
+
+    @classmethod
+    def none(cls, cache: PagedCache, active: Array, steps: int, top: int) -> Decoded:
+        """Before the first step."""
+        batch = active.shape[0]
+        return cls(
+            cache=cache,
+            tokens=jnp.zeros((batch, steps), jnp.int32),
+            logprobs=jnp.zeros((batch, steps), jnp.float32),
+            counts=jnp.zeros(batch, jnp.int32),
+            likeliest=jnp.zeros((batch, steps, top), jnp.int32),
+            their_logprobs=jnp.zeros((batch, steps, top), jnp.float32),
+            active=active,
+        )
 
 
 @any_ranks
@@ -112,15 +144,16 @@ def decode(
       top: how many of the likeliest tokens to tell at each place; static.
     """
     may_stop = jnp.bool_(True) if stops is None else stops
-    batch, tokens, limits = tokens.shape[0], tokens.astype(jnp.int32), limits.astype(jnp.int32)
+    tokens, limits = tokens.astype(jnp.int32), limits.astype(jnp.int32)
+    cache, owned = _owned(cache, limits > 0, policy)
 
     def going(state: tuple[Array, Array, Decoded, Sampler]) -> Array:
         step, _, made, _ = state
-        return (step < steps) & jnp.any(made.active) & room_to_step(made.cache, made.active, policy)
+        return owned & (step < steps) & jnp.any(made.active) & _claim(made.cache, made.active, policy).granted
 
     def once(state: tuple[Array, Array, Decoded, Sampler]) -> tuple[Array, Array, Decoded, Sampler]:
         step, last, made, sampler = state
-        cache, logits = decode_step(model, made.cache, last, made.active, policy)
+        cache, logits = _step(model, made.cache, last, made.active, policy)
         chosen = choose(sampler, logits, cache.num_tokens, top)
         new, logprob = jnp.where(made.active, chosen.tokens, 0), jnp.where(made.active, chosen.logprobs, 0.0)
         sampler = sampler.after(new, made.active)
@@ -138,16 +171,8 @@ def decode(
         )
         return step + 1, jnp.where(made.active, new, last), made, sampler
 
-    start = Decoded(
-        cache=cache,
-        tokens=jnp.zeros((batch, steps), jnp.int32),
-        logprobs=jnp.zeros((batch, steps), jnp.float32),
-        counts=jnp.zeros(batch, jnp.int32),
-        likeliest=jnp.zeros((batch, steps, top), jnp.int32),
-        their_logprobs=jnp.zeros((batch, steps, top), jnp.float32),
-        active=limits > 0,
-    )
-    return lax.while_loop(going, once, (jnp.int32(0), tokens, start, Sampler.of(sampler)))[2]
+    start = jnp.int32(0), tokens, Decoded.none(cache, limits > 0, steps, top), Sampler.of(sampler)
+    return lax.while_loop(going, once, start)[2]
 
 
 def is_any(tokens: Array, stop_tokens: tuple[int, ...]) -> Array:

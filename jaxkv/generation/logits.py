@@ -32,8 +32,8 @@ class Changed(Sampler):
 class Penalised(Sampler):
     """By what the text has already.
 
-    ``repetition`` is that of CTRL (arXiv 1909.05858), over prompt and answer; ``presence`` and ``frequency`` are those of
-    OpenAI's API, over the answer alone.
+    ``repetition`` is that of CTRL (arXiv 1909.05858), over prompt and answer; ``presence`` and ``frequency`` are those
+    of OpenAI's API, over the answer alone.
     """
 
     sampler: Sampler

@@ -56,7 +56,7 @@ def test_presence_and_frequency_penalties_are_over_the_answer(llm):
 
 def test_a_bias_is_added(llm):
     plain = answer(llm).token_ids
-    banned = {i: -100 for i in set(plain)}
+    banned = dict.fromkeys(plain, -100)
     got = answer(llm, logit_bias=banned).token_ids
     assert not set(got) & set(plain)
 

@@ -155,7 +155,7 @@ def test_what_is_no_prompt_or_no_params_is_refused(llm, prompts, params, message
         ({"block_size": "16"}, "block_size must be a whole number, got '16'"),
         (
             {"compression": 8},
-            'compression must be a policy, its name, or None .* got 8; write compression="auto", ratio=8',
+            'must be a policy, its name, or None .* got 8; write compression="auto", ratio=8',
         ),
         ({"compression": "snapkv"}, "policy snapkv needs a budget: .* such as ratio=8"),
         ({"compression": "snapvk", "ratio": 8}, "no policy is named 'snapvk'"),
