@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
@@ -19,32 +18,28 @@ from jaxkv.arguments import (
     Prompt,
     check_model,
     conversations,
-    ids_of,
     is_one,
-    of_prompt,
-    one_each,
     params_with,
 )
-from jaxkv.cache import CacheConfig, PagedCache, init_cache
 from jaxkv.checks import check_dtypes, number, shown
+from jaxkv.context import Context, load, read
 from jaxkv.dtypes import dtype_and_weights
-from jaxkv.engine import Engine, sequence, sizing
+from jaxkv.engine import sequence
 from jaxkv.engine.costs import Costs
-from jaxkv.engine.programs import Programs
-from jaxkv.engine.prompt_plan import Unservable, plan_prompt
 from jaxkv.engine.sampling import Samplers
-from jaxkv.engine.schedule import Latency, Schedule, Throughput
+from jaxkv.engine.schedule import Schedule, Throughput
 from jaxkv.generation.sampling import Sampler
 from jaxkv.policies import Policy
 from jaxkv.policies.names import named
-from jaxkv.requests import Completion, Event, Finished, Refused, Request, SamplingParams, TextMade
+from jaxkv.requests import Completion, Event, Finished, Refused, SamplingParams, TextMade
+from jaxkv.serving import Serving
 from jaxkv.words import byte_count
 from models import Decoder, Tokenizer, are_alike, load_model, load_tokenizer, resolve, stack_layers
 from models.generation_config import SamplingDefaults, sampling_defaults
 from pallas_kernels import default_block_size
 
 
-class LLM:
+class LLM(Serving):
     """A loaded model. Each call answers with the weights that the model has when it begins.
 
     A copy, also by pickling, has the same model and settings, but programs and a cache of its own.
@@ -137,13 +132,8 @@ class LLM:
             chooses=None if sampler is None else Sampler.of(sampler),
             changes=logits_processor,
         )
-        self._cache: tuple[CacheConfig, PagedCache] | None = None
-        """That of the latest call which came to its end."""
-        self._programs: Programs | None = None
+        self._cache = self._programs = self.engine = None
         self._costs = Costs()
-        """Of the programs, for a cache of the sizes that it has now."""
-        self.engine: Engine | None = None
-        """Of the latest call."""
 
     def _load(self, path: Path, weights: str, tokenizer: Tokenizer | None, generation_config: bool) -> None:
         self.sampling = sampling_defaults(path) if generation_config else self.sampling
@@ -228,6 +218,37 @@ class LLM:
             raise ValueError("this LLM has no tokenizer, so it has no chat format; give prompts as token ids")
         return self.tokenizer.encode_chat(self.tokenizer.chat(messages, tools=tools, **options))
 
+    def read(
+        self,
+        context: Prompt | Messages,
+        *,
+        compression: Policy | str | None = "default",
+        ratio: float | None = None,
+        max_cache_tokens: int | None = None,
+        max_cache_bytes: int | None = None,
+    ) -> Context:
+        """Reads a text once, compresses what it leaves in the cache, and keeps that, to be asked about.
+
+        Args:
+          context: a text, token ids, or a conversation whose last message is the user's: questions go on with that.
+          compression: as in ``SamplingParams``, the next three too.
+
+        Raises:
+          ValueError: a context that is empty or too long, or a budget that can't be met.
+        """
+        budget = {"ratio": ratio, "max_cache_tokens": max_cache_tokens, "max_cache_bytes": max_cache_bytes}
+        params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, compression=compression, **budget)
+        return read(self, context, params)
+
+    def load_context(self, path: str | Path) -> Context:
+        """What ``Context.save`` wrote.
+
+        Raises:
+          ValueError: a file that is none, or one of another model, block size or dtype.
+          OSError: it can't be read.
+        """
+        return load(self, Path(path))
+
     def events(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Iterator[Event]:
@@ -236,24 +257,10 @@ class LLM:
         Raises:
           ValueError: as ``generate``.
         """
-        each = one_each(SamplingParams() if params is None else params, len(prompts))
-        requests = []
-        for i, job in enumerate(zip(prompts, each, strict=True)):
-            try:
-                requests.append(self._request(i, *job))
-            except ValueError as error:
-                raise of_prompt(error, i, len(prompts)) from None
+        requests = self._requests(prompts, params)
         longest = max((len(r.prompt) + r.limit for r in requests), default=1)
-        config = self._cache_config(longest, rows=len(requests))
-        sequences = [self._sequence(request, config) for request in requests]
-        for i, planned in enumerate(sequences):
-            if isinstance(planned.plan, Unservable):
-                raise of_prompt(planned.plan.reason, i, len(prompts))
-        usual = Latency() if len(sequences) == 1 else Throughput()
-        for event in self._serve(sequences, config, usual):
-            if isinstance(event, Refused):
-                raise of_prompt(event.error, event.request, len(prompts))
-            yield event
+        config = self._cache_config(longest, rows=sum(r.params.n for r in requests))
+        yield from self._answers(requests, config)
 
     def run(self, jobs: Iterable[tuple[Prompt, SamplingParams]], *, max_context: int | None = None) -> Iterator[Event]:
         """Answers jobs as they are drawn from the iterable, in any order, as many together as memory allows.
@@ -284,94 +291,6 @@ class LLM:
                     yield made
 
         yield from self._serve(sequences(), config, Throughput())
-
-    def _serve(
-        self, sequences: Iterable[sequence.Sequence | Refused], config: CacheConfig, usual: Schedule
-    ) -> Iterator[Event]:
-        """Answers them with the cache that is left of an earlier call, or a new one, of these sizes."""
-        if self._programs is None or self._programs.stop_tokens != self._ends():
-            self._programs = Programs(self.model, self._ends())
-        self._programs.refresh(self.model)  # its weights may have been updated since the call before
-        kept, self._cache = self._cache, None
-        cache = init_cache(config) if kept is None else kept[1]
-        self.engine = engine = Engine(
-            self._programs,
-            config,
-            cache,
-            share_prefixes=self.share_prefixes,
-            schedule=self.schedule or usual,
-            costs=self._costs,
-            split_prompts=self.split_prompts,
-            samplers=self.samplers,
-        )
-        del kept, cache
-        yield from engine.run(sequences)
-        self._cache = (config, engine.cache)  # only now: what is cut short leaves a cache that is not empty
-
-    def _sequence(self, request: Request, config: CacheConfig) -> sequence.Sequence:
-        plan = plan_prompt(request, config)
-        return sequence.Sequence(request, plan, self.tokenizer, self._ends(), self.load_seconds)
-
-    def _request(self, index: int, prompt: Prompt, params: SamplingParams, context: int | None = None) -> Request:
-        """A request for these tokens.
-
-        Raises:
-          ValueError: no tokens, too many, or none of the model's; stop texts without a tokenizer.
-        """
-        context = self.model.sizes.max_context if context is None else context
-        if not isinstance(params, SamplingParams):
-            raise ValueError(f"params must be SamplingParams, one for all prompts or one each, got {shown(params)}")
-        ids = ids_of(prompt, self.tokenizer)
-        if len(ids) == 0:
-            raise ValueError("the prompt is empty; give at least one token")
-        if len(ids) >= context:
-            raise ValueError(
-                f"the prompt has {len(ids)} tokens, but the model's context is {context}, with at least one token "
-                "for the answer; shorten it"
-            )
-        vocab = self.model.sizes.vocab_size
-        if ids.min() < 0 or ids.max() >= vocab:
-            raise ValueError(f"the prompt has token ids outside 0..{vocab - 1}: {ids.min()}..{ids.max()}")
-        for name, told in (("stop_token_ids", params.stop_token_ids), ("logit_bias", dict(params.logit_bias))):
-            if told and not 0 <= min(told) <= max(told) < vocab:
-                raise ValueError(f"{name} has token ids outside 0..{vocab - 1}: {shown(told)}")
-        if params.stop and self.tokenizer is None:
-            raise ValueError("stop texts need a tokenizer, and this LLM has none")
-        limit = min(params.max_tokens, context - len(ids))
-        policy = self.compression if params.compression == "default" else params.compression
-        policy = policy and policy.for_model(self.model.sizes)
-        params = params.filled(self.sampling)
-        return Request(index=index, prompt=ids.astype(np.int32), params=params, limit=limit, policy=policy)
-
-    def _cache_config(self, longest: int, *, rows: int) -> CacheConfig:
-        """A cache for so many requests; rounded up, so that calls of like sizes share compiled programs.
-
-        Raises:
-          ValueError: a cache memory or a budget with which nothing could be served.
-        """
-        rows = min(self.max_batch, sizing.power_of_two(rows))
-        config = None if self._cache is None else self._cache[0]
-        if config is None or config.batch != rows or longest > config.max_context:
-            # An old cache goes before there is a new one, and isn't memory that is taken; so does a call's cut short.
-            self._cache = self.engine = None
-            self._costs = Costs()
-            config = sizing.cache_for(
-                self.model.sizes,
-                self.compression and self.compression.placement,
-                rows=rows,
-                max_context=sizing.rounded_up(longest),
-                memory=self.cache_memory,
-                block_size=self.block_size,
-                dtype=self.cache_dtype,
-            )
-        if self.compression is not None:
-            self.compression.check(config)
-        return config
-
-    def _ends(self) -> tuple[int, ...]:
-        """Tokens that end an answer."""
-        known = {*self.model.sizes.eos_token_ids, *(self.tokenizer.eos_ids if self.tokenizer is not None else ())}
-        return tuple(sorted(i for i in known if 0 <= i < self.model.sizes.vocab_size))  # some files say -1 for none
 
 
 def _compiles_stacked_layers_well() -> bool:

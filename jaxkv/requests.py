@@ -192,6 +192,13 @@ class Completion:
     """Of this sequence, after its prompt was compressed."""
     cache_at_end: CacheStats
     timings: Timings
+    others: list[Completion] = field(default_factory=list)
+    """The further answers to the same prompt, where ``n`` asked for several."""
+
+    @property
+    def choices(self) -> list[Completion]:
+        """All answers to the prompt."""
+        return [self, *self.others]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +217,8 @@ class TextMade:
     request: int
     text: str
     token_ids: list[int]
+    choice: int = 0
+    """Which of the answers to the prompt, where ``n`` asked for several."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +253,12 @@ class Request:
     """Tokens to make at most: ``max_tokens``, or less where the context ends before."""
     policy: Policy | None
     """What compresses its cache; None: nothing."""
+    context: int = 0
+    """Tokens that its row holds before its prompt is read: those of a context that many requests begin with."""
+    choice: int = 0
+    """Which of several answers to the prompt it is."""
+    keeps: bool = False
+    """Whether what its row holds once its prompt is compressed is kept."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "params", self.params.filled())  # the one way into a frozen dataclass
@@ -251,7 +266,7 @@ class Request:
     @property
     def first_position(self) -> int:
         """Of the answer's first token in the text."""
-        return len(self.prompt)
+        return self.context + len(self.prompt)
 
     @property
     def until_compressed(self) -> int:

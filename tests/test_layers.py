@@ -19,6 +19,8 @@ ORDER = [
     {"jaxkv.report"},
     {"jaxkv.engine"},
     {"jaxkv.arguments"},
+    {"jaxkv.serving"},
+    {"jaxkv.context"},
     {"jaxkv.llm"},
     {"jaxkv.batch"},
     {"jaxkv.cli"},

@@ -33,7 +33,8 @@ class Made(NamedTuple):
     @classmethod
     def of_first(cls, chosen: list[np.ndarray]) -> Made:
         """Of what ``generation.sampling.Chosen`` holds, fetched: one token each."""
-        return cls(*(part[:, None] for part in chosen), np.ones(len(chosen[0]), np.int32))
+        tokens, logprobs, likeliest, theirs = (part[:, None] for part in chosen)
+        return cls(tokens, logprobs, likeliest, theirs, np.ones(len(tokens), np.int32))
 
     def row(self, at: int, top: int) -> tuple[list[int], list[float], list[dict[int, float]]]:
         """Of one row: tokens, their log probabilities, and at each place those of the ``top`` likeliest."""

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.cache import CacheConfig, PagedCache
+from jaxkv.cache import CacheConfig, PagedCache, snapshot
 from jaxkv.cache.stats import CacheStats, stats_of
 from jaxkv.engine.costs import Costs, Work
 from jaxkv.engine.decisions import Join, Wait
@@ -52,6 +52,7 @@ class Engine:
       costs: what the model's passes and steps took so far; noted here.
       split_prompts: see ``Scheduler``.
       samplers: what makes samplers for rows; None: as they ask.
+      context: whether the cache's last row holds a context that requests begin with: each is forked from it.
     """
 
     def __init__(
@@ -65,11 +66,17 @@ class Engine:
         costs: Costs | None = None,
         split_prompts: bool | None = None,
         samplers: Samplers | None = None,
+        context: bool = False,
     ):
         self.samplers = samplers or Samplers(vocab_size=programs.model.sizes.vocab_size)
         self.programs, self.config, self.cache = programs, config, cache
         self.scheduler = Scheduler(
-            config, share_prefixes=share_prefixes, schedule=schedule, costs=costs, split_prompts=split_prompts
+            config,
+            share_prefixes=share_prefixes,
+            schedule=schedule,
+            costs=costs,
+            split_prompts=split_prompts,
+            context=context,
         )
         self.rows, self.prefixes, self.counts = self.scheduler.rows, self.scheduler.prefixes, self.scheduler.counts
         self._looks, self._received = 0, 0.0
@@ -91,6 +98,8 @@ class Engine:
     def run(self, sequences: Iterable[Sequence | Refused]) -> Iterator[Event]:
         """Events of all requests; few more are drawn from the iterable than there are free rows."""
         source, scheduler, ended = iter(sequences), self.scheduler, False
+        if scheduler.context_row is not None:
+            self._look()
         while True:
             while not ended and scheduler.wants_requests:
                 drawn = next(source, None)
@@ -126,12 +135,14 @@ class Engine:
                     self.cache = self.programs.attach(self.cache, reading.prompts[0].row, share.prefix.prefix, blocks)
                     self._look()
                 self.borrowed_tokens += share.borrow_tokens
+                if self.scheduler.context_row is not None:
+                    self._fork(self.scheduler.context_row, [prompt.row for prompt in reading.prompts])
                 self._begin_part(reading)
                 for prompt in reading.prompts:
                     yield PromptRead(request=prompt.sequence.index, tokens=prompt.read, total=prompt.total)
 
     def _begin_part(self, reading: Reading) -> None:
-        fresh = all(prompt.read < prompt.part for prompt in reading.prompts)
+        fresh = self.scheduler.context_row is None and all(prompt.read < prompt.part for prompt in reading.prompts)
         lengths = reading.part_lengths
         reading.state = self.programs.start(self.cache, reading.rows, lengths, reading.policy, fresh=fresh)
 
@@ -190,24 +201,46 @@ class Engine:
 
     def _finish_prompts(self, reading: Reading) -> Iterator[Event]:
         """The first tokens, from the full caches, and compression; who can't be answered leaves."""
-        policy, rows = reading.policy, [prompt.row for prompt in reading.prompts]
-        each = [*reading.sequences, *reading.sequences[:1] * (reading.shape.rows - len(rows))]
+        policy, rows, first = reading.policy, [prompt.row for prompt in reading.prompts], reading.prompts[0]
+        each = [*reading.sequences, *reading.sequences[:1] * (reading.shape.rows - len(rows)), *first.forks.values()]
         sampler, top = self.samplers.first(each), most_likeliest(each)
         with self._timed("prefill", reading.sequences):
             if policy is not None and self.prefixes.give_up(rows[0]):
                 self.cache = self.programs.own(self.cache, rows[0])
-            self.cache, made = self.programs.finish(self.cache, reading.state, reading.rows, sampler, policy, top)
+            self.cache, made = self.programs.finish(
+                self.cache, reading.state, reading.rows, sampler, policy, top, len(first.forks)
+            )
             made = Made.of_first(self._look(*made))
-        self.scheduler.reading = None
         if policy is not None:
             self._compress(rows, among=reading.rows)
-        for at, (row, sequence) in enumerate(zip(rows, reading.sequences, strict=True)):
+        if error := self.scheduler.too_large(first.row) if first.forks else None:
+            self._leave([first.row])  # before they are forked, and all with it
+            yield Refused(request=first.sequence.index, error=error)
+            return
+        self.scheduler.reading = None
+        if first.forks:
+            self._fork(first.row, [*first.forks], policy)
+            first.sequence.siblings = []  # put back, each is read for itself
+        for at, row in enumerate([*rows, *first.forks]):
+            at += (reading.shape.rows - len(rows)) * (at >= len(rows))
+            sequence = self.scheduler.sequence(row)
             sequence.cache = self._stats(row)
             if error := self.scheduler.too_large(row):
                 self._leave([row])
                 yield Refused(request=sequence.index, error=error)
             else:
+                if sequence.request.keeps:
+                    sequence.kept = snapshot.take(self.cache, row)
                 yield from self._accept({row: at}, made)
+
+    def _fork(self, row: int, into: list[int], policy: Policy | None = None) -> None:
+        """Others go on from what a row holds; what a policy changes while it decodes is each one's own at once."""
+        self.cache, granted = self.programs.fork(self.cache, row, np.array(into, np.int32))
+        if policy is not None and policy.acts_in_decoding:
+            for each in into:
+                self.cache = self.programs.own(self.cache, each)
+        if not self._look(granted)[0]:
+            raise RuntimeError("no block was free for a fork, though they were kept for it; please report this")
 
     def _compress(self, rows: list[int], tokens: int = 0, among: np.ndarray | None = None) -> None:
         """To the budgets of the tokens that they have seen, or of so many where those are more.
@@ -251,7 +284,7 @@ class Engine:
         began, compiled = time.perf_counter(), self.programs.compile_seconds
         sequences = [self.scheduler.sequence(row) for row in rows]
         work = self.scheduler.work(rows, policy, steps) if after is None else after.work
-        whole = work.size == len(self.rows)  # all in their own order: nothing is gathered
+        whole = work.size == self.config.batch  # all in their own order: nothing is gathered
         place = rows if whole else list(range(len(rows)))
         pending, limits = np.zeros(work.size, np.int32), np.zeros(work.size, np.int32)
         each, made = sequences[:1] * work.size, 0 if after is None else after.steps
@@ -322,8 +355,8 @@ class Engine:
                 error = str(what)
             if error is not None:
                 yield Refused(request=sequence.index, error=error)
-            elif sequence.finish_reason is not None:
-                yield sequence.finished(self._stats(row))
+            elif sequence.finish_reason is not None and (finished := sequence.finished(self._stats(row))) is not None:
+                yield finished
             if error is not None or sequence.finish_reason is not None:
                 ended.append(row)
         self._leave(ended)
@@ -338,18 +371,14 @@ class Engine:
             self._compress([row])
         if not self.counts.free <= before:
             return
-        row = self.scheduler.whom_to_put_back()
-        self.scheduler.put_back(row)
-        self._release([row])
+        self._release(self.scheduler.put_back(self.scheduler.whom_to_put_back()))
 
     def _leave(self, rows: list[int]) -> None:
-        for row in rows:
-            self.scheduler.leave(row)
-        self._release(rows)
+        self._release([freed for row in rows for freed in self.scheduler.leave(row)])
 
     def _release(self, rows: list[int]) -> None:
         if rows:
-            self.cache = self.programs.release(self.cache, np.isin(np.arange(len(self.rows)), rows))
+            self.cache = self.programs.release(self.cache, np.isin(np.arange(self.config.batch), rows))
             self._look()
 
     def _cut(self, prefixes: Iterable[SharedPrefix]) -> None:

@@ -17,7 +17,8 @@ from jax.typing import ArrayLike
 
 from jaxkv.cache import prefix
 from jaxkv.cache.prefix import Prefix
-from jaxkv.cache.sharing import own
+from jaxkv.cache.sharing import fork, own
+from jaxkv.cache.snapshot import Snapshot, put
 from jaxkv.cache.state import PagedCache
 from jaxkv.cache.state import release as release_rows
 from jaxkv.cache.stats import Counts
@@ -197,7 +198,7 @@ class Programs(ModelPrograms):
         part, tokens, counts = cache.rows(_each(rows)), jnp.asarray(tokens), _each(counts)
         return reread_chunk(self.model, part, prompt, tokens, counts, policy, length=length)
 
-    @program(donate=("cache",), static=("policy", "top"))
+    @program(donate=("cache",), static=("policy", "top", "more"))
     def finish(
         self,
         cache: PagedCache,
@@ -206,10 +207,12 @@ class Programs(ModelPrograms):
         sampler: Sampler,
         policy: Policy | None,
         top: int = 0,
+        more: int = 0,
     ) -> tuple[PagedCache, Chosen]:
-        """Ends prompts: the cache, and the first tokens."""
+        """Ends prompts: the cache, and the first tokens; of the first prompt so many more."""
         part, logits = finish_prompt(self.model, cache.rows(_each(rows)), prompt, policy)
-        return cache.with_rows(part, _each(rows)), choose(sampler, logits, part.num_tokens, top)
+        logits, positions = (jnp.concatenate([x, jnp.repeat(x[:1], more, axis=0)]) for x in (logits, part.num_tokens))
+        return cache.with_rows(part, _each(rows)), choose(sampler, logits, positions, top)
 
     @program(donate=("cache",), static=("policy",))
     def score(self, cache: PagedCache, prompt: PromptState, rows: ArrayLike, policy: Policy) -> PagedCache:
@@ -287,6 +290,16 @@ class Programs(ModelPrograms):
     def attach(self, cache: PagedCache, row: ArrayLike, shared: Prefix, blocks: ArrayLike) -> PagedCache:
         """Begins a row with blocks of a prefix."""
         return prefix.attach(cache, jnp.asarray(row), shared, jnp.asarray(blocks))
+
+    @program(donate=("cache",))
+    def fork(self, cache: PagedCache, row: ArrayLike, into: ArrayLike) -> tuple[PagedCache, Array]:
+        """Has other rows, ``i32[n]``, hold what a row holds."""
+        return fork(cache, jnp.asarray(row), _each(into))
+
+    @program(donate=("cache",))
+    def put(self, cache: PagedCache, row: ArrayLike, taken: Snapshot) -> tuple[PagedCache, Array]:
+        """Has an empty row hold what was taken."""
+        return put(cache, jnp.asarray(row), taken)
 
     @program(donate=("cache",))
     def own(self, cache: PagedCache, row: ArrayLike) -> PagedCache:

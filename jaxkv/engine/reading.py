@@ -36,7 +36,9 @@ class PromptInProgress:
     lend_tokens: int
     """The first that become a prefix once they are read; 0: none do."""
     most: Blocks
-    """That its row holds until it is compressed, what it borrows and lends included."""
+    """That its row holds until it is compressed, what it borrows and lends included, and what its forks take."""
+    forks: dict[int, Sequence] = field(default_factory=dict)
+    """By their rows, those that are to go on from it once it is read."""
 
     @property
     def ids(self) -> np.ndarray:
@@ -81,6 +83,11 @@ class Reading:
     @property
     def sequences(self) -> list[Sequence]:
         return [prompt.sequence for prompt in self.prompts]
+
+    @property
+    def taken(self) -> list[int]:
+        """The rows of all that answer from it."""
+        return [row for prompt in self.prompts for row in (prompt.row, *prompt.forks)]
 
     @property
     def part_lengths(self) -> np.ndarray:

@@ -13,7 +13,7 @@ from jaxkv.engine.block_counts import BlockCounts, Blocks
 from jaxkv.engine.costs import Costs, PassShape, Work
 from jaxkv.engine.decisions import Join, Joining, Wait
 from jaxkv.engine.prefixes import AHEAD, Prefixes, Share, SharedPrefix
-from jaxkv.engine.prompt_plan import PromptPlan, Unservable, compressed_blocks, more_memory, plan_parts
+from jaxkv.engine.prompt_plan import PromptPlan, Unservable, compressed_blocks, forked_blocks, more_memory, plan_parts
 from jaxkv.engine.reading import PromptInProgress, Reading, shape_alone, shape_together
 from jaxkv.engine.schedule import STEPS, Schedule, Throughput
 from jaxkv.engine.sequence import Sequence as Answer
@@ -36,6 +36,7 @@ class Scheduler:
       costs: what was seen of earlier runs with the same model.
       split_prompts: whether a prompt that will be compressed is read in parts where as a whole it could join only
         later; None: where its policy's scores don't depend on what follows.
+      context: whether the cache's last row holds a context that requests begin with, and is nobody's.
     """
 
     def __init__(
@@ -46,12 +47,14 @@ class Scheduler:
         schedule: Schedule | None = None,
         costs: Costs | None = None,
         split_prompts: bool | None = None,
+        context: bool = False,
     ):
+        self.context_row = config.batch - 1 if context else None
         self.config, self.share_prefixes, self.split_prompts = config, share_prefixes, split_prompts
         self.schedule, self.costs = schedule or Throughput(), costs or Costs()
         self.counts = BlockCounts(config)
         self.prefixes = Prefixes(config.block_size)
-        self.rows: list[Answer | None] = [None] * config.batch
+        self.rows: list[Answer | None] = [None] * (config.batch - context)
         self.queue: deque[Answer] = deque()
         self.reading: Reading | None = None
         self.joined = self.preemptions = 0
@@ -74,7 +77,7 @@ class Scheduler:
     @property
     def running(self) -> list[int]:
         """Rows that decode: all taken but those whose prompts are being read."""
-        reading = [] if self.reading is None else [prompt.row for prompt in self.reading.prompts]
+        reading = [] if self.reading is None else self.reading.taken
         return [row for row, sequence in enumerate(self.rows) if sequence is not None and row not in reading]
 
     @property
@@ -93,7 +96,7 @@ class Scheduler:
         plan = sequence.plan
         if isinstance(plan, Unservable):
             return Refused(request=sequence.index, error=plan.reason)
-        if None not in self.rows:
+        if self.rows.count(None) <= len(sequence.siblings):
             return Wait()
         first, cut = self._joining(sequence, plan, self.rows.index(None)), ()
         grows = self._growth_by(running, [self.expected(self.sequence(row)) for row in running])
@@ -244,24 +247,33 @@ class Scheduler:
         taken = [(sequence.order, row) for row, sequence in enumerate(self.rows) if sequence is not None]
         return max(taken)[1]
 
-    def put_back(self, row: int) -> None:
-        """A row's sequence waits again, before all others."""
+    def put_back(self, row: int) -> list[int]:
+        """A row's sequence waits again, before all others; gives the rows that are free for it."""
         self.queue.appendleft(self.sequence(row))
-        self.leave(row)
+        freed = self.leave(row)
         self.preemptions += 1
         self.locked = bool(self.running)
+        return freed
 
-    def leave(self, row: int) -> None:
-        """A row is free."""
-        if self.reading is not None and self.reading.prompts[0].row == row:
-            self.reading = None
+    def leave(self, row: int) -> list[int]:
+        """A row is free, and so are those that were to go on from what it reads; gives them all."""
+        freed = [row]
+        if self.reading is not None:
+            first = self.reading.prompts[0]
+            forks, sibling = first.forks, first.forks.pop(row, None)
+            if sibling is not None:
+                first.sequence.siblings.remove(sibling)
+            if first.row == row:
+                self.reading, freed = None, [row, *forks]
         sequence = self.sequence(row)
         if sequence.finish_reason == "stop":
             self.stopped += 1
             self.stopped_tokens += len(sequence.token_ids)
         self.prefixes.give_up(row)
-        self.rows[row] = None
+        for each in freed:
+            self.rows[each] = None
         self.locked = False
+        return freed
 
     def _begin(self, joining: Joining) -> PromptInProgress:
         sequence, share = joining.sequence, joining.share
@@ -270,20 +282,29 @@ class Scheduler:
         self.joined += 1
         sequence.begin(order=self.joined)
         self.prefixes.borrow(joining.row, share)
+        forks = dict(zip(joining.forks, sequence.siblings, strict=True))
+        for row, sibling in forks.items():
+            self.rows[row] = sibling
+            self.joined += 1
+            sibling.begin(order=self.joined)
+        context = Blocks() if self.context_row is None else self.counts.held(self.context_row)
         return PromptInProgress(
             row=joining.row,
             sequence=sequence,
             part=joining.plan.part,
             read=share.borrow_tokens,
             lend_tokens=share.lend_tokens,
-            most=joining.takes + Blocks(raw=self.config.full_blocks(share.borrow_tokens)),
+            most=joining.takes + context + Blocks(raw=self.config.full_blocks(share.borrow_tokens)),
+            forks=forks,
         )
 
     def _joining(self, sequence: Answer, plan: PromptPlan, row: int) -> Joining:
         share = self._share(sequence, plan)
         takes = self._takes(sequence, plan, share)
         leaves = self._leaves(sequence, takes)
-        return Joining(sequence=sequence, row=row, plan=plan, share=share, takes=takes, leaves=leaves)
+        others = [other for other, taken in enumerate(self.rows) if taken is None and other != row]
+        forks = tuple(others[: len(sequence.siblings)])
+        return Joining(sequence=sequence, row=row, plan=plan, share=share, takes=takes, leaves=leaves, forks=forks)
 
     def _split(self, joining: Joining, free: Blocks) -> Joining | None:
         """The same, but in parts that fit; None: they don't, or it may not be."""
@@ -297,14 +318,15 @@ class Scheduler:
 
     def _leaves(self, sequence: Answer, takes: Blocks) -> Blocks:
         """What a request will hold at its end, of what its prompt takes."""
-        policy, more = sequence.request.policy, self.expected(sequence)
+        policy, more, answers = sequence.request.policy, self.expected(sequence), 1 + len(sequence.siblings)
         if policy is None:
-            return takes + Blocks(raw=self.config.full_blocks(more))
+            return takes + Blocks(raw=answers * self.config.full_blocks(more))
         kept = compressed_blocks(self.config, policy, len(sequence.request.prompt))
+        kept += forked_blocks(self.config, sequence.request)
         if policy.placement.quantises_decoding:
             assert self.config.tiers is not None
-            return kept + Blocks(quantised=self.config.heads * self.config.tiers.full_blocks(more))
-        return kept + Blocks(raw=self.config.full_blocks(more))
+            return kept + Blocks(quantised=answers * self.config.heads * self.config.tiers.full_blocks(more))
+        return kept + Blocks(raw=answers * self.config.full_blocks(more))
 
     def _fit(self, prompts: Sequence[Joining], grows: Blocks, free: Blocks) -> bool:
         """Whether so many blocks suffice for these prompts, all read before any is compressed, and then for the answers
@@ -337,11 +359,13 @@ class Scheduler:
     def _packable(self, first: Joining) -> Iterator[Answer]:
         """Those who wait behind the first, as many as would go into one pass with it were there rows and room."""
         request, lengths = first.sequence.request, [first.plan.part]
-        if first.share != Share() or first.plan.part < len(request.prompt):
+        if first.share != Share() or first.plan.part < len(request.prompt) or first.forks:
             return
         for sequence in islice(self.queue, 1, None):
             plan, other = sequence.plan, sequence.request
             if isinstance(plan, Unservable) or other.policy != request.policy or plan.part < len(other.prompt):
+                continue
+            if sequence.siblings:
                 continue
             if shape_together([*lengths, plan.part], len(self.rows)) is not None:
                 lengths.append(plan.part)
@@ -371,6 +395,7 @@ class Scheduler:
             return Blocks(raw=plan.peak_blocks - self.config.full_blocks(share.borrow_tokens))
         copied = self.config.full_blocks(share.lend_tokens)
         quantised = compressed_blocks(self.config, request.policy, len(request.prompt)).quantised
+        quantised += forked_blocks(self.config, request).quantised
         return Blocks(raw=plan.peak_blocks + copied, quantised=quantised)
 
     def _growth(self, rows: Sequence[int], tokens: int) -> Blocks:

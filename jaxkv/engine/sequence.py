@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+from jaxkv.cache.snapshot import Snapshot
 from jaxkv.cache.stats import CacheStats
 from jaxkv.engine.prompt_plan import PromptPlan, Unservable
 from jaxkv.requests import Completion, Event, Finished, Request, TextMade, Timings
@@ -37,6 +38,10 @@ class Sequence:
         self.ends = tuple(dict.fromkeys((*own, *params.stop_token_ids)))
         self.stream = tokenizer.stream() if tokenizer is not None else None
         self.timings = Timings(load=load_seconds)
+        self.siblings: list[Sequence] = []
+        """Those that answer the same prompt, from what this one reads of it; each ``answers`` together with it."""
+        self.answers: dict[int, Completion] = {}
+        """By their choice, so far; one and the same of all siblings."""
         self.order = 0
         """Place among all that ever joined: the largest is the youngest."""
         self.pending = 0
@@ -53,6 +58,8 @@ class Sequence:
         self.finish_reason: str | None = None
         self.cache: CacheStats | None = None
         """Of the sequence, after its prompt was compressed."""
+        self.kept: Snapshot | None = None
+        """What it held then, if that is wanted."""
 
     @property
     def index(self) -> int:
@@ -117,10 +124,18 @@ class Sequence:
         if len(self.token_ids) > before or ready > self.sent:
             new = self.text[self.sent : max(ready, self.sent)]
             self.sent = max(ready, self.sent)
-            yield TextMade(request=self.index, text=new, token_ids=self.token_ids[before:])
+            choice = self.request.choice
+            yield TextMade(request=self.index, text=new, token_ids=self.token_ids[before:], choice=choice)
 
-    def finished(self, cache_at_end: CacheStats) -> Finished:
-        """The event that ends it."""
+    def has(self, siblings: list[Sequence]) -> Sequence:
+        """The same, to answer together with these, which are forked from it once it has read their prompt."""
+        self.siblings = siblings
+        for sibling in siblings:
+            sibling.answers = self.answers
+        return self
+
+    def finished(self, cache_at_end: CacheStats) -> Finished | None:
+        """The event that ends it; None: others are still answering the same prompt."""
         assert self.cache is not None
         assert self.finish_reason is not None
         completion = Completion(
@@ -134,7 +149,11 @@ class Sequence:
             cache_at_end=cache_at_end,
             timings=replace(self.timings),
         )
-        return Finished(request=self.index, completion=completion)
+        self.answers[self.request.choice] = completion
+        if len(self.answers) < self.request.params.n:
+            return None
+        first, *others = (self.answers[choice] for choice in range(self.request.params.n))
+        return Finished(request=self.index, completion=replace(first, others=others))
 
     def _cut_at_stop(self) -> bool:
         """Cuts the text at its first stop text; True where there is one."""

@@ -85,7 +85,7 @@ def named(compression: Policy | str | None, budget: Mapping[str, Any]) -> Policy
             f"compression must be a policy, its name, or None for the full cache, got {shown(compression)}; "
             'write compression="auto", ratio=8'
         )
-    if given:
+    if compression is not None and given:
         [name] = list(given)[:1]
         raise ValueError(
             f"{compression} has a budget, {compression.budget}; leave {name} out, or give it a policy's name"
