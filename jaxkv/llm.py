@@ -47,7 +47,8 @@ class LLM(Serving):
     Args:
       model: a built-in name, a directory, a ``.gguf`` file, a name on the Hugging Face Hub (``org/name@revision``), or
         a loaded model: any ``models.Decoder`` (``docs/functional.md``).
-      tokenizer: for a loaded model; without one, prompts are token ids and answers have no text.
+      tokenizer: for a loaded model, of ours, of transformers or of tokenizers; without one, prompts are token
+        ids and answers have no text.
       cache_memory: bytes for the whole cache; None: what the prompts of a call need uncompressed, of ``run`` as many
         whole contexts as there may be rows, but no more than the device has left, or half of the memory beside a CPU.
         A text, too: ``"500M"``, ``"2GiB"``.
@@ -84,7 +85,7 @@ class LLM(Serving):
         self,
         model: str | Path | Decoder,
         *,
-        tokenizer: Tokenizer | None = None,
+        tokenizer: Any = None,
         cache_memory: int | str | None = None,
         compression: Policy | str | None = None,
         ratio: float | None = None,
@@ -116,15 +117,15 @@ class LLM(Serving):
         self.block_size = default_block_size() if block_size is None else number(block_size, "block_size")
         self.max_batch = number(max_batch, "max_batch")
         self.share_prefixes, self.schedule, self.split_prompts = share_prefixes, schedule, split_prompts
-        began = time.perf_counter()
+        began, own = time.perf_counter(), None if tokenizer is None else Tokenizer.from_hf(tokenizer)
         self.sampling = SamplingDefaults()
         """What the model's makers chose, for what a prompt's ``SamplingParams`` leave open."""
         if isinstance(model, str | Path):
-            self._load(resolve(str(model)), held, tokenizer, generation_config)
+            self._load(resolve(str(model)), held, own, generation_config)
         elif weights is not None:
             raise ValueError(f"weights={shown(weights)} is for a model that is yet to be loaded; give its path or name")
         else:
-            self.model, self.tokenizer = check_model(model), tokenizer
+            self.model, self.tokenizer = check_model(model), own
         self.load_seconds = time.perf_counter() - began
         self.compression = policy and policy.for_model(self.model.sizes)
         self.samplers = Samplers(

@@ -60,8 +60,8 @@ class Ours:
             count = min(chunk, len(ids) - at)
             part[0, :count] = ids[at : at + count]
             self.cache, prompt = self.programs.chunk(self.cache, prompt, row, part, count, self.policy)
-        self.cache, token, _ = self.programs.finish(self.cache, prompt, row, Greedy(), self.policy)
-        token.block_until_ready()
+        self.cache, first = self.programs.finish(self.cache, prompt, row, Greedy(), self.policy)
+        first.tokens.block_until_ready()
 
     def prefill_all(self) -> None:
         self.cache = self.programs.release(self.cache, jnp.ones(self.batch, bool))

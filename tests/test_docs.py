@@ -29,7 +29,7 @@ def test_examples_run(name, monkeypatch):
         exec(compile(code, name, "exec"), names)
 
 
-@pytest.mark.parametrize(("place", "name"), [(0, "last_queries"), (-1, "all_k8v4")])
+@pytest.mark.parametrize(("place", "name"), [(0, "last_queries"), (1, "at_random"), (-1, "all_k8v4")])
 def test_the_examples_of_the_docs_are_those_that_tests_import(place, name):
     code = (ROOT / "tests" / "examples" / f"{name}.py").read_text(encoding="utf-8")
     assert examples("docs/policies.md")[place] == code

@@ -86,14 +86,15 @@ def own(cache: PagedCache, rows: Array) -> tuple[PagedCache, Array]:
     def one(row: Array, state: tuple[PagedCache, Array]) -> tuple[PagedCache, Array]:
         cache, owned = state
         part = cache.rows(row[None])
-        ok, shares = can_own(part), _shares(part)
-        cache = lax.cond(rows[row] & ok & shares, lambda cache: _own_row(cache, row), lambda cache: cache, cache)
-        return cache, owned.at[row].set(rows[row] & ok)
+        does = rows[row] & can_own(part)
+        quantised = part.quantised
+        quantised = quantised if isinstance(quantised, NoStore) else _own_store(part.tiers, does)
+        part = replace(part, raw=_own_store(part.raw, does), quantised=quantised)
+        return cache.with_rows(part, row[None]), owned.at[row].set(does)
 
-    def each(cache: PagedCache) -> tuple[PagedCache, Array]:
-        return lax.fori_loop(0, rows.shape[0], one, (cache, jnp.zeros_like(rows)))
-
-    return lax.cond(any_shared(cache), each, lambda cache: (cache, rows), cache)
+    # Loops that end at once, not conditionals: inside other loops XLA would copy the pools for those.
+    shares = any_shared(cache) & jnp.any(rows)
+    return lax.fori_loop(0, jnp.where(shares, rows.shape[0], 0), one, (cache, rows))
 
 
 def any_shared(cache: PagedCache) -> Array:
@@ -102,27 +103,17 @@ def any_shared(cache: PagedCache) -> Array:
     return found if isinstance(cache.quantised, NoStore) else found | cache.tiers.tables.free.any_shared()
 
 
-def can_own(part: PagedCache) -> Array:
-    """``bool[]``: whether blocks are free for copies of all that the one row of a cache shares."""
-    stores = [part.raw] if isinstance(part.quantised, NoStore) else [part.raw, part.tiers]
-    enough = [jnp.sum(store.tables.shared(), dtype=jnp.int32) <= store.tables.free.count for store in stores]
+def can_own(cache: PagedCache, rows: Array | bool = True) -> Array:
+    """``bool[]``: whether blocks are free for copies of all that rows, ``bool[batch]`` or all, share."""
+    stores = [cache.raw] if isinstance(cache.quantised, NoStore) else [cache.raw, cache.tiers]
+    rows = jnp.reshape(jnp.asarray(rows), (1, -1, 1, 1))
+    need = [jnp.sum(store.tables.shared() & rows, dtype=jnp.int32) for store in stores]
+    enough = [blocks <= store.tables.free.count for blocks, store in zip(need, stores, strict=True)]
     return jnp.all(jnp.stack(enough))
 
 
-def _shares(part: PagedCache) -> Array:
-    found = jnp.any(part.raw.tables.shared())
-    return found if isinstance(part.quantised, NoStore) else found | jnp.any(part.tiers.tables.shared())
-
-
-def _own_row(cache: PagedCache, row: Array) -> PagedCache:
-    part = cache.rows(row[None])
-    raw, quantised = _own_store(part.raw), part.quantised
-    quantised = quantised if isinstance(quantised, NoStore) else _own_store(part.tiers)
-    return cache.with_rows(replace(part, raw=raw, quantised=quantised), row[None])
-
-
-def _own_store(store: Store) -> Store:
-    which = store.tables.shared()
+def _own_store(store: Store, does: Array) -> Store:
+    which = store.tables.shared() & does
     place = jnp.arange(store.tables.max_blocks, dtype=jnp.int32)
     return _with_copies(store, jnp.broadcast_to(place, which.shape), which)
 
@@ -146,7 +137,7 @@ def _with_copies(store: Store, columns: Array, which: Array) -> Store:
         return store.copy_blocks(source[i], target[i])
 
     # A layer at a time: the temporary copy is that of one.
-    store = lax.fori_loop(0, which.shape[0], layer, store)
+    store = lax.fori_loop(0, jnp.where(jnp.any(which), which.shape[0], 0), layer, store)
     at, row, head, _ = jnp.ogrid[tuple(slice(n) for n in which.shape)]
     table = tables.block_table.at[at, row, head, jnp.where(which, columns, tables.max_blocks)].set(target, mode="drop")
     return replace(store, tables=replace(tables, block_table=table, free=free.push(source, which)))

@@ -48,6 +48,11 @@ class Policy:
     def __post_init__(self) -> None:
         check_numbers(self)
         self._take_budget()
+        if what := self.scorer.never_asked:
+            raise ValueError(
+                f"{type(self.scorer).__name__} has a {what} that nobody calls, since it observes nothing: override "
+                "observes, such as by LastQueries(count=16), or score KVs by score_kvs or rank"
+            )
         if self.protected_window < 1:
             raise ValueError(f"protected_window must be at least 1, got {shown(self.protected_window)}")
         if self.sinks < 0:

@@ -17,13 +17,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import count
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.cache import CacheConfig, PagedCache, snapshot
-from jaxkv.cache.stats import CacheStats, stats_of
 from jaxkv.engine.costs import Costs, Work
 from jaxkv.engine.decisions import Join, Wait
 from jaxkv.engine.dispatch import Dispatch, Made
@@ -36,7 +35,7 @@ from jaxkv.engine.scheduler import Scheduler
 from jaxkv.engine.sequence import Sequence
 from jaxkv.generation.prompt import observation_of
 from jaxkv.policies import Policy
-from jaxkv.requests import Event, PromptRead, Refused
+from jaxkv.requests import Event, Refused
 from models import TokenizerError
 
 
@@ -47,12 +46,9 @@ class Engine:
       programs: the model's.
       config: the cache's sizes; its batch is the number of rows.
       cache: an empty one; given away.
-      share_prefixes: whether prompts that start alike are looked for, and read once.
-      schedule: what goes first; None: whatever lets most be decoded together.
       costs: what the model's passes and steps took so far; noted here.
-      split_prompts: see ``Scheduler``.
       samplers: what makes samplers for rows; None: as they ask.
-      context: whether the cache's last row holds a context that requests begin with: each is forked from it.
+      share_prefixes, schedule, split_prompts, context: see ``Scheduler``.
     """
 
     def __init__(
@@ -81,8 +77,6 @@ class Engine:
         self.rows, self.prefixes, self.counts = self.scheduler.rows, self.scheduler.prefixes, self.scheduler.counts
         self._looks, self._received = 0, 0.0
         """How often the counts were read back by themselves, and when steps were last received."""
-        self._one_row = jax.eval_shape(lambda cache: cache.rows(jnp.zeros(1, jnp.int32)), cache)
-        """The shapes of a cache of one row."""
         self.prompt_tokens = self.borrowed_tokens = 0
         """Tokens of prompts read, and those borrowed instead."""
         self.passes = self.decode_steps = self.decoded = 0
@@ -138,8 +132,7 @@ class Engine:
                 if self.scheduler.context_row is not None:
                     self._fork(self.scheduler.context_row, [prompt.row for prompt in reading.prompts])
                 self._begin_part(reading)
-                for prompt in reading.prompts:
-                    yield PromptRead(request=prompt.sequence.index, tokens=prompt.read, total=prompt.total)
+                yield from reading.progress()
 
     def _begin_part(self, reading: Reading) -> None:
         fresh = self.scheduler.context_row is None and all(prompt.read < prompt.part for prompt in reading.prompts)
@@ -158,14 +151,13 @@ class Engine:
             jax.block_until_ready(reading.state.hidden)
         self.scheduler.costs.note(Work(shape, policy), seconds["prefill"], seconds["compile"])
         self.passes += 1
-        for prompt, count in reading.of_prompts(counts):
-            prompt.read += count
-            self.prompt_tokens += count
+        for prompt, tokens in reading.of_prompts(counts):
+            prompt.read += tokens
+            self.prompt_tokens += tokens
         if first.read == first.lend_tokens:
             self.cache, prefix = self.programs.detach(self.cache, first.row)
             self.prefixes.lend(first.row, first.ids[: first.read], jax.device_get(prefix))
-        for prompt in reading.prompts:
-            yield PromptRead(request=prompt.sequence.index, tokens=prompt.read, total=prompt.total)
+        yield from reading.progress()
         if not first.part_is_read:
             self._look()
             return
@@ -221,17 +213,16 @@ class Engine:
         if first.forks:
             self._fork(first.row, [*first.forks], policy)
             first.sequence.siblings = []  # put back, each is read for itself
-        for at, row in enumerate([*rows, *first.forks]):
-            at += (reading.shape.rows - len(rows)) * (at >= len(rows))
+        for row, at in [*zip(rows, count()), *zip(first.forks, count(reading.shape.rows))]:
             sequence = self.scheduler.sequence(row)
-            sequence.cache = self._stats(row)
+            sequence.cache = self.counts.stats(row)
             if error := self.scheduler.too_large(row):
                 self._leave([row])
                 yield Refused(request=sequence.index, error=error)
-            else:
-                if sequence.request.keeps:
-                    sequence.kept = snapshot.take(self.cache, row)
-                yield from self._accept({row: at}, made)
+                continue
+            if sequence.request.keeps:
+                sequence.kept = snapshot.take(self.cache, row)
+            yield from self._accept({row: at}, made)
 
     def _fork(self, row: int, into: list[int], policy: Policy | None = None) -> None:
         """Others go on from what a row holds; what a policy changes while it decodes is each one's own at once."""
@@ -355,7 +346,10 @@ class Engine:
                 error = str(what)
             if error is not None:
                 yield Refused(request=sequence.index, error=error)
-            elif sequence.finish_reason is not None and (finished := sequence.finished(self._stats(row))) is not None:
+            elif (
+                sequence.finish_reason is not None
+                and (finished := sequence.finished(self.counts.stats(row))) is not None
+            ):
                 yield finished
             if error is not None or sequence.finish_reason is not None:
                 ended.append(row)
@@ -387,9 +381,6 @@ class Engine:
             self.cache, left = self.programs.cut(self.cache, shared.prefix, shared.in_use)
             self.prefixes.cut(shared, jax.device_get(left))
             self._look()
-
-    def _stats(self, row: int) -> CacheStats:
-        return stats_of(self._one_row, self.counts.seen.row(row))
 
     def _look(self, *also: jax.Array) -> list[np.ndarray]:
         """Reads back what the heads hold and what is free, and other arrays, in one transfer."""

@@ -96,6 +96,18 @@ def forked_blocks(config: CacheConfig, request: Request) -> Blocks:
     return Blocks(raw=others * (each.raw + config.heads), quantised=others * each.quantised)
 
 
+def left_blocks(config: CacheConfig, request: Request, takes: Blocks, more: int) -> Blocks:
+    """What a request holds once each of its answers has so many tokens, of what its prompt took."""
+    policy, answers = request.policy, 1 if request.choice else request.params.n
+    if policy is None:
+        return takes + Blocks(raw=answers * config.full_blocks(more))
+    kept = compressed_blocks(config, policy, len(request.prompt)) + forked_blocks(config, request)
+    if policy.placement.quantises_decoding:
+        assert config.tiers is not None
+        return kept + Blocks(quantised=answers * config.heads * config.tiers.full_blocks(more))
+    return kept + Blocks(raw=answers * config.full_blocks(more))
+
+
 @lru_cache(maxsize=4096)
 def blocks_between_parts(config: CacheConfig, policy: Policy, tokens: int) -> int:
     """Blocks that a prompt of so many tokens may hold after each part: its budget, and a half-filled block a head."""

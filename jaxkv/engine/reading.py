@@ -13,6 +13,7 @@ from jaxkv.engine.costs import PassShape
 from jaxkv.engine.sequence import Sequence
 from jaxkv.generation.prefill import CHUNK
 from jaxkv.policies import Policy
+from jaxkv.requests import PromptRead
 
 if TYPE_CHECKING:
     from jaxkv.generation.prefill import PromptState
@@ -119,6 +120,11 @@ class Reading:
     def of_prompts(self, values: np.ndarray) -> Iterator[tuple[PromptInProgress, int]]:
         """The prompts, each with its row's value."""
         return zip(self.prompts, values.tolist(), strict=False)
+
+    def progress(self) -> Iterator[PromptRead]:
+        """How far each is read."""
+        for prompt in self.prompts:
+            yield PromptRead(request=prompt.sequence.index, tokens=prompt.read, total=prompt.total)
 
     def _of_rows(self, values: list[int]) -> np.ndarray:
         return np.array([*values, *[0] * (self.shape.rows - len(values))], np.int32)

@@ -76,7 +76,8 @@ class Samplers:
         for row in rows:
             params, ends = row.request.params, row.ends if row.request.params.min_tokens else ()
             until = row.request.first_position + params.min_tokens
-            each.append([*[(i, b, ALWAYS) for i, b in params.logit_bias], *[(i, -np.inf, until) for i in ends]])
+            asked = [(int(i), b, ALWAYS) for i, b in dict(params.logit_bias).items()]
+            each.append([*asked, *[(i, -np.inf, until) for i in ends]])
         width = 1 << (max(map(len, each)) - 1).bit_length()
         padded = [[*row, *[(self.vocab_size, 0.0, 0)] * (width - len(row))] for row in each]
         tokens, bias, until = ([[one[part] for one in row] for row in padded] for part in range(3))

@@ -10,11 +10,19 @@ import numpy as np
 
 from jaxkv.cache.config import CacheConfig
 from jaxkv.engine.block_counts import BlockCounts, Blocks
-from jaxkv.engine.costs import Costs, PassShape, Work
+from jaxkv.engine.costs import Costs, PassShape, Work, width
 from jaxkv.engine.decisions import Join, Joining, Wait
-from jaxkv.engine.prefixes import AHEAD, Prefixes, Share, SharedPrefix
-from jaxkv.engine.prompt_plan import PromptPlan, Unservable, compressed_blocks, forked_blocks, more_memory, plan_parts
+from jaxkv.engine.prefixes import AHEAD, Prefixes, Share, freed_by
+from jaxkv.engine.prompt_plan import (
+    PromptPlan,
+    Unservable,
+    compressed_blocks,
+    forked_blocks,
+    left_blocks,
+    plan_parts,
+)
 from jaxkv.engine.reading import PromptInProgress, Reading, shape_alone, shape_together
+from jaxkv.engine.refusals import parts_too_large, too_large
 from jaxkv.engine.schedule import STEPS, Schedule, Throughput
 from jaxkv.engine.sequence import Sequence as Answer
 from jaxkv.generation.prefill import CHUNK
@@ -80,6 +88,10 @@ class Scheduler:
         reading = [] if self.reading is None else self.reading.taken
         return [row for row, sequence in enumerate(self.rows) if sequence is not None and row not in reading]
 
+    def note_decoding(self, seconds: float) -> None:
+        """Rows have been decoded for so long, while others stood idle."""
+        self.idle += seconds * min(self.rows.count(None), len(self.queue)) / len(self.rows)
+
     @property
     def wants_requests(self) -> bool:
         """Whether there are fewer in the queue than could get a row, and one more, or those that may share a prefix."""
@@ -105,11 +117,11 @@ class Scheduler:
             first, self.short_of_memory = split, not self._fit([split], grows, self.counts.free)
         if self.short_of_memory:
             cut = self.prefixes.unused(but=first.share.prefix)
-            self.short_of_memory = not self._fit([first], grows, self.counts.free + self._freed_by(cut))
+            self.short_of_memory = not self._fit([first], grows, self.counts.free + freed_by(cut, self.config.heads))
             if self.short_of_memory:
                 # Where nobody runs, nothing but prefixes is in its way, also the one that it would have shared.
                 return Wait(cut=cut if running else self.prefixes.unused())
-        prompts, shape = self._together(first, grows, self.counts.free + self._freed_by(cut))
+        prompts, shape = self._together(first, grows, self.counts.free + freed_by(cut, self.config.heads))
         if running and not self.schedule.joins(self.idle, self._saved_by_waiting(prompts)):
             return Wait()
         return Join(prompts=prompts, shape=shape, cut=cut)
@@ -138,40 +150,12 @@ class Scheduler:
 
     def too_large(self, row: int) -> str | None:
         """Why an answer can't be given to a prompt that is read and compressed; None where it can."""
-        counts, total, request = self.counts, self.counts.total, self.sequence(row).request
-        if self.config.tiers is not None and counts.left_unquantised(row, request.policy):
-            whole = self.config.heads * self.config.tiers.full_blocks(len(request.prompt) + request.limit)
-            return (
-                f"the prompt doesn't fit its {total.quantised} quantised blocks; "
-                f"{more_memory(self.config, whole, quantised=True)}, a smaller budget, or shorten it"
-            )
-        held, policy, tokens = counts.held(row), request.policy, request.until_compressed
-        more = self._growth([row], tokens)
-        if policy is not None and tokens < request.limit:
-            whole = len(request.prompt) + request.limit
-            held = held.or_more(compressed_blocks(self.config, policy, whole))
-            if not policy.placement.quantises_decoding:
-                more = more.or_more(Blocks(raw=self.config.full_blocks(tokens)))
-        if held + more <= total:
-            return None
-        quantised = held.raw + more.raw <= total.raw
-        have, grows = (held.quantised, more.quantised) if quantised else (held.raw, more.raw)
-        when = "once it is read" if tokens == request.limit else "whenever it is compressed"
-        return (
-            f"the prompt holds {have} blocks {when}, but {tokens} more tokens may need {grows}; "
-            f"{more_memory(self.config, have + grows, quantised=quantised)}, or ask for fewer tokens"
-        )
+        request = self.sequence(row).request
+        return too_large(self.config, self.counts, row, request, self._growth([row], request.until_compressed))
 
     def parts_too_large(self, prompt: PromptInProgress) -> str | None:
         """Why the next part can't be read beside what is left of those before; None where it can."""
-        held = self.counts.held(prompt.row).raw
-        need = held + self.config.full_blocks(prompt.part_length)
-        if need <= prompt.most.raw:
-            return None
-        return (
-            f"the prompt holds {held} blocks once {prompt.read} of its {prompt.total} tokens are read and compressed, "
-            f"so {need} with the next part, and may hold {prompt.most.raw}; protect less, or give more memory"
-        )
+        return parts_too_large(self.config, self.counts, prompt)
 
     def steps(self) -> int:
         """Decode steps of all running rows that the pool surely serves in one dispatch; 0: it must have room first."""
@@ -218,13 +202,9 @@ class Scheduler:
 
     def _narrowest(self, rows: Sequence[int], policy: Policy | None) -> tuple[Work, Work]:
         """A decode step of as few rows as can be, and the cheapest that is compiled, if any is."""
-        least = Work(min(_width(len(rows)), len(self.rows)), policy)
+        least = Work(min(width(len(rows)), len(self.rows)), policy)
         wider = [work for work in self.costs.seen if work.policy == policy and work.is_step and work.size >= len(rows)]
         return least, min(wider, key=self.costs.of, default=least)
-
-    def note_decoding(self, seconds: float) -> None:
-        """Rows have been decoded for so long, while others stood idle."""
-        self.idle += seconds * min(self.rows.count(None), len(self.queue)) / len(self.rows)
 
     def expected(self, sequence: Answer) -> int:
         """Tokens, about, that an answer will still hold memory for: more join only where there is room for these, or
@@ -301,7 +281,7 @@ class Scheduler:
     def _joining(self, sequence: Answer, plan: PromptPlan, row: int) -> Joining:
         share = self._share(sequence, plan)
         takes = self._takes(sequence, plan, share)
-        leaves = self._leaves(sequence, takes)
+        leaves = left_blocks(self.config, sequence.request, takes, self.expected(sequence))
         others = [other for other, taken in enumerate(self.rows) if taken is None and other != row]
         forks = tuple(others[: len(sequence.siblings)])
         return Joining(sequence=sequence, row=row, plan=plan, share=share, takes=takes, leaves=leaves, forks=forks)
@@ -315,18 +295,6 @@ class Scheduler:
         if plan is None or plan.part < min(CHUNK, joining.plan.part):  # smaller parts fill no pass
             return None
         return self._joining(joining.sequence, plan, joining.row)
-
-    def _leaves(self, sequence: Answer, takes: Blocks) -> Blocks:
-        """What a request will hold at its end, of what its prompt takes."""
-        policy, more, answers = sequence.request.policy, self.expected(sequence), 1 + len(sequence.siblings)
-        if policy is None:
-            return takes + Blocks(raw=answers * self.config.full_blocks(more))
-        kept = compressed_blocks(self.config, policy, len(sequence.request.prompt))
-        kept += forked_blocks(self.config, sequence.request)
-        if policy.placement.quantises_decoding:
-            assert self.config.tiers is not None
-            return kept + Blocks(quantised=answers * self.config.heads * self.config.tiers.full_blocks(more))
-        return kept + Blocks(raw=answers * self.config.full_blocks(more))
 
     def _fit(self, prompts: Sequence[Joining], grows: Blocks, free: Blocks) -> bool:
         """Whether so many blocks suffice for these prompts, all read before any is compressed, and then for the answers
@@ -363,9 +331,9 @@ class Scheduler:
             return
         for sequence in islice(self.queue, 1, None):
             plan, other = sequence.plan, sequence.request
-            if isinstance(plan, Unservable) or other.policy != request.policy or plan.part < len(other.prompt):
+            if isinstance(plan, Unservable) or sequence.siblings:
                 continue
-            if sequence.siblings:
+            if other.policy != request.policy or plan.part < len(other.prompt):
                 continue
             if shape_together([*lengths, plan.part], len(self.rows)) is not None:
                 lengths.append(plan.part)
@@ -411,12 +379,3 @@ class Scheduler:
         for prompt in [] if self.reading is None else self.reading.prompts:
             left += prompt.most - self.counts.held(prompt.row)
         return left
-
-    def _freed_by(self, cut: Iterable[SharedPrefix]) -> Blocks:
-        return Blocks(raw=self.config.heads * sum(shared.blocks - shared.in_use for shared in cut))
-
-
-def _width(rows: int) -> int:
-    """1, 2, 3, 4, 6, 8, 12, …: few widths, of which no row in three is idle."""
-    power = 1 << (rows - 1).bit_length()
-    return power * 3 // 4 if power >= 4 and rows <= power * 3 // 4 else power

@@ -134,8 +134,8 @@ class Sequence:
             sibling.answers = self.answers
         return self
 
-    def finished(self, cache_at_end: CacheStats) -> Finished | None:
-        """The event that ends it; None: others are still answering the same prompt."""
+    def finished(self, cache_at_end: CacheStats) -> Iterator[Finished]:
+        """The event that ends it; none while others are still answering the same prompt."""
         assert self.cache is not None
         assert self.finish_reason is not None
         completion = Completion(
@@ -151,9 +151,9 @@ class Sequence:
         )
         self.answers[self.request.choice] = completion
         if len(self.answers) < self.request.params.n:
-            return None
+            return
         first, *others = (self.answers[choice] for choice in range(self.request.params.n))
-        return Finished(request=self.index, completion=replace(first, others=others))
+        yield Finished(request=self.index, completion=replace(first, others=others))
 
     def _cut_at_stop(self) -> bool:
         """Cuts the text at its first stop text; True where there is one."""

@@ -8,14 +8,14 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxkv.cache.sharing import own
+from jaxkv.cache.sharing import can_own, own
 from jaxkv.cache.state import PagedCache
 from jaxkv.compression.placement import Claim, claim_raw
 from jaxkv.compression.policy import Policy
 from jaxkv.generation.compress import check_blocks, compress, compress_again
 from jaxkv.generation.passes import begin_step
 from jaxkv.generation.prefill import prefill
-from jaxkv.generation.sampling import Sampler, choose
+from jaxkv.generation.sampling import Chosen, Sampler, choose
 from models.interface import Decoder
 from pallas_kernels.settings import any_ranks
 
@@ -99,6 +99,13 @@ class Decoded(NamedTuple):
     active: Array
     """``bool[batch]`` rows that neither met a stop token nor their limit: with work left."""
 
+    def likely(self, step: Array, chosen: Chosen) -> Decoded:
+        """With the likeliest tokens of a step."""
+        likeliest = self.likeliest.at[:, step].set(chosen.likeliest)
+        return self._replace(
+            likeliest=likeliest, their_logprobs=self.their_logprobs.at[:, step].set(chosen.their_logprobs)
+        )
+
     @classmethod
     def none(cls, cache: PagedCache, active: Array, steps: int, top: int) -> Decoded:
         """Before the first step."""
@@ -145,7 +152,8 @@ def decode(
     """
     may_stop = jnp.bool_(True) if stops is None else stops
     tokens, limits = tokens.astype(jnp.int32), limits.astype(jnp.int32)
-    cache, owned = _owned(cache, limits > 0, policy)
+    changes = policy is not None and policy.acts_in_decoding
+    owned = can_own(cache, limits > 0) if changes else jnp.bool_(True)
 
     def going(state: tuple[Array, Array, Decoded, Sampler]) -> Array:
         step, _, made, _ = state
@@ -153,22 +161,23 @@ def decode(
 
     def once(state: tuple[Array, Array, Decoded, Sampler]) -> tuple[Array, Array, Decoded, Sampler]:
         step, last, made, sampler = state
-        cache, logits = _step(model, made.cache, last, made.active, policy)
+        cache = made.cache
+        if changes:
+            cache, _ = own(cache, made.active & (step == 0))
+        cache, logits = _step(model, cache, last, made.active, policy)
         chosen = choose(sampler, logits, cache.num_tokens, top)
         new, logprob = jnp.where(made.active, chosen.tokens, 0), jnp.where(made.active, chosen.logprobs, 0.0)
         sampler = sampler.after(new, made.active)
         counts = made.counts + made.active.astype(jnp.int32)
         active = made.active & (counts < limits) & ~(is_any(new, stop_tokens) & may_stop)
         cache = _compress_grown(cache, policy, made.active)  # also what ends here: it may only end its dispatch
-        made = Decoded(
+        made = made._replace(
             cache=cache,
             tokens=made.tokens.at[:, step].set(new),
             logprobs=made.logprobs.at[:, step].set(logprob),
             counts=counts,
-            likeliest=made.likeliest.at[:, step].set(chosen.likeliest),
-            their_logprobs=made.their_logprobs.at[:, step].set(chosen.their_logprobs),
             active=active,
-        )
+        ).likely(step, chosen)
         return step + 1, jnp.where(made.active, new, last), made, sampler
 
     start = jnp.int32(0), tokens, Decoded.none(cache, limits > 0, steps, top), Sampler.of(sampler)

@@ -93,7 +93,7 @@ def named(compression: Policy | str | None, budget: Mapping[str, Any]) -> Policy
     return compression
 
 
-def make_policy(name: str, budget: Budget | None, **settings) -> Policy | None:
+def make_policy(name: str, budget: Budget | None = None, **settings) -> Policy | None:
     """The policy of that name with this budget; None for ``none``, which keeps everything.
 
     Raises:
@@ -105,6 +105,10 @@ def make_policy(name: str, budget: Budget | None, **settings) -> Policy | None:
         return None
     if name not in POLICIES:
         raise ValueError(f"no policy is named {shown(name)}; there are none, {', '.join(POLICIES)}")
+    if (said := budget_in_words(settings)) is not None:
+        if budget is not None:
+            raise ValueError(f"give one budget, got {budget} and {said}")
+        budget, settings = said, {key: value for key, value in settings.items() if key not in BUDGETS}
     if budget is None and name in UNBOUNDED:
         budget = UNLIMITED
     if budget is None:

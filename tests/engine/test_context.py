@@ -150,7 +150,7 @@ def test_questions_may_want_several_answers_too():
 
 def test_preempted_answers_to_one_prompt_are_read_again_each_for_itself():
     llm = LLM(tiny.MODEL, max_batch=4, cache_memory=170_000)
-    params = replace(DRAWN, max_tokens=200, ignore_eos=False, n=4)
+    params = replace(DRAWN, max_tokens=200, ignore_eos=False, logit_bias={100: -100}, n=4)
     [answer] = [e.completion for e in llm.run([(prompt(40, 1), params)], max_context=256) if isinstance(e, Finished)]
     assert llm.engine.preemptions > 0
     roomy = LLM(tiny.MODEL, max_batch=1)
