@@ -32,7 +32,7 @@ from jaxkv.generation.sampling import Sampler
 from jaxkv.policies import Policy
 from jaxkv.policies.names import named
 from jaxkv.requests import Completion, Event, Finished, Refused, SamplingParams, TextMade
-from jaxkv.serving import Serving
+from jaxkv.serving import Serving, keep_compiled_programs
 from jaxkv.words import byte_count
 from models import Decoder, Tokenizer, are_alike, load_model, load_tokenizer, resolve, stack_layers
 from models.generation_config import SamplingDefaults, sampling_defaults
@@ -108,6 +108,7 @@ class LLM(Serving):
         if schedule is not None and not isinstance(schedule, Schedule):
             raise ValueError(f"schedule must be Throughput() or Latency(), or None, got {shown(schedule)}")
         check_dtypes(dtype=dtype, cache_dtype=cache_dtype)
+        keep_compiled_programs()
         budget = {"ratio": ratio, "max_cache_tokens": max_cache_tokens, "max_cache_bytes": max_cache_bytes}
         policy = named(compression, budget)
         memory = byte_count(cache_memory) if isinstance(cache_memory, str) else cache_memory

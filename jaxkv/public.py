@@ -53,6 +53,7 @@ from jaxkv.policies import Ratio as Ratio
 from jaxkv.policies import SnapKV as SnapKV
 from jaxkv.policies import StreamingLLM as StreamingLLM
 from jaxkv.policies import Unlimited as Unlimited
+from jaxkv.policies import register_policy as register_policy
 
 # Host: prompts in, answers out
 from jaxkv.engine.schedule import Latency as Latency

@@ -174,7 +174,7 @@ class Timings:
             setattr(self, phase, getattr(self, phase) + more)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Completion:
     """An answer."""
 
@@ -194,6 +194,15 @@ class Completion:
     timings: Timings
     others: list[Completion] = field(default_factory=list)
     """The further answers to the same prompt, where ``n`` asked for several."""
+
+    def __repr__(self) -> str:
+        """A line: what it says, and what of its prompt's cache was kept."""
+        more = f", {len(self.others)} others" if self.others else ""
+        kept = f"{self.cache.bytes_held / 1e6:.1f} of {self.cache.bytes_full / 1e6:.1f} MB kept"
+        return (
+            f"Completion({shown(self.text)}, {len(self.token_ids)} tokens, {self.finish_reason!r}, prompt of "
+            f"{self.prompt_tokens}, {kept}{more})"
+        )
 
     @property
     def choices(self) -> list[Completion]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
+import jax
 import numpy as np
 from jax.typing import DTypeLike
 
@@ -21,6 +22,16 @@ from jaxkv.policies import Policy
 from jaxkv.requests import Event, Refused, Request, SamplingParams
 from models import Decoder, Tokenizer
 from models.generation_config import SamplingDefaults
+from models.hub import cache_directory
+
+
+def keep_compiled_programs() -> None:
+    """Compiled programs go to the user's cache directory, so that a second run starts in seconds; unless JAX was told
+    where they go, or that they don't."""
+    told = jax.config.values["jax_compilation_cache_dir"] or not jax.config.values["jax_enable_compilation_cache"]
+    if not told:
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "programs"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 class Serving:

@@ -40,7 +40,23 @@ SETTINGS = {
     "reread": "true or false",
 }
 """What may be said of a policy beside its budget."""
-SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "logprobs")
+SAMPLING = (
+    "max_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "min_tokens",
+    "logprobs",
+    "top_logprobs",
+)
 
 
 def byte_count(text: str) -> int:

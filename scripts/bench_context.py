@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jaxkv import LLM, SamplingParams
 
-TEXT = Path(__file__).parent / "data" / "emma.txt"
+TEXT = Path(__file__).parent / "data" / "emma-chapters-1-2.txt"
 
 
 def main() -> None:
@@ -45,7 +45,8 @@ def main() -> None:
             llm.generate([*ids, *tail], params)
         return (time.perf_counter() - began) / chosen.alone
 
-    together(), apart()  # compiles
+    together()  # compiles
+    apart()
     read, ask, held = together()
     each = apart()
     rate, alone = chosen.questions / (read + ask), 1 / each

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv import CacheConfig, Greedy, KVCompress, Policy, Ratio, init_cache
-from jaxkv.cli.commands import keep_compiled_programs
 from jaxkv.engine.programs import Programs
 from jaxkv.generation.prefill import CHUNK
+from jaxkv.serving import keep_compiled_programs
 from models import Decoder, load_model, load_tokenizer, resolve
 
 TEXT = Path(__file__).parent / "data" / "emma-chapters-1-10.txt"

@@ -17,8 +17,8 @@ import numpy as np
 from bench_generate import CORES, TEXT, Theirs
 
 from jaxkv import LLM, SamplingParams
-from jaxkv.cli.commands import keep_compiled_programs
 from jaxkv.requests import Finished, Refused
+from jaxkv.serving import keep_compiled_programs
 from models import resolve
 
 

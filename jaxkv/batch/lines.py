@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from jaxkv.batch.openai import ANSWERED, UNUSED, WITHOUT_EFFECT, check_without_effect
 from jaxkv.checks import cut, shown, shown_json
 from jaxkv.policies import policy_from
+from jaxkv.policies.names import settings_of
 from jaxkv.requests import SamplingParams, check_unicode
 from jaxkv.words import SETTINGS
 
@@ -108,11 +109,12 @@ def read_line(data: bytes, line: int, defaults: SamplingParams) -> Job | Broken:
             body = record.get("body")
             if not isinstance(body, dict):
                 raise LineError(f"body must be an object, got {shown_json(body)}")
-            _no_others(body, ASKED | {"max_completion_tokens", *UNUSED, *WITHOUT_EFFECT}, "body.")
+            known = ASKED | {"max_completion_tokens", *UNUSED, *WITHOUT_EFFECT} | _own_settings(body).keys()
+            _no_others(body, known, "body.")
             _of_line(check_without_effect, body)
             fields = _one_limit(body)
         else:
-            _no_others(record, ASKED | {"id"}, "")
+            _no_others(record, ASKED | {"id"} | _own_settings(record).keys(), "")
             fields = record
         prompt, messages = _question(fields)
         params = _params(fields, defaults)
@@ -256,9 +258,19 @@ def _params(fields: dict[str, Any], defaults: SamplingParams) -> SamplingParams:
         if not isinstance(stop, str | list):
             raise LineError(f"stop must be a text or a list of texts, got {shown_json(stop)}")
         given["stop"] = tuple(_text(s, "stop") for s in ([stop] if isinstance(stop, str) else stop))
+    if own := _own_settings(fields):
+        compression["settings"] = {name: fields[name] for name in own if fields.get(name) is not None}
     if compression:
         given["compression"] = _of_line(policy_from, compression)
     return _of_line(lambda: replace(defaults, **given))
+
+
+def _own_settings(fields: dict[str, Any]) -> dict[str, str]:
+    """Settings of the policy that a line names which aren't everybody's, with what each is annotated with."""
+    name = fields.get("compression")
+    if not isinstance(name, str) or name == "none":
+        return {}
+    return {key: kind for key, kind in _of_line(settings_of, name).items() if key not in {*ASKED, "budget", "scorer"}}
 
 
 def _typed(fields: dict[str, Any], expected: dict[str, str]) -> dict[str, Any]:

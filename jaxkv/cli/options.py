@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ ANSWER = (
     "compression",
     *BUDGETS,
     *SETTINGS,
+    "settings",
     *SAMPLING,
     "generation_config",
 )
@@ -120,7 +122,17 @@ def add_model(command: argparse.ArgumentParser) -> None:
 def add_compression(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("compression")
     group.add_argument(
-        "--compression", choices=[*POLICIES, "none"], help="default: kv-compress where a budget is given"
+        "--compression",
+        metavar="NAME",
+        help=f"{', '.join(POLICIES)}, none, or one of your own, module:Class (default: kv-compress where a budget is "
+        "given)",
+    )
+    group.add_argument(
+        "--set",
+        dest="settings",
+        action=Setting,
+        metavar="NAME=VALUE",
+        help="a setting of the policy that has no option of its own; may be given several times",
     )
     budget = group.add_mutually_exclusive_group()
     budget.add_argument(
@@ -185,7 +197,36 @@ def add_sampling(command: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be given several times")
+    group.add_argument(
+        "--repetition-penalty", type=float, help="over prompt and answer; 1: none (default: the model's)"
+    )
+    group.add_argument("--presence-penalty", type=float, default=0.0, help="of the answer's tokens (default: 0)")
+    group.add_argument("--frequency-penalty", type=float, default=0.0, help="of each time they are there (default: 0)")
+    group.add_argument("--stop-token-ids", type=int, action="append", default=[], metavar="ID")
+    group.add_argument("--ignore-eos", action="store_true", help="the model's own ends don't end an answer")
+    group.add_argument("--min-tokens", type=int, default=0, metavar="N", help="nothing ends an answer before")
+    group.add_argument("--top-logprobs", type=int, default=0, metavar="N", help="the likeliest at each place, too")
     group.add_argument("--logprobs", action="store_true", help="log probability of each token (generate: with --json)")
+
+
+class Setting(argparse.Action):
+    """Gathers ``NAME=VALUE``, the value a number, true, false or null where it is one in JSON, else a text."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        name, equals, text = str(values).partition("=")
+        if not equals or not name.isidentifier():
+            parser.error(f"argument --set: {values!r} isn't NAME=VALUE, such as mix=0.2")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        setattr(namespace, self.dest, {**(getattr(namespace, self.dest) or {}), name: value})
 
 
 def size_in_bytes(text: str) -> int:

@@ -14,11 +14,6 @@ from jaxkv.words import byte_count
 pytestmark = pytest.mark.once
 
 
-@pytest.fixture(autouse=True)
-def _no_program_cache(monkeypatch):
-    monkeypatch.setattr(cli, "keep_compiled_programs", lambda: None)
-
-
 def run(capsys, *arguments):
     code = main(["generate", *map(str, arguments)])
     return code, capsys.readouterr()
