@@ -25,6 +25,7 @@ from jaxkv.generation.sampling import Sampler as Sampler
 
 # Policies: what decides which KVs stay; their parts are in jaxkv.compression
 from jaxkv.compression import Evict as Evict
+from jaxkv.compression import LastQueries as LastQueries
 from jaxkv.compression import Placement as Placement
 from jaxkv.compression import Scorer as Scorer
 from jaxkv.compression import Significance as Significance
@@ -47,6 +48,7 @@ from jaxkv.policies import LearnedGate as LearnedGate
 from jaxkv.policies import MaxBytes as MaxBytes
 from jaxkv.policies import MaxTokens as MaxTokens
 from jaxkv.policies import Mixed as Mixed
+from jaxkv.policies import POLICIES as POLICIES
 from jaxkv.policies import Policy as Policy
 from jaxkv.policies import PyramidKV as PyramidKV
 from jaxkv.policies import Ratio as Ratio
@@ -56,6 +58,8 @@ from jaxkv.policies import Unlimited as Unlimited
 from jaxkv.policies import register_policy as register_policy
 
 # Host: prompts in, answers out
+from jaxkv.cli.plot import head_map as head_map
+from jaxkv.context import Context as Context
 from jaxkv.engine.schedule import Latency as Latency
 from jaxkv.engine.schedule import Schedule as Schedule
 from jaxkv.engine.schedule import Throughput as Throughput

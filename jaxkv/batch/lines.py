@@ -26,11 +26,18 @@ NUMBERS = {
     "top_p": "a number",
     "min_p": "a number",
     "seed": "a whole number",
+    "n": "a whole number",
+    "repetition_penalty": "a number",
+    "presence_penalty": "a number",
+    "frequency_penalty": "a number",
+    "min_tokens": "a whole number",
+    "top_logprobs": "a whole number",
+    "ignore_eos": "true or false",
 }
 COMPRESSION = {"compression": "a text", "ratio": "a number"}
 COMPRESSION |= {"max_cache_tokens": "a whole number", "max_cache_bytes": "a whole number"} | SETTINGS
 KINDS = {"a text": str, "a number": int | float, "a whole number": int, "true or false": bool}
-ASKED = {"prompt", "messages", "stop", "logprobs", *NUMBERS, *COMPRESSION}
+ASKED = {"prompt", "messages", "stop", "stop_token_ids", "logit_bias", "logprobs", *NUMBERS, *COMPRESSION}
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 """Those that a message may have, and what each is to a chat template."""
 MOST_NAMED = 3
@@ -249,9 +256,17 @@ def _params(fields: dict[str, Any], defaults: SamplingParams) -> SamplingParams:
     given = _typed(fields, NUMBERS)
     if (logprobs := fields.get("logprobs")) is not None:
         # Of a prompt, OpenAI's count how many alternatives come with each token's own.
-        if not isinstance(logprobs, bool) and not (type(logprobs) is int and logprobs == 0 and "prompt" in fields):
-            raise LineError(f"logprobs must be true or false, or with a prompt 0, got {shown_json(logprobs)}")
+        counts = type(logprobs) is int and "prompt" in fields
+        if not isinstance(logprobs, bool) and not counts:
+            raise LineError(f"logprobs must be true or false, or with a prompt a number, got {shown_json(logprobs)}")
         given["logprobs"] = logprobs is not False
+        if counts:
+            given["top_logprobs"] = logprobs
+    for name, kind in (("logit_bias", dict), ("stop_token_ids", list)):
+        if (value := fields.get(name)) is not None:
+            if not isinstance(value, kind):
+                raise LineError(f"{name} must be {'an object' if kind is dict else 'a list'}, got {shown_json(value)}")
+            given[name] = value
     compression = _typed(fields, COMPRESSION)
     stop = fields.get("stop")
     if stop is not None:

@@ -69,7 +69,12 @@ def run_batch(options: argparse.Namespace, heed: Heed = iter) -> int:
 
     policy, params = policy_from(vars(options)), sampling_from(options)
     with BatchJob(
-        options.input, options.output, params, answer_settings(options), retry_failed=options.retry_failed
+        options.input,
+        options.output,
+        params,
+        answer_settings(options),
+        retry_failed=options.retry_failed,
+        output_format=options.output_format,
     ) as job:
         if not job.left:
             return job.finish()

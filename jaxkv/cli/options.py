@@ -24,6 +24,7 @@ ANSWER = (
     "settings",
     *SAMPLING,
     "generation_config",
+    "output_format",
 )
 """Options that a batch job's answers depend on."""
 MODEL = (
@@ -78,6 +79,12 @@ def add_batch(command: argparse.ArgumentParser) -> None:
         "--input", type=Path, required=True, metavar="JSONL", help='one {"prompt": …} or {"messages": […]} a line'
     )
     command.add_argument("--output", type=Path, required=True, metavar="JSONL", help="one answer or error a line")
+    command.add_argument(
+        "--output-format",
+        choices=["jaxkv", "openai"],
+        default="jaxkv",
+        help="openai: custom_id and response.body.choices, as in OpenAI's batch files (default: jaxkv)",
+    )
     command.add_argument("--retry-failed", action="store_true", help="try lines again that have an error in the output")
     add_compression(command)
     add_sampling(command)

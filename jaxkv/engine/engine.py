@@ -346,11 +346,8 @@ class Engine:
                 error = str(what)
             if error is not None:
                 yield Refused(request=sequence.index, error=error)
-            elif (
-                sequence.finish_reason is not None
-                and (finished := sequence.finished(self.counts.stats(row))) is not None
-            ):
-                yield finished
+            elif sequence.finish_reason is not None:
+                yield from sequence.finished(self.counts.stats(row))
             if error is not None or sequence.finish_reason is not None:
                 ended.append(row)
         self._leave(ended)
