@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import jax
@@ -55,8 +55,15 @@ class Serving:
     _cache: tuple[CacheConfig, PagedCache] | None
     """That of the latest call which came to its end."""
     _programs: Programs | None
+    on_compile: Callable[[str], None] | None = None
+    """Is told when a program is going to be compiled, and which."""
     _costs: Costs
     """Of the programs, for a cache of the sizes that it has now."""
+
+    @property
+    def compile_seconds(self) -> float:
+        """What compiling has taken so far."""
+        return 0.0 if self._programs is None else self._programs.compile_seconds
 
     def _requests(
         self,
@@ -210,6 +217,7 @@ class Serving:
         if self._programs is None or self._programs.stop_tokens != self._ends():
             self._programs = Programs(self.model, self._ends())
         self._programs.refresh(self.model)  # its weights may have been updated since the call before
+        self._programs.on_compile = self.on_compile
         return self._programs
 
     def _cache_config(self, longest: int, *, rows: int) -> CacheConfig:

@@ -24,6 +24,8 @@ MOST_REASONS = 3
 class Model(Protocol):
     """What a job needs of an ``LLM``."""
 
+    on_compile: Callable[[str], None] | None
+
     def run(
         self, jobs: Iterable[tuple[str | Sequence[int], SamplingParams]], *, max_context: int | None = None
     ) -> Iterator[Event]: ...
@@ -119,7 +121,8 @@ class BatchJob:
         Raises:
           OSError: the output can't be written.
         """
-        progress = self._progress()
+        progress = self._progress(lambda: getattr(model, "compile_seconds", 0.0))
+        model.on_compile = progress.compiling
         try:
             for event in heed(model.run(self._requests(model, progress), max_context=max_context)):
                 match event:
@@ -139,8 +142,8 @@ class BatchJob:
             progress.say(self._summary(progress.seconds, progress.prompt_tokens, progress.answer_tokens))
         return self._status()
 
-    def _progress(self) -> Progress:
-        progress = Progress(total=self.total, skipped=self.skipped)
+    def _progress(self, compile_seconds: Callable[[], float] = lambda: 0.0) -> Progress:
+        progress = Progress(total=self.total, skipped=self.skipped, compile_seconds=compile_seconds)
         if self.torn:
             progress.say(f"cut off the {self.torn} bytes of a record that was not written to its end")
         return progress

@@ -51,6 +51,8 @@ class ModelPrograms:
 
     def __init__(self, model: Decoder):
         self.compile_seconds = 0.0
+        self.on_compile: Callable[[str], None] | None = None
+        """Is told what is going to be compiled."""
         self._programs: dict[object, Callable[..., Any]] = {}
         self._take(model)
 
@@ -93,6 +95,8 @@ class ModelPrograms:
             return step(inside, **donated, **given, **fixed)
 
         traced.__name__ = step.__name__  # what profilers show
+        if self.on_compile is not None:
+            self.on_compile(step.__name__)
         began = time.perf_counter()
         compiled = jax.jit(traced, donate_argnums=1).lower(self._leaves, donated, given).compile()
         self.compile_seconds += time.perf_counter() - began
