@@ -55,7 +55,7 @@ def ids_of(prompt: Prompt, tokenizer: Tokenizer | None, *, add_special: bool = T
         if tokenizer is None:
             raise ValueError("this LLM has no tokenizer; give prompts as token ids")
         check_unicode(prompt, "the prompt")
-        prompt = tokenizer.encode(prompt, add_special=add_special)
+        prompt = tokenizer.encode(prompt) if add_special else tokenizer.encode(prompt, add_special=False)
     try:
         ids = np.asarray(prompt)
     except ValueError:  # lists of unequal lengths

@@ -36,12 +36,13 @@ class Tokenizer:
 
     @classmethod
     def from_hf(cls, tokenizer: Any) -> Tokenizer:
-        """Of a fast tokenizer of transformers, or one of the tokenizers library; one of ours stays as it is.
+        """Of a fast tokenizer of transformers, or one of the tokenizers library; one of ours stays as it is, and so does
+        what has its ``encode``, ``stream`` and ``eos_ids``.
 
         Raises:
           TokenizerError: it is none of these.
         """
-        if isinstance(tokenizer, Tokenizer):
+        if all(hasattr(tokenizer, name) for name in ("encode", "stream", "eos_ids")):
             return tokenizer
         core = getattr(tokenizer, "backend_tokenizer", tokenizer)
         if not isinstance(core, tokenizers.Tokenizer):

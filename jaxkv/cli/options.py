@@ -131,8 +131,7 @@ def add_compression(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--compression",
         metavar="NAME",
-        help=f"{', '.join(POLICIES)}, none, or one of your own, module:Class (default: kv-compress where a budget is "
-        "given)",
+        help=f"{', '.join(POLICIES)}, none, or module:Class (default: kv-compress where a budget is given)",
     )
     group.add_argument(
         "--set",
