@@ -76,6 +76,13 @@ def check_numbers(record: Any, **names: str) -> None:
             object.__setattr__(record, each.name, checked)  # the one way into a frozen dataclass
 
 
+def check_dtypes(**given: DTypeLike | None) -> None:
+    """``check_dtype`` of those that are given, by their names."""
+    for name, dtype in given.items():
+        if dtype is not None:
+            check_dtype(dtype, name)
+
+
 def check_dtype(dtype: DTypeLike, name: str) -> None:
     """Raises ValueError for a dtype that is none of ``DTYPES``: whole numbers would cut weights, keys and values off,
     and JAX makes other floats of some without a word."""

@@ -14,7 +14,9 @@ from jaxkv.cache import CacheConfig as CacheConfig
 from jaxkv.cache import CacheStats as CacheStats
 from jaxkv.cache import PagedCache as PagedCache
 from jaxkv.cache import init_cache as init_cache
+from jaxkv.cache import fork as fork
 from jaxkv.cache import release as release
+from jaxkv.cache import reorder as reorder
 from jaxkv.cache import stats as stats
 from jaxkv.generation import Decoded as Decoded
 from jaxkv.generation.sampling import Greedy as Greedy
@@ -23,6 +25,7 @@ from jaxkv.generation.sampling import Sampler as Sampler
 
 # Policies: what decides which KVs stay; their parts are in jaxkv.compression
 from jaxkv.compression import Evict as Evict
+from jaxkv.compression import LastQueries as LastQueries
 from jaxkv.compression import Placement as Placement
 from jaxkv.compression import Scorer as Scorer
 from jaxkv.compression import Significance as Significance
@@ -45,14 +48,18 @@ from jaxkv.policies import LearnedGate as LearnedGate
 from jaxkv.policies import MaxBytes as MaxBytes
 from jaxkv.policies import MaxTokens as MaxTokens
 from jaxkv.policies import Mixed as Mixed
+from jaxkv.policies import POLICIES as POLICIES
 from jaxkv.policies import Policy as Policy
 from jaxkv.policies import PyramidKV as PyramidKV
 from jaxkv.policies import Ratio as Ratio
 from jaxkv.policies import SnapKV as SnapKV
 from jaxkv.policies import StreamingLLM as StreamingLLM
 from jaxkv.policies import Unlimited as Unlimited
+from jaxkv.policies import register_policy as register_policy
 
 # Host: prompts in, answers out
+from jaxkv.cli.plot import head_map as head_map
+from jaxkv.context import Context as Context
 from jaxkv.engine.schedule import Latency as Latency
 from jaxkv.engine.schedule import Schedule as Schedule
 from jaxkv.engine.schedule import Throughput as Throughput

@@ -28,6 +28,8 @@ def as_dict(completion: Completion) -> dict[str, Any]:
     }
     if completion.logprobs is not None:
         result["logprobs"] = completion.logprobs
+    if completion.top_logprobs is not None:
+        result["top_logprobs"] = completion.top_logprobs
     return result
 
 

@@ -40,4 +40,35 @@ SETTINGS = {
     "reread": "true or false",
 }
 """What may be said of a policy beside its budget."""
-SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "logprobs")
+SAMPLING = (
+    "max_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "min_tokens",
+    "logprobs",
+    "top_logprobs",
+)
+
+
+def byte_count(text: str) -> int:
+    """``1500000``, ``500M``, ``2G``, ``1.5GiB``: K, M and G are powers of 1000, KiB, MiB and GiB of 1024.
+
+    Raises:
+      ValueError: it is none of these.
+    """
+    units = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
+    number = text.strip().upper().removesuffix("B")
+    unit = number.lstrip("0123456789.")
+    try:
+        return int(float(number[: len(number) - len(unit)]) * units[unit.strip()])
+    except (ValueError, KeyError, OverflowError):
+        raise ValueError(f"{text!r} is no number of bytes; write 500M, 2G or 1.5GiB") from None

@@ -1,6 +1,7 @@
 """Models in Flax NNX, their checkpoints, their tokenizers, and the interface that other models can implement."""
 
 from models.checkpoints import load_model
+from models.convert import save_model
 from models.errors import CheckpointError, TokenizerError
 from models.hub import resolve
 from models.interface import Attend, AttentionSpec, Decoder, ModelSizes, Rotary, causal_attention
@@ -25,5 +26,6 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "resolve",
+    "save_model",
     "stack_layers",
 ]

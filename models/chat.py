@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 
@@ -17,10 +17,12 @@ from models.errors import CheckpointError
 
 def render_chat(
     template: str,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     *,
     add_generation_prompt: bool = True,
     special_tokens: Mapping[str, str],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> str:
     """The conversation as one text.
 
@@ -29,28 +31,34 @@ def render_chat(
       messages: each with ``role`` and ``content``.
       add_generation_prompt: end with the words that begin the model's answer.
       special_tokens: ``bos_token`` and others that the template may name.
+      tools: functions that the model may call, as JSON schemas.
+      options: other variables of the template, such as ``enable_thinking``.
 
     Raises:
-      ValueError: a message without role or content.
+      ValueError: a message without role or content, or an option that the template never reads.
       CheckpointError: the template is broken, takes too long or makes too much, or refuses the conversation.
     """
     for i, message in enumerate(messages):
-        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+        has_content = isinstance(message.get("content"), str) or message.get("tool_calls")
+        if not isinstance(message.get("role"), str) or not has_content:
             raise ValueError(f"message {i} needs a 'role' and a 'content', both texts, got {dict(message)!r:.200}")
     environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    given = {**(options or {}), **({} if tools is None else {"tools": tools})}
     try:
-        return environment.from_string(template).render(
-            messages=list(messages),
-            tools=None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **special_tokens,
-        )
+        known = meta.find_undeclared_variables(environment.parse(template)) if given else given.keys()
+        if not (unknown := given.keys() - known):
+            said = {"tools": None, "documents": None, **special_tokens, **given}
+            said |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
+            return environment.from_string(template).render(**said)
     except Exception as error:  # a template is a program, and may fail as one
         raise CheckpointError(f"the model's chat template can't take this conversation: {error}") from error
+    reads = sorted(known - {"messages", "add_generation_prompt", *special_tokens, *environment.globals})
+    raise ValueError(
+        f"the model's chat template knows no {', '.join(sorted(unknown))}; it reads {', '.join(reads) or 'no options'}"
+    )
 
 
 class _Generation(Extension):

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -15,7 +16,8 @@ from models.checkpoints.safetensors import tensor_kinds
 from models.errors import CheckpointError
 from models.families import Model
 from models.generation_config import FILE, sampling_defaults
-from models.tokenizer import load_tokenizer, save_tokenizer
+from models.hub import resolve
+from models.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
 
 def convert(source: Path, target: Path, load: Callable[[Path], Model]) -> Model:
@@ -49,6 +51,34 @@ def convert(source: Path, target: Path, load: Callable[[Path], Model]) -> Model:
         model = load(source)
         orbax.save(model, target, tokenizer_from=beside)
     return model
+
+
+def save_model(model: Model, directory: str | Path, *, tokenizer: Any = None) -> None:
+    """Write a checkpoint that ``load_model`` reads, and ``load_tokenizer`` where it is given a tokenizer.
+
+    Args:
+      model: as ``load_model`` gives it.
+      directory: created; must not hold a checkpoint yet.
+      tokenizer: a ``Tokenizer``, one of transformers or of tokenizers, or whatever ``load_tokenizer`` takes.
+
+    Raises:
+      CheckpointError: ``directory`` holds a checkpoint, or there is no tokenizer where one was said to be.
+      TokenizerError: ``tokenizer`` is none.
+    """
+    with TemporaryDirectory() as folder:
+        beside = None if tokenizer is None else _beside(tokenizer, Path(folder))
+        orbax.save(model, Path(directory).expanduser(), tokenizer_from=beside)
+
+
+def _beside(tokenizer: Any, folder: Path) -> Path:
+    """A directory with a tokenizer's files."""
+    if isinstance(tokenizer, str | Path):
+        source = resolve(str(tokenizer))
+        return source if (source / "tokenizer.json").exists() else _tokenizer_files(source, folder)
+    own = Tokenizer.from_hf(tokenizer)
+    save_tokenizer(own, folder)
+    (folder / FILE).write_text(json.dumps({"eos_token_id": list(own.eos_ids)}), encoding="utf-8")
+    return folder
 
 
 def stored_dtype(path: Path) -> jnp.dtype:

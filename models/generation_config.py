@@ -28,6 +28,8 @@ class SamplingDefaults:
     """0: all."""
     top_p: float | None = None
     min_p: float | None = None
+    repetition_penalty: float | None = None
+    """What divides or multiplies the logits of tokens that were there already; 1: nothing."""
 
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, expected: str) -> None:
@@ -38,6 +40,8 @@ class SamplingDefaults:
         check(0 <= (self.top_k or 0) < 2**31, "top_k", "0 to 2**31 - 1")
         check(self.top_p is None or 0 < self.top_p <= 1, "top_p", "a number in (0, 1]")
         check(0 <= (self.min_p or 0) <= 1, "min_p", "a number in [0, 1]")
+        penalty = self.repetition_penalty
+        check(penalty is None or 0 < penalty <= 1e6, "repetition_penalty", "a number in (0, 1e6]")
 
 
 def sampling_defaults(path: Path) -> SamplingDefaults:
@@ -52,15 +56,18 @@ def sampling_defaults(path: Path) -> SamplingDefaults:
     ggufs = ggufs_in(path) if path.is_dir() and not (path / FILE).exists() else []
     fields = _of_gguf(ggufs[0] if ggufs else path) if ggufs or not path.is_dir() else _json_in(path)
     try:
-        temperature, top_k, top_p, min_p = (
-            fields.number(name) if fields.has(name) else None for name in ("temperature", "top_k", "top_p", "min_p")
-        )
+        numbers = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        temperature, top_k, top_p, min_p, penalty = (fields.number(n) if fields.has(n) else None for n in numbers)
         samples = fields.flag("do_sample", False)
         temperature = (1.0 if temperature is None else temperature) if samples else None
         if top_k is not None and top_k != int(top_k):
             raise CheckpointError(f"top_k is {top_k}, expected a whole number")
         return SamplingDefaults(
-            temperature=temperature, top_k=None if top_k is None else max(int(top_k), 0), top_p=top_p, min_p=min_p
+            temperature=temperature,
+            top_k=None if top_k is None else max(int(top_k), 0),
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=penalty,
         )
     except CheckpointError as error:
         said = str(error).removeprefix(f"{fields.origin}: ").rstrip(".")

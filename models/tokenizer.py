@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -14,6 +15,7 @@ from models.checkpoints.gguf_file import ggufs_in
 from models.errors import CheckpointError, TokenizerError, tokenizers_errors
 from models.fields import read_json
 from models.generation_config import ends_in
+from models.hub import resolve
 from models.vocabulary import tokenizer_from_gguf
 
 _ADDS_BOS = "jaxkv_adds_bos"
@@ -31,6 +33,33 @@ class Tokenizer:
     adds_bos: bool = False
     """Whether ``encode`` itself puts the first token in front (else the core's post-processor does what is due)."""
     chat_template: str | None = None
+
+    @classmethod
+    def from_hf(cls, tokenizer: Any) -> Tokenizer:
+        """Of a fast tokenizer of transformers, or one of the tokenizers library; one of ours stays as it is, and so does
+        what has its ``encode``, ``stream`` and ``eos_ids``.
+
+        Raises:
+          TokenizerError: it is none of these.
+        """
+        if all(hasattr(tokenizer, name) for name in ("encode", "stream", "eos_ids")):
+            return tokenizer
+        core = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        if not isinstance(core, tokenizers.Tokenizer):
+            raise TokenizerError(
+                f"expected a tokenizer of models, of transformers (a fast one) or of tokenizers, got a "
+                f"{type(tokenizer).__name__}; write Tokenizer.from_hf(AutoTokenizer.from_pretrained(…))"
+            )
+        core = tokenizers.Tokenizer.from_str(core.to_str())  # its user's own may go on to cut and pad
+        _only_encode(core)
+        eos, template = getattr(tokenizer, "eos_token_id", None), getattr(tokenizer, "chat_template", None)
+        ends = [] if eos is None else eos if isinstance(eos, list | tuple) else [eos]
+        return cls(
+            core=core,
+            eos_ids=tuple(ends),
+            bos_id=getattr(tokenizer, "bos_token_id", None),
+            chat_template=template.get("default") if isinstance(template, dict) else template,
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -68,18 +97,31 @@ class Tokenizer:
         """Text from tokens that come one by one."""
         return Detokenizer(tokenizer=self)
 
-    def chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
-        """A conversation in the model's format, as text for ``encode_chat``.
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **options: Any,
+    ) -> str:
+        """A conversation in the model's format, as text for ``encode_chat``; ``options`` are the template's own.
 
         Raises:
           CheckpointError: the checkpoint has no chat template, or it refuses the conversation.
+          ValueError: an option that the template never reads, or a message without role or content.
         """
         if self.chat_template is None:
             raise CheckpointError("this model has no chat template; give the prompt as plain text, without chat")
         named = {"bos_token": self.bos_id, "eos_token": self.eos_ids[0] if self.eos_ids else None}
         special = {name: self.core.id_to_token(i) or "" for name, i in named.items() if i is not None}
         return render_chat(
-            self.chat_template, messages, add_generation_prompt=add_generation_prompt, special_tokens=special
+            self.chat_template,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            special_tokens=special,
+            tools=tools,
+            options=options,
         )
 
 
@@ -121,13 +163,14 @@ class Detokenizer:
         return self.tokenizer.decode(self._ids[self._start :])[len(before) :]
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a ``.gguf`` file, or of a directory with ``tokenizer.json`` or one ``.gguf``.
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a ``.gguf`` file, or of a directory with ``tokenizer.json`` or one ``.gguf``; a text may also be
+    a built-in name or one of the Hugging Face Hub.
 
     Raises:
       CheckpointError: there is none, it can't be read, or it is of an unknown kind.
     """
-    path = Path(path)
+    path = resolve(path) if isinstance(path, str) else path
     if path.is_dir() and not (path / "tokenizer.json").exists():
         files = ggufs_in(path)
         if len(files) != 1:

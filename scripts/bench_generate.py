@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv import CacheConfig, Greedy, KVCompress, Policy, Ratio, init_cache
-from jaxkv.cli.commands import keep_compiled_programs
 from jaxkv.engine.programs import Programs
 from jaxkv.generation.prefill import CHUNK
+from jaxkv.serving import keep_compiled_programs
 from models import Decoder, load_model, load_tokenizer, resolve
 
 TEXT = Path(__file__).parent / "data" / "emma-chapters-1-10.txt"
@@ -60,8 +60,8 @@ class Ours:
             count = min(chunk, len(ids) - at)
             part[0, :count] = ids[at : at + count]
             self.cache, prompt = self.programs.chunk(self.cache, prompt, row, part, count, self.policy)
-        self.cache, token, _ = self.programs.finish(self.cache, prompt, row, Greedy(), self.policy)
-        token.block_until_ready()
+        self.cache, first = self.programs.finish(self.cache, prompt, row, Greedy(), self.policy)
+        first.tokens.block_until_ready()
 
     def prefill_all(self) -> None:
         self.cache = self.programs.release(self.cache, jnp.ones(self.batch, bool))

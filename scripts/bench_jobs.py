@@ -17,8 +17,8 @@ import numpy as np
 from bench_generate import CORES, TEXT, Theirs
 
 from jaxkv import LLM, SamplingParams
-from jaxkv.cli.commands import keep_compiled_programs
 from jaxkv.requests import Finished, Refused
+from jaxkv.serving import keep_compiled_programs
 from models import resolve
 
 
@@ -32,7 +32,7 @@ def prompts(ids: np.ndarray, options: argparse.Namespace) -> list[list[int]]:
 
 def run(llm: LLM, pieces: list[list[int]], options: argparse.Namespace) -> str:
     """A row of the table."""
-    params = SamplingParams(max_tokens=options.new, temperature=0, ignore_eos=True)
+    params = SamplingParams(max_tokens=options.new, temperature=0, repetition_penalty=1, ignore_eos=True)
     context = int(options.tokens.split("-")[1]) + options.new
 
     def jobs() -> Iterator[tuple[list[int], SamplingParams]]:

@@ -49,7 +49,7 @@ def prompts(llm: LLM, count: int, length: int) -> list[list[int]]:
 
 def measure(llm: LLM, texts: list[list[int]], new: int, context: int) -> Row:
     """Runs all prompts once; the engine's own clock gives the seconds of decoding."""
-    params = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True)
+    params = SamplingParams(max_tokens=new, temperature=0, repetition_penalty=1, ignore_eos=True)
 
     def jobs() -> Iterator[tuple[list[int], SamplingParams]]:
         yield from ((text, params) for text in texts)

@@ -36,7 +36,7 @@ def prompts(llm: LLM, count: int, length: int) -> list[list[int]]:
 
 def answer(llm: LLM, texts: list[list[int]], new: int, context: int) -> tuple[float, dict[int, list[int]]]:
     """Seconds, without compiling, and the answers."""
-    params, made = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True), {}
+    params, made = SamplingParams(max_tokens=new, temperature=0, repetition_penalty=1, ignore_eos=True), {}
 
     def jobs() -> Iterator[tuple[list[int], SamplingParams]]:
         yield from ((text, params) for text in texts)

@@ -7,9 +7,10 @@ import textwrap
 from pathlib import Path
 
 from jaxkv import LLM, Completion, KVCompress, Ratio, SamplingParams
-from jaxkv.cli.commands import answer, keep_compiled_programs
+from jaxkv.cli.commands import answer
 from jaxkv.cli.plot import head_map
 from jaxkv.report import megabytes, rate
+from jaxkv.serving import keep_compiled_programs
 
 DATA = Path(__file__).parent / "data"
 WIDTH = 44

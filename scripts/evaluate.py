@@ -32,11 +32,11 @@ from evaluation.writing import Writer
 from tqdm import tqdm
 
 from jaxkv import Policy, Ratio, Unlimited
-from jaxkv.cli.commands import keep_compiled_programs
 from jaxkv.compression import Global, LastQueries, PerHead, PerLayer
 from jaxkv.generation.prompt import observation_of
 from jaxkv.policies import Mixed, StreamingLLM, make_policy
 from jaxkv.policies.kv_compress import l1, l2
+from jaxkv.serving import keep_compiled_programs
 from models import load_model, load_tokenizer, resolve, stack_layers
 from pallas_kernels.quantised_block import Format
 
@@ -160,7 +160,9 @@ def parse_policies(text: str) -> dict[str, Policy | None]:
     """
     found: dict[str, Policy | None] = {}
     for part in text.split(","):
-        name, *settings = part.strip().split(":")
+        words = part.strip().split(":")
+        settings = [word for word in words if "=" in word]
+        name = ":".join(word for word in words if "=" not in word)  # of one's own: module:Class
         if part.strip() in NOTHING_EVICTED:
             found[part.strip()] = quantised(NOTHING_EVICTED[part.strip()])
             continue

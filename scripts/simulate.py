@@ -192,7 +192,7 @@ class Simulation:
 
     def _sequence(self, index: int) -> Sequence:
         set_up = self.set_up
-        params = SamplingParams(max_tokens=set_up.answer, temperature=0, ignore_eos=True)
+        params = SamplingParams(max_tokens=set_up.answer, temperature=0, repetition_penalty=1, ignore_eos=True)
         prompt = np.zeros(set_up.prompt, np.int32)
         request = Request(index=index, prompt=prompt, params=params, limit=set_up.answer, policy=set_up.policy)
         return Sequence(request, plan_prompt(request, self.config))

@@ -17,7 +17,7 @@ from training.corpus import paragraphs, texts
 from training.fitting import Recipe, fit, judge
 from training.teacher import Reader, frequencies_of, lessons
 
-from jaxkv.cli.commands import keep_compiled_programs
+from jaxkv.serving import keep_compiled_programs
 from models import load_model, load_tokenizer, resolve
 
 TEXT = Path(__file__).parent / "data" / "emma-chapters-1-10.txt"

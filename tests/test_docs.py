@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 import jaxkv.llm
-from jaxkv.cli import commands
 from jaxkv.cli.main import main
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +28,7 @@ def test_examples_run(name, monkeypatch):
         exec(compile(code, name, "exec"), names)
 
 
-@pytest.mark.parametrize(("place", "name"), [(0, "last_queries"), (-1, "all_k8v4")])
+@pytest.mark.parametrize(("place", "name"), [(0, "last_queries"), (1, "at_random"), (-1, "all_k8v4")])
 def test_the_examples_of_the_docs_are_those_that_tests_import(place, name):
     code = (ROOT / "tests" / "examples" / f"{name}.py").read_text(encoding="utf-8")
     assert examples("docs/policies.md")[place] == code
@@ -39,7 +38,6 @@ def test_the_examples_of_the_docs_are_those_that_tests_import(place, name):
 @pytest.mark.once
 def test_the_commands_of_a_conversion_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(jaxkv.llm, "_compiles_stacked_layers_well", lambda: True)
-    monkeypatch.setattr(commands, "keep_compiled_programs", lambda: None)
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
     [block] = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)

@@ -136,20 +136,29 @@ def with_tables(cache: PagedCache, **arrays) -> PagedCache:
 def assert_no_block_is_lost_or_shared(cache, prefixes=()):
     """But for what rows borrow of prefixes (``jaxkv.engine.prefixes.SharedPrefix``), which must be these."""
     tables = cache.raw.tables
-    table, lengths, shared, free, stack = jax.device_get(
-        (tables.block_table, cache.raw.lengths, cache.shared, tables.free.count, tables.free.blocks)
-    )
+    table, lengths = jax.device_get((tables.block_table, cache.raw.lengths))
     size = cache.raw.block_size
-    held = [table[row][shared[row[1]] : -(-lengths[row] // size)] for row in np.ndindex(lengths.shape)]
+    held = [table[row][: -(-lengths[row] // size)] for row in np.ndindex(lengths.shape)]
     lent = [kept.prefix.table[..., : kept.blocks].reshape(-1) for kept in prefixes]
-    blocks = np.concatenate([*held, *lent, stack[:free]])
-    assert sorted(blocks.tolist()) == list(range(1, cache.raw.pool.shape[0]))
-    borrowed = np.zeros(len(shared), int)
+    holders = assert_the_free_list_is_right(tables.free, [*held, *lent])
+    expected = np.ones_like(holders)
     for kept in prefixes:
         for row, count in kept.borrowed.items():
-            borrowed[row] = count
             assert (table[:, row, :, :count] == kept.prefix.table[..., :count]).all()
-    assert shared.tolist() == borrowed.tolist()
+            np.add.at(expected, kept.prefix.table[..., :count].reshape(-1), 1)
+    assert (holders <= expected).all()
+
+
+def assert_the_free_list_is_right(free, held):
+    """Every block but the null block is free or has the holders that it is said to have; gives how many each has."""
+    others, count, stack = jax.device_get((free.others, free.count, free.blocks))
+    holders = np.zeros_like(others)
+    for blocks in held:
+        np.add.at(holders, blocks, 1)
+    assert (others == np.maximum(holders - 1, 0)).all()
+    assert sorted(stack[:count].tolist()) == [i for i in range(1, len(others)) if holders[i] == 0]
+    assert holders[0] == 0
+    return holders
 
 
 def blocks_held(cache: PagedCache) -> np.ndarray:

@@ -10,15 +10,21 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jaxkv.batch.lines import Broken, Id, Job, digest, input_lines, read_line
+from jaxkv.batch.openai import response
 from jaxkv.batch.progress import Progress
 from jaxkv.batch.records import Done, OutputFile
-from jaxkv.checks import shown_json
+from jaxkv.checks import cut, shown_json
 from jaxkv.report import rate
 from jaxkv.requests import Completion, Event, Finished, Refused, SamplingParams
+
+MOST_REASONS = 3
+"""Errors that a job's last words name."""
 
 
 class Model(Protocol):
     """What a job needs of an ``LLM``."""
+
+    on_compile: Callable[[str], None] | None
 
     def run(
         self, jobs: Iterable[tuple[str | Sequence[int], SamplingParams]], *, max_context: int | None = None
@@ -35,6 +41,8 @@ class BatchJob:
       params: what a line doesn't say.
       settings: by name, what else the answers depend on; every record has it.
       retry_failed: whether lines with error records are tried again.
+      output_format: ``"jaxkv"``, or ``"openai"``: answers as OpenAI's batch files have them, beside what a job goes on
+        by.
 
     Raises:
       OSError: a file that can't be read or written.
@@ -49,7 +57,9 @@ class BatchJob:
         settings: Mapping[str, Any] | None = None,
         *,
         retry_failed: bool = False,
+        output_format: str = "jaxkv",
     ):
+        self.output_format = output_format
         self.source, self.params, self.settings = source, params, dict(settings or {})
         try:
             regular = stat.S_ISREG(source.stat().st_mode)
@@ -74,6 +84,8 @@ class BatchJob:
         self.skipped = len(self.output.done)
         self.failed_before = sum(done.failed for done in self.output.done.values())
         self.answered = self.failed = 0
+        self.reasons: dict[int, str] = {}
+        """Of the first lines that failed, each another one."""
         self.waiting: dict[int, Job] = {}
         """Requests that the model has, by its number of them."""
 
@@ -109,12 +121,13 @@ class BatchJob:
         Raises:
           OSError: the output can't be written.
         """
-        progress = self._progress()
+        progress = self._progress(lambda: getattr(model, "compile_seconds", 0.0))
+        model.on_compile = progress.compiling
         try:
             for event in heed(model.run(self._requests(model, progress), max_context=max_context)):
                 match event:
                     case Finished(request=request, completion=completion):
-                        self.output.write(_record(self.waiting.pop(request), completion, self.settings))
+                        self.output.write(self._record(self.waiting.pop(request), completion, model))
                         self.answered += 1
                         progress.answered(completion)
                     case Refused(request=request, error=error):
@@ -129,8 +142,8 @@ class BatchJob:
             progress.say(self._summary(progress.seconds, progress.prompt_tokens, progress.answer_tokens))
         return self._status()
 
-    def _progress(self) -> Progress:
-        progress = Progress(total=self.total, skipped=self.skipped)
+    def _progress(self, compile_seconds: Callable[[], float] = lambda: 0.0) -> Progress:
+        progress = Progress(total=self.total, skipped=self.skipped, compile_seconds=compile_seconds)
         if self.torn:
             progress.say(f"cut off the {self.torn} bytes of a record that was not written to its end")
         return progress
@@ -153,9 +166,30 @@ class BatchJob:
             yield prompt, job.params
 
     def _fail(self, broken: Broken, progress: Progress) -> None:
-        self.output.write({"id": broken.id, "line": broken.line, "error": broken.error})
+        self.output.write(self._error(broken))
+        if len(self.reasons) < MOST_REASONS and broken.error not in self.reasons.values():
+            self.reasons[broken.line] = broken.error
         self.failed += 1
         progress.failed()
+
+    def _record(self, job: Job, completion: Completion, model: Model) -> dict[str, Any]:
+        begins = {"id": job.id, "line": job.line, "digest": job.digest, "settings": self.settings}
+        if self.output_format != "openai":
+            return begins | _answer(completion)
+        tokenizer = getattr(model, "tokenizer", None)
+
+        def token(i: int) -> str:
+            return str(i) if tokenizer is None else tokenizer.decode([i], skip_special=False)
+
+        named, chat = str(self.settings.get("model", "jaxkv")), job.messages is not None
+        return begins | response(job.id, completion, chat=chat, model=named, token=token)
+
+    def _error(self, broken: Broken) -> dict[str, Any]:
+        begins = {"id": broken.id, "line": broken.line}
+        if self.output_format != "openai":
+            return begins | {"error": broken.error}
+        told = {"code": "invalid_request", "message": broken.error}
+        return begins | {"custom_id": str(broken.id), "response": None, "error": told}
 
     def _status(self) -> int:
         return 1 if self.failed or self.failed_before else 0
@@ -222,19 +256,17 @@ class BatchJob:
         skipped = f"{self.skipped} skipped as already done"
         if self.failed_before:
             skipped += f" ({self.failed_before} of them failed; --retry-failed tries them again)"
+        reasons = "".join(f"\n  line {line}: {cut(error, 200)}" for line, error in self.reasons.items())
+        reasons += f"\n  all reasons are in {self.output.path}" if reasons else ""
         return (
             f"{self.answered} answered, {self.failed} failed, {skipped}; {prompt_tokens} prompt tokens and "
             f"{answer_tokens} answer tokens in {seconds:.1f} s "
-            f"({rate(prompt_tokens, seconds):.0f} and {rate(answer_tokens, seconds):.1f} tok/s)"
+            f"({rate(prompt_tokens, seconds):.0f} and {rate(answer_tokens, seconds):.1f} tok/s){reasons}"
         )
 
 
-def _record(job: Job, completion: Completion, settings: dict[str, Any]) -> dict[str, Any]:
+def _answer(completion: Completion) -> dict[str, Any]:
     record = {
-        "id": job.id,
-        "line": job.line,
-        "digest": job.digest,
-        "settings": settings,
         "text": completion.text,
         "token_ids": completion.token_ids,
         "finish_reason": completion.finish_reason,
@@ -245,4 +277,8 @@ def _record(job: Job, completion: Completion, settings: dict[str, Any]) -> dict[
     }
     if completion.logprobs is not None:
         record["logprobs"] = completion.logprobs
+    if completion.top_logprobs is not None:
+        record["top_logprobs"] = completion.top_logprobs
+    if completion.others:
+        record["others"] = [_answer(other) for other in completion.others]
     return record

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from jaxkv.batch.openai import ANSWERED, UNUSED, WITHOUT_EFFECT, check_without_effect
 from jaxkv.checks import cut, shown, shown_json
 from jaxkv.policies import policy_from
+from jaxkv.policies.names import settings_of
 from jaxkv.requests import SamplingParams, check_unicode
 from jaxkv.words import SETTINGS
 
@@ -25,11 +26,18 @@ NUMBERS = {
     "top_p": "a number",
     "min_p": "a number",
     "seed": "a whole number",
+    "n": "a whole number",
+    "repetition_penalty": "a number",
+    "presence_penalty": "a number",
+    "frequency_penalty": "a number",
+    "min_tokens": "a whole number",
+    "top_logprobs": "a whole number",
+    "ignore_eos": "true or false",
 }
 COMPRESSION = {"compression": "a text", "ratio": "a number"}
 COMPRESSION |= {"max_cache_tokens": "a whole number", "max_cache_bytes": "a whole number"} | SETTINGS
 KINDS = {"a text": str, "a number": int | float, "a whole number": int, "true or false": bool}
-ASKED = {"prompt", "messages", "stop", "logprobs", *NUMBERS, *COMPRESSION}
+ASKED = {"prompt", "messages", "stop", "stop_token_ids", "logit_bias", "logprobs", *NUMBERS, *COMPRESSION}
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 """Those that a message may have, and what each is to a chat template."""
 MOST_NAMED = 3
@@ -108,11 +116,12 @@ def read_line(data: bytes, line: int, defaults: SamplingParams) -> Job | Broken:
             body = record.get("body")
             if not isinstance(body, dict):
                 raise LineError(f"body must be an object, got {shown_json(body)}")
-            _no_others(body, ASKED | {"max_completion_tokens", *UNUSED, *WITHOUT_EFFECT}, "body.")
+            known = ASKED | {"max_completion_tokens", *UNUSED, *WITHOUT_EFFECT} | _own_settings(body).keys()
+            _no_others(body, known, "body.")
             _of_line(check_without_effect, body)
             fields = _one_limit(body)
         else:
-            _no_others(record, ASKED | {"id"}, "")
+            _no_others(record, ASKED | {"id"} | _own_settings(record).keys(), "")
             fields = record
         prompt, messages = _question(fields)
         params = _params(fields, defaults)
@@ -247,18 +256,36 @@ def _params(fields: dict[str, Any], defaults: SamplingParams) -> SamplingParams:
     given = _typed(fields, NUMBERS)
     if (logprobs := fields.get("logprobs")) is not None:
         # Of a prompt, OpenAI's count how many alternatives come with each token's own.
-        if not isinstance(logprobs, bool) and not (type(logprobs) is int and logprobs == 0 and "prompt" in fields):
-            raise LineError(f"logprobs must be true or false, or with a prompt 0, got {shown_json(logprobs)}")
+        counts = type(logprobs) is int and "prompt" in fields
+        if not isinstance(logprobs, bool) and not counts:
+            raise LineError(f"logprobs must be true or false, or with a prompt a number, got {shown_json(logprobs)}")
         given["logprobs"] = logprobs is not False
+        if counts:
+            given["top_logprobs"] = logprobs
+    for name, kind in (("logit_bias", dict), ("stop_token_ids", list)):
+        if (value := fields.get(name)) is not None:
+            if not isinstance(value, kind):
+                raise LineError(f"{name} must be {'an object' if kind is dict else 'a list'}, got {shown_json(value)}")
+            given[name] = value
     compression = _typed(fields, COMPRESSION)
     stop = fields.get("stop")
     if stop is not None:
         if not isinstance(stop, str | list):
             raise LineError(f"stop must be a text or a list of texts, got {shown_json(stop)}")
         given["stop"] = tuple(_text(s, "stop") for s in ([stop] if isinstance(stop, str) else stop))
+    if own := _own_settings(fields):
+        compression["settings"] = {name: fields[name] for name in own if fields.get(name) is not None}
     if compression:
         given["compression"] = _of_line(policy_from, compression)
     return _of_line(lambda: replace(defaults, **given))
+
+
+def _own_settings(fields: dict[str, Any]) -> dict[str, str]:
+    """Settings of the policy that a line names which aren't everybody's, with what each is annotated with."""
+    name = fields.get("compression")
+    if not isinstance(name, str) or name == "none":
+        return {}
+    return {key: kind for key, kind in _of_line(settings_of, name).items() if key not in {*ASKED, "budget", "scorer"}}
 
 
 def _typed(fields: dict[str, Any], expected: dict[str, str]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tqdm import tqdm
@@ -39,9 +40,20 @@ class Progress:
       total: requests of the job.
       skipped: those of them done in an earlier run.
       log_seconds: between two lines where standard error is no terminal.
+      compile_seconds: what compiling has taken so far.
     """
 
-    def __init__(self, *, total: int, skipped: int, log_seconds: float = 10.0):
+    def __init__(
+        self,
+        *,
+        total: int,
+        skipped: int,
+        log_seconds: float = 10.0,
+        compile_seconds: Callable[[], float] = lambda: 0.0,
+    ):
+        self._compile_seconds, self._compiled_before = compile_seconds, compile_seconds()
+        self._made: dict[int, int] = {}
+        """Tokens of answers that aren't complete, by their requests."""
         self.total, self.done, self.skipped = total, skipped, skipped
         self.prompt_tokens = self.answer_tokens = self.held = self.full = 0
         self.prefill, self.decode = Speed(), Speed()
@@ -64,8 +76,10 @@ class Progress:
                 self._read[request] = tokens
             case TextMade(token_ids=token_ids):
                 self.decode.add(len(token_ids), seconds)
+                self._made[event.request] = self._made.get(event.request, 0) + len(token_ids)
             case _:
                 self._read.pop(event.request, None)
+                self._made.pop(event.request, None)
         self.show()
 
     def answered(self, completion: Completion) -> None:
@@ -95,6 +109,13 @@ class Progress:
         else:
             self.say(f"{self.done} of {self.total} requests, {figures}, {self._time_left(now)}")
 
+    def compiling(self, program: str) -> None:
+        """A program is going to be compiled, in which time nothing else happens."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"compiling {program}", refresh=True)
+        else:
+            self.say(f"{self.done} of {self.total} requests, compiling {program}")
+
     def say(self, line: str) -> None:
         """A line for people, above the bar where there is one."""
         text = f"jaxkv: {line}"
@@ -113,8 +134,15 @@ class Progress:
         return time.perf_counter() - self._began
 
     def _time_left(self, now: float) -> str:
-        now_done = self.done - self.skipped
-        if not now_done:
-            return "time left unknown"
-        left = (now - self._began) / now_done * (self.total - self.done)
-        return f"{tqdm.format_interval(left)} left"
+        left = self.seconds_left(now)
+        return "time left unknown" if left is None else f"{tqdm.format_interval(left)} left"
+
+    def seconds_left(self, now: float) -> float | None:
+        """About, without compiling; answers in the making count by how long others were. None: nobody knows yet."""
+        done = self.done - self.skipped
+        if not done:
+            return None
+        usual = max(self.answer_tokens / done, 1.0)
+        done += sum(min(made / usual, 1.0) for made in self._made.values())
+        spent = now - self._began - (self._compile_seconds() - self._compiled_before)
+        return max(spent, 0.0) / done * max(self.total - self.skipped - done, 0.0)

@@ -86,7 +86,7 @@ class OutputFile:
                 self._lock(fd)
                 with self.real.open("rb") as old, open(fd, "wb", closefd=False) as new:
                     for raw in old:
-                        if raw.endswith(b"\n") and "error" not in json.loads(raw):
+                        if raw.endswith(b"\n") and json.loads(raw).get("error") is None:
                             new.write(raw)
                 os.fsync(fd)
                 size = os.fstat(fd).st_size
@@ -222,8 +222,9 @@ def _understood(raw: bytes) -> tuple[int, Done | None]:
         line, name = record["line"], record["id"]
     except (ValueError, TypeError, KeyError, RecursionError):
         return 0, None
-    digest, settings = record.get("digest"), record.get("settings")
-    right = type(line) is int and isinstance(name, str | int | float | None) and ("error" in record or "text" in record)
+    digest, settings, failed = record.get("digest"), record.get("settings"), record.get("error") is not None
+    answered = failed or "text" in record or "response" in record
+    right = type(line) is int and isinstance(name, str | int | float | None) and answered
     if not right or not isinstance(settings, dict | None):
         return 0, None
-    return line, Done(id=name, failed="error" in record, digest=digest, settings=settings)
+    return line, Done(id=name, failed=failed, digest=digest, settings=settings)

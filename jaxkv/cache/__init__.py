@@ -11,6 +11,9 @@ from jaxkv.cache.contents import contents as contents
 from jaxkv.cache.home import Home as Home
 from jaxkv.cache.moves import Goal as Goal
 from jaxkv.cache.moves import move as move
+from jaxkv.cache.sharing import fork as fork
+from jaxkv.cache.sharing import own as own
+from jaxkv.cache.sharing import reorder as reorder
 from jaxkv.cache.state import PagedCache as PagedCache
 from jaxkv.cache.state import release as release
 from jaxkv.cache.stats import CacheStats as CacheStats

@@ -18,6 +18,9 @@ from models.interface import ModelSizes
 from pallas_kernels import padded_head_dim
 from pallas_kernels.quantised_block import BlockLayout
 
+LISTED = 8
+"""Bytes of a block in a free list."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TierConfig:
@@ -116,7 +119,7 @@ class CacheConfig:
 
     def _within(self, memory: int) -> CacheConfig:
         """With as many blocks as so many bytes hold."""
-        blocks = _most(memory, (memory - self.table_bytes) // (self.block_bytes + 4), self.bytes_with)
+        blocks = _most(memory, (memory - self.table_bytes) // (self.block_bytes + LISTED), self.bytes_with)
         if blocks < 2:
             one = self.bytes_with(1 + self.full_blocks(self.max_context))
             raise ValueError(
@@ -134,8 +137,8 @@ class CacheConfig:
         one = self.heads * TierConfig(layout=layout, num_blocks=2).full_blocks(self.max_context)
         most = 1 + self.batch * one
         if memory is not None:
-            fixed = sized(2).nbytes - 2 * (layout.block_bytes + 4)
-            most = min(most, (memory - fixed) // (layout.block_bytes + 4))
+            fixed = sized(2).nbytes - 2 * (layout.block_bytes + LISTED)
+            most = min(most, (memory - fixed) // (layout.block_bytes + LISTED))
             if most < 2:
                 raise ValueError(
                     f"cache memory of {memory} bytes leaves none for quantised blocks beside a prompt of "
@@ -185,7 +188,7 @@ class CacheConfig:
     def table_bytes(self) -> int:
         """Bytes of what doesn't grow with the pools: block tables, lengths, token and block counts."""
         row = self.shapes.raw.tables.row_bytes + self.shapes.quantised.row_bytes
-        return self.batch * row + nbytes((self.shapes.num_tokens, self.shapes.shared))
+        return self.batch * row + nbytes(self.shapes.num_tokens)
 
 
 def _most(memory: int, guess: int, bytes_with: Callable[[int], int]) -> int:
@@ -211,7 +214,6 @@ def init_cache(config: CacheConfig) -> PagedCache:
         ),
         quantised=NoStore() if config.tiers is None else _empty_quantised(heads, config.tiers, config.max_context),
         num_tokens=jnp.zeros(config.batch, jnp.int32),
-        shared=jnp.zeros(config.batch, jnp.int32),
     )
 
 

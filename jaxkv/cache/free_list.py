@@ -1,8 +1,12 @@
-"""A stack of free blocks, popped and pushed for all heads at once by ranks: no serial loop, no host."""
+"""A stack of free blocks, popped and pushed for all heads at once by ranks: no serial loop, no host.
+
+A block may have several holders: heads of rows that were forked, and prefixes. It is free once the last of them has
+given it back.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +22,8 @@ class FreeList:
     """``i32[blocks]``, of which the first ``count`` are free."""
     count: Array
     """``i32[]``."""
+    others: Array
+    """``i32[blocks]``: how many hold each block beside one; 0 of those that are free."""
 
     @classmethod
     def of(cls, num_blocks: int) -> FreeList:
@@ -25,6 +31,7 @@ class FreeList:
         return cls(
             blocks=(num_blocks - 1 - jnp.arange(num_blocks, dtype=jnp.int32)).astype(jnp.int32),
             count=jnp.int32(num_blocks - 1),
+            others=jnp.zeros(num_blocks, jnp.int32),
         )
 
     def pop(self, need: Array, most: int) -> tuple[FreeList, Array, Array]:
@@ -38,14 +45,31 @@ class FreeList:
         real = place < need[..., None]
         rank = first[..., None] + place
         blocks = self.blocks[jnp.where(real, self.count - 1 - rank, 0)]
-        return FreeList(blocks=self.blocks, count=self.count - jnp.sum(need, dtype=jnp.int32)), blocks, real
+        return replace(self, count=self.count - jnp.sum(need, dtype=jnp.int32)), blocks, real
 
-    def push(self, blocks: Array, freed: Array) -> FreeList:
-        """Takes back the ``blocks``, ``i32[...]``, where ``freed``."""
-        freed = freed.reshape(-1)
-        rank = jnp.cumsum(freed, dtype=jnp.int32)
-        at = jnp.where(freed, self.count + rank - 1, self.blocks.shape[0])
+    def push(self, blocks: Array, given: Array) -> FreeList:
+        """Takes back the ``blocks``, ``i32[...]``, where ``given``; of one that others hold, too, one holder goes.
+
+        No block may be given by its last holder and by another at once.
+        """
+        blocks, given = blocks.reshape(-1), given.reshape(-1)
+        last = given & (self.others[blocks] == 0)
+        rank = jnp.cumsum(last, dtype=jnp.int32)
+        at = jnp.where(last, self.count + rank - 1, self.blocks.shape[0])
         return FreeList(
-            blocks=self.blocks.at[at].set(blocks.reshape(-1), mode="drop"),
+            blocks=self.blocks.at[at].set(blocks, mode="drop"),
             count=self.count + rank[-1],
+            others=self._held(blocks, given & ~last, -1),
         )
+
+    def share(self, blocks: Array, held: Array) -> FreeList:
+        """One more holds the ``blocks``, ``i32[...]``, where ``held``."""
+        return replace(self, others=self._held(blocks, held, 1))
+
+    def any_shared(self) -> Array:
+        """``bool[]``."""
+        return jnp.any(self.others > 0)
+
+    def _held(self, blocks: Array, where: Array, more: int) -> Array:
+        at = jnp.where(where, blocks, self.others.shape[0])
+        return self.others.at[at.reshape(-1)].add(more, mode="drop")

@@ -58,7 +58,7 @@ def move(cache: PagedCache, now: Contents, goal: Goal) -> PagedCache:
         cache = _requantise(cache, now, goal, count)
         if goal.raw_stays:
             return _keep_raw(cache, of_raw(before, goal.home == RAW))
-        return replace(cache.with_raw_lengths(jnp.zeros_like(cache.raw.lengths)), shared=jnp.zeros_like(cache.shared))
+        return cache.with_raw_lengths(jnp.zeros_like(cache.raw.lengths))
 
     return lax.cond(cache.quantised.fits(count), act, lambda cache: cache, cache)
 

@@ -1,8 +1,7 @@
-"""Blocks that prompts which start alike share: read once, referred to by every row that begins with them.
+"""Blocks that prompts which start alike share: read once, held by every row that begins with them.
 
-A row's prefix is detached: its blocks belong to the ``Prefix``, and the first ``shared`` blocks of each of the row's
-heads are only borrowed. Other rows attach them. Borrowed blocks are read, never written nor freed by a row; before a
-policy scores and evicts, the row takes a copy of its own.
+A ``Prefix`` is one of the holders of its blocks, beside the row that read them and those that begin with them. They are
+only ever read, until a row gets copies of its own (``cache.sharing``).
 """
 
 from __future__ import annotations
@@ -11,33 +10,38 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from jaxkv.cache.state import PagedCache
-from pallas_kernels import slot_values
+from jaxkv.cache.tables import HeadTables
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Prefix:
-    """Uncompressed blocks, as many of every head, that no row owns."""
+    """Uncompressed blocks, as many of every head."""
 
     table: Array
     """``i32[layers, kv_heads, max_blocks]``."""
     blocks: Array
     """``i32[]``: how many of each head's entries there are."""
 
+    def first(self, blocks: Array) -> Array:
+        """``bool`` like the table: the first ``blocks``, ``i32[]``, of each head."""
+        return jnp.broadcast_to(jnp.arange(self.table.shape[-1], dtype=jnp.int32) < blocks, self.table.shape)
+
 
 def detach(cache: PagedCache, row: Array) -> tuple[PagedCache, Prefix]:
-    """Makes a prefix of all that a row holds, which only borrows it from now on.
+    """Makes a prefix of all that a row holds, which goes on holding it.
 
     Args:
       cache: donated.
-      row: ``i32[]``, of a sequence that owns all its blocks, was never compressed, and fills its blocks.
+      row: ``i32[]``, of a sequence that was never compressed, and fills its blocks.
     """
-    blocks = cache.num_tokens[row] // cache.raw.block_size
-    prefix = Prefix(table=cache.raw.tables.block_table[:, row], blocks=blocks)
-    return replace(cache, shared=cache.shared.at[row].set(blocks)), prefix
+    tables = cache.raw.tables
+    prefix = Prefix(table=tables.block_table[:, row], blocks=cache.num_tokens[row] // cache.raw.block_size)
+    free = tables.free.share(prefix.table, prefix.first(prefix.blocks))
+    return _with_tables(cache, replace(tables, free=free)), prefix
 
 
 def attach(cache: PagedCache, row: Array, prefix: Prefix, blocks: Array) -> PagedCache:
@@ -47,44 +51,18 @@ def attach(cache: PagedCache, row: Array, prefix: Prefix, blocks: Array) -> Page
         tables,
         block_table=tables.block_table.at[:, row].set(prefix.table),
         lengths=tables.lengths.at[:, row].set(tokens),
+        free=tables.free.share(prefix.table, prefix.first(blocks)),
     )
-    return replace(
-        cache,
-        raw=replace(cache.raw, tables=tables),
-        num_tokens=cache.num_tokens.at[row].set(tokens),
-        shared=cache.shared.at[row].set(blocks),
-    )
+    return replace(_with_tables(cache, tables), num_tokens=cache.num_tokens.at[row].set(tokens))
 
 
 def cut(cache: PagedCache, prefix: Prefix, blocks: Array) -> tuple[PagedCache, Prefix]:
-    """Gives back what of each head of a prefix lies past so many blocks, ``i32[]``; no row may borrow it."""
-    place = jnp.arange(prefix.table.shape[-1], dtype=jnp.int32)
-    freed = jnp.broadcast_to((place >= blocks) & (place < prefix.blocks), prefix.table.shape)
-    tables = replace(cache.raw.tables, free=cache.raw.tables.free.push(prefix.table, freed))
-    return replace(cache, raw=replace(cache.raw, tables=tables)), replace(prefix, blocks=blocks)
+    """Gives back what of each head of a prefix lies past so many blocks, ``i32[]``."""
+    given = prefix.first(prefix.blocks) & ~prefix.first(blocks)
+    tables = cache.raw.tables
+    free = tables.free.push(prefix.table, given)
+    return _with_tables(cache, replace(tables, free=free)), replace(prefix, blocks=blocks)
 
 
-def own(cache: PagedCache, row: Array) -> PagedCache:
-    """Gives a row its own copy of what it borrows; ``shared[row] * layers * kv_heads`` blocks must be free."""
-    raw, tables, size = cache.raw, cache.raw.tables, cache.raw.block_size
-    old = tables.block_table[:, row]
-    layers, kv_heads, max_blocks = old.shape
-    free, new, borrowed = tables.free.pop(jnp.full((layers, kv_heads), cache.shared[row]), max_blocks)
-
-    def copy_layer(layer: Array, values: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        pool, scores, positions = values
-        source = jnp.where(borrowed[layer], old[layer], 0)
-        target = jnp.where(borrowed[layer], new[layer], pool.shape[0])
-        pool = pool.at[target].set(pool[source], mode="drop")
-        scores, positions = (
-            slot_values.write_blocks(values, new[layer], slot_values.read_blocks(values, source, size), borrowed[layer])
-            for values in (scores, positions)
-        )
-        return pool, scores, positions
-
-    # A layer at a time: the temporary copy is that of one.
-    pool, scores, positions = lax.fori_loop(0, layers, copy_layer, (raw.pool, raw.scores, raw.positions))
-    table = tables.block_table.at[:, row].set(jnp.where(borrowed, new, old))
-    tables = replace(tables, block_table=table, free=free)
-    raw = replace(raw, pool=pool, scores=scores, positions=positions, tables=tables)
-    return replace(cache, raw=raw, shared=cache.shared.at[row].set(0))
+def _with_tables(cache: PagedCache, tables: HeadTables) -> PagedCache:
+    return replace(cache, raw=replace(cache.raw, tables=tables))

@@ -152,6 +152,15 @@ class QuantisedStore:
 
         return lax.fori_loop(0, blocks_of.steps, step, pool)
 
+    def copy_blocks(self, source: Array, target: Array) -> QuantisedStore:
+        """Blocks ``source``, ``i32[...]``, also as ``target``; one past the pool for nowhere."""
+        return replace(self, pool=self.pool.at[target].set(self.pool[source], mode="drop"))
+
+    def reorder(self, rows: Array) -> QuantisedStore:
+        """Each row holds what row ``rows``, ``i32[batch]``, did; blocks are shared."""
+        weakest = jax.tree.map(lambda x: x[:, rows], self.weakest)
+        return replace(self, tables=self.tables.reorder(rows), weakest=weakest)
+
     def view(self, layer: int | Array, rows: Array) -> TieredKVs:
         """What an attention kernel takes of a layer; nothing of sequences outside the rows, ``bool[batch]``."""
         lengths = jnp.where(rows[:, None, None], self.tables.lengths[layer], 0)
@@ -205,6 +214,9 @@ class NoStore:
         return None
 
     def release(self, finished: Array) -> NoStore:
+        return self
+
+    def reorder(self, rows: Array) -> NoStore:
         return self
 
     def rows(self, which: Array) -> NoStore:

@@ -121,6 +121,16 @@ class RawStore:
             positions=self.positions.at[row, lane].set(new, mode="promise_in_bounds"),
         )
 
+    def copy_blocks(self, source: Array, target: Array) -> RawStore:
+        """Blocks ``source``, ``i32[...]``, also as ``target``; one past the pool for nowhere."""
+        goes, size = target < self.pool.shape[0], self.block_size
+        scores, positions = (
+            slot_values.write_blocks(values, target, slot_values.read_blocks(values, source, size), goes)
+            for values in (self.scores, self.positions)
+        )
+        pool = self.pool.at[target].set(self.pool[source], mode="drop")
+        return replace(self, pool=pool, scores=scores, positions=positions)
+
     def view(self, layer: int | Array) -> RawKVs:
         """What an attention kernel takes of a layer."""
         return RawKVs(self.pool, self.tables.block_table[layer], self.lengths[layer])

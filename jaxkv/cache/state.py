@@ -28,8 +28,6 @@ class PagedCache:
     quantised: QuantisedStore | NoStore
     num_tokens: Array
     """``i32[batch]``: tokens of the text that the cache has seen, and so the next one's position."""
-    shared: Array
-    """``i32[batch]``: blocks at the beginning of each head that belong to a prefix (``cache.prefix``)."""
 
     @property
     def layout(self) -> BlockLayout | None:
@@ -70,7 +68,6 @@ class PagedCache:
             raw=self.raw.rows(which),
             quantised=self.quantised.rows(which),
             num_tokens=self.num_tokens[which],
-            shared=self.shared[which],
         )
 
     def with_rows(self, part: PagedCache, which: Array) -> PagedCache:
@@ -79,14 +76,12 @@ class PagedCache:
             raw=self.raw.with_rows(part.raw, which),
             quantised=self.quantised.with_rows(part.quantised, which),  # pyright: ignore[reportArgumentType]
             num_tokens=self.num_tokens.at[which].set(part.num_tokens),
-            shared=self.shared.at[which].set(part.shared),
         )
 
     def with_raw_lengths(self, lengths: Array) -> PagedCache:
         """Cuts each head to ``i32[layers, batch, kv_heads]`` unquantised KVs; the blocks past them are free again, but
-        for those that belong to a prefix."""
-        tables = self.raw.tables.shrink(lengths[..., None], keep=self.shared[:, None, None])
-        return replace(self, raw=replace(self.raw, tables=tables))
+        for those that others hold, too."""
+        return replace(self, raw=replace(self.raw, tables=self.raw.tables.shrink(lengths[..., None])))
 
 
 @any_ranks
@@ -97,5 +92,4 @@ def release(cache: PagedCache, finished: Array) -> PagedCache:
         cache,
         quantised=cache.quantised.release(finished),
         num_tokens=jnp.where(finished, 0, cache.num_tokens),
-        shared=jnp.where(finished, 0, cache.shared),
     )

@@ -13,7 +13,7 @@ from jaxkv.cache.quantised import NoStore, QuantisedStore
 from jaxkv.cache.state import PagedCache
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class CacheStats:
     """What a cache holds. All bytes are of memory that is really held; what a prefix lends counts for each borrower."""
 
@@ -42,6 +42,18 @@ class CacheStats:
     """Share of the held slots that no KV fills."""
     nominal_share: float
     """Bits of K and V held over those of the full cache at 16 bits, as papers count: no scales, scores or slack."""
+
+    def __repr__(self) -> str:
+        """A few lines: bytes, KVs and blocks; the map of heads by its extremes."""
+        layers, heads = self.blocks_per_head.shape
+        least, most = (int(f()) for f in (self.blocks_per_head.min, self.blocks_per_head.max))
+        return (
+            f"CacheStats({self.bytes_held / 1e6:.1f} of {self.bytes_full / 1e6:.1f} MB held, "
+            f"{self.bytes_allocated / 1e6:.1f} allocated;\n"
+            f"  {self.kvs_held} of {self.kvs_full} KVs, {self.kvs_high} and {self.kvs_low} of them quantised;\n"
+            f"  {self.blocks_held} of {self.blocks_full} blocks of {self.block_size}, {least} to {most} in each of "
+            f"{layers} x {heads} heads)"
+        )
 
 
 class Counts(NamedTuple):
@@ -91,7 +103,7 @@ def stats_of(cache: PagedCache, counts: Counts) -> CacheStats:
     blocks = -(-lengths // size)
     kvs_full = int(tokens.sum()) * layers * kv_heads
     blocks_full = int((-(-tokens // size)).sum()) * layers * kv_heads
-    row_bytes = batch * raw.tables.row_bytes + nbytes((cache.num_tokens, cache.shared))
+    row_bytes = batch * raw.tables.row_bytes + nbytes(cache.num_tokens)
     tiers = _of_tiers(cache.quantised, counts.quantised)
     kvs, slots = int(lengths.sum()) + sum(tiers.kvs), int(blocks.sum()) * size + tiers.slots
     bits = 32 * int(lengths.sum()) + tiers.bits

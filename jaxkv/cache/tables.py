@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from jaxkv.cache.free_list import FreeList
 from jaxkv.cache.nbytes import nbytes
@@ -87,15 +87,37 @@ class HeadTables:
         lengths = jnp.where(granted, lengths, self.lengths)
         return replace(self, block_table=table, lengths=lengths, free=free), granted
 
-    def shrink(self, lengths: Array, *, keep: Array | int = 0) -> HeadTables:
-        """Cuts each head to ``lengths`` KVs; the blocks past them are free again, but for a tier's first ``keep``."""
-        have, want = self.blocks_held(), jnp.maximum(self.num_blocks(lengths), keep)
-        place = jnp.arange(self.max_blocks, dtype=jnp.int32)
-        freed = jnp.zeros(self.block_table.shape, bool)
-        for tier in range(len(self.kvs_a_block)):
-            index = place if tier == 0 else place[::-1]
-            freed |= (index >= want[..., tier, None]) & (index < have[..., tier, None])
-        return replace(self, lengths=lengths, free=self.free.push(self.block_table, freed))
+    def shrink(self, lengths: Array) -> HeadTables:
+        """Cuts each head to ``lengths`` KVs; it no longer holds the blocks past them."""
+        freed = self.occupied() & ~replace(self, lengths=lengths).occupied()
+        return replace(self, lengths=lengths, free=self._given_back(self.free, freed))
+
+    def reorder(self, rows: Array) -> HeadTables:
+        """Each row holds what row ``rows``, ``i32[batch]``, did: the same blocks, shared by all that hold them."""
+        moved = replace(self, block_table=self.block_table[:, rows], lengths=self.lengths[:, rows])
+        free = self.free.share(moved.block_table, moved.occupied())
+        return replace(moved, free=self._given_back(free, self.occupied()))
+
+    def occupied(self) -> Array:
+        """``bool`` like the table: entries in which a block stands."""
+        place, held = jnp.arange(self.max_blocks, dtype=jnp.int32), self.blocks_held()
+        stands = place < held[..., 0, None]
+        return stands if len(self.kvs_a_block) == 1 else stands | (place[::-1] < held[..., 1, None])
+
+    def shared(self) -> Array:
+        """``bool`` like the table: entries in which a block stands that others hold, too."""
+        return self.occupied() & (self.free.others[self.block_table] > 0)
+
+    def _given_back(self, free: FreeList, which: Array) -> FreeList:
+        """The free list with blocks that stand here, ``bool`` like the table; a row after the other, since rows may
+        hold the same ones."""
+        if which.shape[1] == 1:
+            return free.push(self.block_table, which)
+
+        def row(i: Array, free: FreeList) -> FreeList:
+            return free.push(self.block_table[:, i], which[:, i])
+
+        return lax.fori_loop(0, which.shape[1], row, free)
 
     def from_left(self, tier: int) -> Array:
         """The table with a tier's blocks from the left."""

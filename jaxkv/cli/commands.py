@@ -13,11 +13,12 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from jaxkv.arguments import Prompt
 from jaxkv.cli.options import answer_settings
 from jaxkv.cli.plot import check_drawable, head_map
 from jaxkv.cli.terminal import can_say
 from jaxkv.engine.schedule import Latency, Schedule, Throughput
-from jaxkv.llm import LLM, Prompt
+from jaxkv.llm import LLM
 from jaxkv.policies import Auto, Policy, policy_from
 from jaxkv.report import as_dict, summary
 from jaxkv.requests import Completion, Event, Finished, PromptRead, SamplingParams, TextMade
@@ -25,7 +26,6 @@ from jaxkv.words import DTYPES, SAMPLING, SCHEDULES
 from models import load_model, resolve
 from models.convert import convert, stored_dtype
 from models.families import Model
-from models.hub import cache_directory
 
 SCHEDULE: dict[str, Schedule] = dict(zip(SCHEDULES, (Throughput(), Latency()), strict=True))
 Heed = Callable[[Iterable[Event]], Iterable[Event]]
@@ -36,6 +36,8 @@ def run_generate(options: argparse.Namespace, heed: Heed = iter) -> int:
     if sys.stdout is None:
         raise ValueError("standard output is closed, so the answer would be lost; send it somewhere: > answer.txt")
     text, policy, params = read_prompt(options), policy_from(vars(options)), sampling_from(options)
+    if (options.logprobs or options.top_logprobs) and not options.json:
+        raise ValueError("--logprobs and --top-logprobs are printed by --json alone; add it")
     if options.system is not None and not options.chat:
         raise ValueError("--system needs --chat")
     if options.plot is not None:
@@ -67,7 +69,12 @@ def run_batch(options: argparse.Namespace, heed: Heed = iter) -> int:
 
     policy, params = policy_from(vars(options)), sampling_from(options)
     with BatchJob(
-        options.input, options.output, params, answer_settings(options), retry_failed=options.retry_failed
+        options.input,
+        options.output,
+        params,
+        answer_settings(options),
+        retry_failed=options.retry_failed,
+        output_format=options.output_format,
     ) as job:
         if not job.left:
             return job.finish()
@@ -108,7 +115,6 @@ def load(options: argparse.Namespace, policy: Policy | None, **settings: Any) ->
     Raises:
       ValueError: it can't be read, or JAX can't run here.
     """
-    keep_compiled_programs()
     check_platform()
     llm = LLM(
         options.model,
@@ -173,13 +179,6 @@ def answer(llm: LLM, prompt: Prompt, params: SamplingParams, *, quiet: bool, hee
         if bar is not None:
             bar.close()
     raise AssertionError("a request ends with its Finished event")
-
-
-def keep_compiled_programs() -> None:
-    """Compiled programs go to the user's cache directory, so that a second run starts in seconds."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "programs"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def check_platform() -> None:

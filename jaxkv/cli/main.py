@@ -17,10 +17,15 @@ CRASHED = 70
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     with Interrupts() as interrupts, safe_streams():
+        batch = False
         try:
-            return run(parser().parse_args(arguments), interrupts)
+            options = parser().parse_args(arguments)
+            batch = options.command == "batch"
+            return run(options, interrupts)
         except KeyboardInterrupt:
-            print("jaxkv: stopped", file=sys.stderr)
+            print(
+                "jaxkv: stopped; the same command goes on where it was" if batch else "jaxkv: stopped", file=sys.stderr
+            )
             return STOPPED
         except BrokenPipeError:
             return 141

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 from jaxkv.version import __version__
-from jaxkv.words import BUDGETS, DTYPES, POLICIES, SAMPLING, SCHEDULES, SETTINGS, WEIGHTS
+from jaxkv.words import BUDGETS, DTYPES, POLICIES, SAMPLING, SCHEDULES, SETTINGS, WEIGHTS, byte_count
 
 ANSWER = (
     "model",
@@ -20,8 +21,10 @@ ANSWER = (
     "compression",
     *BUDGETS,
     *SETTINGS,
+    "settings",
     *SAMPLING,
     "generation_config",
+    "output_format",
 )
 """Options that a batch job's answers depend on."""
 MODEL = (
@@ -76,6 +79,12 @@ def add_batch(command: argparse.ArgumentParser) -> None:
         "--input", type=Path, required=True, metavar="JSONL", help='one {"prompt": …} or {"messages": […]} a line'
     )
     command.add_argument("--output", type=Path, required=True, metavar="JSONL", help="one answer or error a line")
+    command.add_argument(
+        "--output-format",
+        choices=["jaxkv", "openai"],
+        default="jaxkv",
+        help="openai: custom_id and response.body.choices, as in OpenAI's batch files (default: jaxkv)",
+    )
     command.add_argument("--retry-failed", action="store_true", help="try lines again that have an error in the output")
     add_compression(command)
     add_sampling(command)
@@ -99,7 +108,7 @@ def add_batch(command: argparse.ArgumentParser) -> None:
 
 def add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", required=True, help=MODEL)
-    command.add_argument("--cache-memory", type=byte_count, metavar="BYTES", help="for the whole cache: 500M, 2G, …")
+    command.add_argument("--cache-memory", type=size_in_bytes, metavar="BYTES", help="for the whole cache: 500M, 2G, …")
     command.add_argument("--block-size", type=int, help="token slots a block (default: 16; 64 on a TPU)")
     command.add_argument("--dtype", choices=DTYPES, help="to compute in (default: float32 on a CPU, else bfloat16)")
     command.add_argument(
@@ -120,14 +129,23 @@ def add_model(command: argparse.ArgumentParser) -> None:
 def add_compression(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("compression")
     group.add_argument(
-        "--compression", choices=[*POLICIES, "none"], help="default: kv-compress where a budget is given"
+        "--compression",
+        metavar="NAME",
+        help=f"{', '.join(POLICIES)}, none, or module:Class (default: kv-compress where a budget is given)",
+    )
+    group.add_argument(
+        "--set",
+        dest="settings",
+        action=Setting,
+        metavar="NAME=VALUE",
+        help="a setting of the policy that has no option of its own; may be given several times",
     )
     budget = group.add_mutually_exclusive_group()
     budget.add_argument(
         "--ratio", type=float, help="hold this many times less than the full cache would, in its own dtype"
     )
     budget.add_argument("--max-cache-tokens", type=int, metavar="N", help="KVs a head, on average")
-    budget.add_argument("--max-cache-bytes", type=byte_count, metavar="BYTES", help="for the sequence")
+    budget.add_argument("--max-cache-bytes", type=size_in_bytes, metavar="BYTES", help="for the sequence")
     group.add_argument("--protected-window", type=int, metavar="N", help="newest tokens never evicted (default: 32)")
     group.add_argument("--sinks", type=int, metavar="N", help="first tokens never evicted (default: 0)")
     group.add_argument(
@@ -185,18 +203,44 @@ def add_sampling(command: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be given several times")
+    group.add_argument(
+        "--repetition-penalty", type=float, help="over prompt and answer; 1: none (default: the model's)"
+    )
+    group.add_argument("--presence-penalty", type=float, default=0.0, help="of the answer's tokens (default: 0)")
+    group.add_argument("--frequency-penalty", type=float, default=0.0, help="of each time they are there (default: 0)")
+    group.add_argument("--stop-token-ids", type=int, action="append", default=[], metavar="ID")
+    group.add_argument("--ignore-eos", action="store_true", help="the model's own ends don't end an answer")
+    group.add_argument("--min-tokens", type=int, default=0, metavar="N", help="nothing ends an answer before")
+    group.add_argument("--top-logprobs", type=int, default=0, metavar="N", help="the likeliest at each place, too")
     group.add_argument("--logprobs", action="store_true", help="log probability of each token (generate: with --json)")
 
 
-def byte_count(text: str) -> int:
-    """``1500000``, ``500M``, ``2G``, ``1.5GiB``: K, M and G are powers of 1000, KiB, MiB and GiB of 1024."""
-    units = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
-    number = text.strip().upper().removesuffix("B")
-    unit = number.lstrip("0123456789.")
+class Setting(argparse.Action):
+    """Gathers ``NAME=VALUE``, the value a number, true, false or null where it is one in JSON, else a text."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        name, equals, text = str(values).partition("=")
+        if not equals or not name.isidentifier():
+            parser.error(f"argument --set: {values!r} isn't NAME=VALUE, such as mix=0.2")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        setattr(namespace, self.dest, {**(getattr(namespace, self.dest) or {}), name: value})
+
+
+def size_in_bytes(text: str) -> int:
+    """As ``byte_count``, for argparse, which says nothing of a ValueError's own words."""
     try:
-        return int(float(number[: len(number) - len(unit)]) * units[unit.strip()])
-    except (ValueError, KeyError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes; write 500M, 2G or 1.5GiB") from None
+        return byte_count(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def answer_settings(options: argparse.Namespace) -> dict[str, Any]:

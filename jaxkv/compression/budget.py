@@ -7,8 +7,9 @@ Tables come on top, since compression frees none of them. It is the sequence's: 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +124,7 @@ class Unlimited(Budget):
         return MOST
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class MaxTokens(Budget):
     """As many blocks as ``tokens`` unquantised KVs a head fill (KV-Compress's ``max_cache_tokens``)."""
 
@@ -148,7 +149,7 @@ class MaxTokens(Budget):
             raise _impossible(str(self), self.tokens, config, protected_window, "give more tokens")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Ratio(Budget):
     """What the same cache would hold of the whole text uncompressed, in its own dtype, divided by ``ratio``.
 
@@ -175,7 +176,7 @@ class Ratio(Budget):
         return jnp.maximum(keep, of.window_blocks)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class KeepFraction(Budget):
     """KV-Compress's own rate: ``fraction`` of the KVs before the protected window stays, and the window with them."""
 
@@ -203,7 +204,7 @@ class KeepFraction(Budget):
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class MaxBytes(Budget):
     """At most ``size`` bytes a sequence."""
 
@@ -230,6 +231,26 @@ class MaxBytes(Budget):
         tokens = self.size // config.block_bytes * config.block_size / config.heads
         if tokens < max(config.block_size, protected_window):
             raise _impossible(str(self), tokens, config, protected_window, "give more bytes")
+
+
+IN_WORDS: dict[str, Callable[[Any], Budget]] = {
+    "ratio": Ratio,
+    "max_cache_tokens": MaxTokens,
+    "max_cache_bytes": MaxBytes,
+}
+"""Budgets that can be said as a number, by what it is called."""
+
+
+def budget_in_words(said: Mapping[str, Any]) -> Budget | None:
+    """The budget that one of ``IN_WORDS`` says; None: none does.
+
+    Raises:
+      ValueError: several do, or the number is out of range.
+    """
+    given = {name: said[name] for name in IN_WORDS if said.get(name) is not None}
+    if len(given) > 1:
+        raise ValueError(f"give one of {', '.join(IN_WORDS)}, got {len(given)}")
+    return next((IN_WORDS[name](value) for name, value in given.items()), None)
 
 
 def _impossible(what: str, tokens: float, config: CacheConfig, window: int, instead: str) -> ValueError:

@@ -20,6 +20,8 @@ class Observation:
     """Whether attention to each KV is added up."""
     rereads: ClassVar[bool] = False
     """Whether that is of a second reading, of the prompt as if it came again after itself."""
+    expects: ClassVar[bool] = False
+    """Whether attention is that of queries to expect."""
     adds_up: ClassVar[bool] = False
     """Whether what a further part of the prompt, or a further prompt, pays to old KVs adds to the scores that they
     have; else it replaces them."""
@@ -94,6 +96,7 @@ class ExpectedQueries(Observation):
 
     count: int
     """Positions after the prompt."""
+    expects: ClassVar[bool] = True
 
     def shareable(self, tokens: int) -> int:
         return 0

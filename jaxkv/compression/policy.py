@@ -13,7 +13,7 @@ from jaxkv.cache.config import CacheConfig
 from jaxkv.cache.contents import Contents
 from jaxkv.cache.state import PagedCache
 from jaxkv.checks import check_numbers, shown
-from jaxkv.compression.budget import MOST, Budget, Footprint
+from jaxkv.compression.budget import IN_WORDS, MOST, Budget, Footprint, budget_in_words
 from jaxkv.compression.evict import Evict
 from jaxkv.compression.placement import Placement, Worth
 from jaxkv.compression.scorer import Scorer
@@ -22,9 +22,20 @@ from models.interface import ModelSizes
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """How attention becomes a score, how much stays, and where: static to jit, so frozen and hashable."""
+    """How attention becomes a score, how much stays, and where: static to jit, so frozen and hashable.
 
-    budget: Budget
+    Raises:
+      ValueError: no budget or two, or a setting out of range.
+    """
+
+    budget: Budget = None  # pyright: ignore[reportAssignmentType]  # until it is made
+    """Or one of the next three."""
+    ratio: float | None = field(default=None, repr=False, compare=False)
+    """Short for ``budget=Ratio(ratio)``. It and the next two become the budget, and are None afterwards."""
+    max_cache_tokens: int | None = field(default=None, repr=False, compare=False)
+    """Short for ``budget=MaxTokens(max_cache_tokens)``."""
+    max_cache_bytes: int | None = field(default=None, repr=False, compare=False)
+    """Short for ``budget=MaxBytes(max_cache_bytes)``."""
     scorer: Scorer
     placement: Placement = Evict()
     protected_window: int = 32
@@ -36,8 +47,12 @@ class Policy:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        if not isinstance(self.budget, Budget):
-            raise ValueError(f"budget must be one, such as Ratio(ratio=8), got {shown(self.budget)}")
+        self._take_budget()
+        if what := self.scorer.never_asked:
+            raise ValueError(
+                f"{type(self.scorer).__name__} has a {what} that nobody calls, since it observes nothing: override "
+                "observes, such as by LastQueries(count=16), or score KVs by score_kvs or rank"
+            )
         if self.protected_window < 1:
             raise ValueError(f"protected_window must be at least 1, got {shown(self.protected_window)}")
         if self.sinks < 0:
@@ -52,6 +67,19 @@ class Policy:
                 f"compress_every={self.compress_every}: {self} doesn't rank what is decoded, so just that would be "
                 "evicted; leave it out, or take kv-compress, h2o, streaming-llm or leankv"
             )
+
+    def _take_budget(self) -> None:
+        """Has what says the budget as a number become the budget; a class's own default gives way to it."""
+        said = budget_in_words(vars(self))
+        if said is not None:
+            if self.budget is not type(self).budget:
+                raise ValueError(f"give a budget or a {', a '.join(IN_WORDS)}, not both: got {self.budget} and {said}")
+            for name, value in {**dict.fromkeys(IN_WORDS), "budget": said}.items():
+                object.__setattr__(self, name, value)  # the one way into a frozen dataclass
+        if self.budget is None:
+            raise ValueError(f"{self} needs a budget: write ratio=8, or budget=Ratio(8)")
+        if not isinstance(self.budget, Budget):
+            raise ValueError(f"budget must be one, got {shown(self.budget)}; write ratio=8, or budget=Ratio(8)")
 
     def __str__(self) -> str:
         return type(self).__name__ if type(self) is not Policy else type(self.scorer).__name__

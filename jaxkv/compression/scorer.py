@@ -41,6 +41,17 @@ class Scorer:
         return type(self).score_kvs is not Scorer.score_kvs
 
     @property
+    def never_asked(self) -> str | None:
+        """A verb of its own that isn't called, since nothing is observed that it would be told; None: there is none."""
+        mine = type(self)
+        if not self.observes.watches and mine.score is not Scorer.score and not self.observes.expects:
+            return "score"
+        if not (self.observes.watches or self.observes_decoding) and mine.weigh is not Scorer.weigh:
+            return "weigh"
+        decodes = mine.observes_decoding is not Scorer.observes_decoding
+        return "score_decoded" if mine.score_decoded is not Scorer.score_decoded and not decodes else None
+
+    @property
     def scores_kvs_alone(self) -> bool:
         """Whether ``score_kvs`` is all there is to a score, so that what was decoded gets one when it is needed."""
         return self.settled and self.reads_kvs

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from jaxkv.cache import CacheConfig, PagedCache
-from jaxkv.cache.stats import Counts
+from jaxkv.cache.stats import CacheStats, Counts, stats_of
 from jaxkv.policies import Policy
 
 
@@ -40,6 +41,8 @@ class BlockCounts:
 
     def __init__(self, config: CacheConfig):
         self.config = config
+        self._one_row = jax.eval_shape(lambda cache: cache.rows(jnp.zeros(1, jnp.int32)), config.shapes)
+        """The shapes of a cache of one row."""
         self.quantised_kvs = np.ones(2, np.int32)
         """``i32[2]``: KVs that a block of each precision holds."""
         self.total = Blocks(raw=config.num_blocks - 1)
@@ -77,6 +80,10 @@ class BlockCounts:
         """What was read back in another way."""
         self.seen = seen
         self.free = Blocks(raw=int(seen.free), quantised=int(seen.quantised_free or 0))
+
+    def stats(self, row: int) -> CacheStats:
+        """Of one row."""
+        return stats_of(self._one_row, self.seen.row(row))
 
     def held(self, row: int) -> Blocks:
         """Blocks of a row, those of a prefix included."""

@@ -96,3 +96,9 @@ class Costs:
     def overhead(self) -> float:
         """Seconds of a pass that don't depend on its tokens, about: those of the shortest step."""
         return min((seconds for work, seconds in self.seen.items() if work.is_step), default=0.0)
+
+
+def width(rows: int) -> int:
+    """Of a decode step for so many: 1, 2, 3, 4, 6, 8, 12, …: few widths, of which no row in three is idle."""
+    power = 1 << (rows - 1).bit_length()
+    return power * 3 // 4 if power >= 4 and rows <= power * 3 // 4 else power

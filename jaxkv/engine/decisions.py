@@ -24,6 +24,8 @@ class Joining:
     """That it allocates until it is compressed; what it borrows isn't among them."""
     leaves: Blocks
     """That it will hold at its end."""
+    forks: tuple[int, ...] = ()
+    """Rows for those that answer the same prompt."""
 
     @property
     def unread(self) -> int:

@@ -16,27 +16,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from itertools import count
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.cache import CacheConfig, PagedCache
-from jaxkv.cache.stats import CacheStats, stats_of
+from jaxkv.cache import CacheConfig, PagedCache, snapshot
 from jaxkv.engine.costs import Costs, Work
 from jaxkv.engine.decisions import Join, Wait
-from jaxkv.engine.dispatch import Dispatch
+from jaxkv.engine.dispatch import Dispatch, Made
 from jaxkv.engine.prefixes import SharedPrefix
 from jaxkv.engine.programs import Programs
 from jaxkv.engine.reading import PromptInProgress, Reading
-from jaxkv.engine.sampling import replaying_sampler_for, sampler_for
+from jaxkv.engine.sampling import Samplers, most_likeliest
 from jaxkv.engine.schedule import STEPS, Schedule
 from jaxkv.engine.scheduler import Scheduler
 from jaxkv.engine.sequence import Sequence
+from jaxkv.engine.timing import timed
 from jaxkv.generation.prompt import observation_of
 from jaxkv.policies import Policy
-from jaxkv.requests import Event, PromptRead, Refused
+from jaxkv.requests import Event, Refused
 from models import TokenizerError
 
 
@@ -47,10 +46,9 @@ class Engine:
       programs: the model's.
       config: the cache's sizes; its batch is the number of rows.
       cache: an empty one; given away.
-      share_prefixes: whether prompts that start alike are looked for, and read once.
-      schedule: what goes first; None: whatever lets most be decoded together.
       costs: what the model's passes and steps took so far; noted here.
-      split_prompts: see ``Scheduler``.
+      samplers: what makes samplers for rows; None: as they ask.
+      share_prefixes, schedule, split_prompts, context: see ``Scheduler``.
     """
 
     def __init__(
@@ -63,16 +61,22 @@ class Engine:
         schedule: Schedule | None = None,
         costs: Costs | None = None,
         split_prompts: bool | None = None,
+        samplers: Samplers | None = None,
+        context: bool = False,
     ):
+        self.samplers = samplers or Samplers(vocab_size=programs.model.sizes.vocab_size)
         self.programs, self.config, self.cache = programs, config, cache
         self.scheduler = Scheduler(
-            config, share_prefixes=share_prefixes, schedule=schedule, costs=costs, split_prompts=split_prompts
+            config,
+            share_prefixes=share_prefixes,
+            schedule=schedule,
+            costs=costs,
+            split_prompts=split_prompts,
+            context=context,
         )
         self.rows, self.prefixes, self.counts = self.scheduler.rows, self.scheduler.prefixes, self.scheduler.counts
         self._looks, self._received = 0, 0.0
         """How often the counts were read back by themselves, and when steps were last received."""
-        self._one_row = jax.eval_shape(lambda cache: cache.rows(jnp.zeros(1, jnp.int32)), cache)
-        """The shapes of a cache of one row."""
         self.prompt_tokens = self.borrowed_tokens = 0
         """Tokens of prompts read, and those borrowed instead."""
         self.passes = self.decode_steps = self.decoded = 0
@@ -88,6 +92,8 @@ class Engine:
     def run(self, sequences: Iterable[Sequence | Refused]) -> Iterator[Event]:
         """Events of all requests; few more are drawn from the iterable than there are free rows."""
         source, scheduler, ended = iter(sequences), self.scheduler, False
+        if scheduler.context_row is not None:
+            self._look()
         while True:
             while not ended and scheduler.wants_requests:
                 drawn = next(source, None)
@@ -124,12 +130,13 @@ class Engine:
                         self.cache = self.programs.attach(self.cache, row, share.prefix.prefix, blocks)
                         self._look()
                     self.borrowed_tokens += share.borrow_tokens
+                if self.scheduler.context_row is not None and join.prompts:
+                    self._fork(self.scheduler.context_row, [joining.row for joining in join.prompts])
                 self._begin_part(reading)
-                for prompt in reading.prompts[len(join.rests) :]:
-                    yield PromptRead(request=prompt.sequence.index, tokens=prompt.read, total=prompt.total)
+                yield from reading.progress()
 
     def _begin_part(self, reading: Reading) -> None:
-        fresh = all(prompt.read < prompt.part for prompt in reading.prompts)
+        fresh = self.scheduler.context_row is None and all(prompt.read < prompt.part for prompt in reading.prompts)
         lengths = reading.part_lengths
         reading.state = self.programs.start(self.cache, reading.rows, lengths, reading.policy, fresh=fresh)
         for place, prompt in enumerate(reading.prompts):
@@ -139,7 +146,7 @@ class Engine:
     def _read_chunk(self, reading: Reading) -> Iterator[Event]:
         """The next chunk; after a part's last, compression; after the prompts', first the first tokens."""
         policy, first = reading.policy, reading.prompts[0]
-        with self._timed("prefill", reading.sequences) as seconds:
+        with timed(self.programs, "prefill", reading.sequences) as seconds:
             shape = self.scheduler.next_shape(reading)
             tokens, counts = reading.next_chunk(shape)
             self.cache, reading.state = self.programs.chunk(
@@ -148,14 +155,13 @@ class Engine:
             jax.block_until_ready(reading.state.hidden)
         self.scheduler.costs.note(Work(shape, policy), seconds["prefill"], seconds["compile"])
         self.passes += 1
-        for prompt, count in reading.of_prompts(counts):
-            prompt.read += count
-            self.prompt_tokens += count
+        for prompt, tokens in reading.of_prompts(counts):
+            prompt.read += tokens
+            self.prompt_tokens += tokens
         if first.read == first.lend_tokens:
             self.cache, prefix = self.programs.detach(self.cache, first.row)
             self.prefixes.lend(first.row, first.ids[: first.read], jax.device_get(prefix))
-        for prompt in reading.prompts:
-            yield PromptRead(request=prompt.sequence.index, tokens=prompt.read, total=prompt.total)
+        yield from reading.progress()
         if not first.part_is_read:
             self._look()
             if (waits := self.scheduler.set_aside()) is not None:
@@ -172,7 +178,7 @@ class Engine:
         """Reads the part that ends here once more, for a policy that scores by what that attends to."""
         policy, length, programs = reading.policy, reading.shape.length, self.programs
         assert policy is not None
-        with self._timed("prefill", reading.sequences):
+        with timed(self.programs, "prefill", reading.sequences):
             for place, tokens, counts in reading.part_again():
                 if place is None or length is None:
                     rows, state = reading.rows, reading.state
@@ -197,25 +203,46 @@ class Engine:
 
     def _finish_prompts(self, reading: Reading) -> Iterator[Event]:
         """The first tokens, from the full caches, and compression; who can't be answered leaves."""
-        policy, rows = reading.policy, [prompt.row for prompt in reading.prompts]
-        params = [sequence.request.params for sequence in reading.sequences]
-        sampler = sampler_for([*params, *params[:1] * (reading.shape.rows - len(params))])
-        with self._timed("prefill", reading.sequences):
+        policy, rows, first = reading.policy, [prompt.row for prompt in reading.prompts], reading.prompts[0]
+        each = [*reading.sequences, *reading.sequences[:1] * (reading.shape.rows - len(rows)), *first.forks.values()]
+        sampler, top = self.samplers.first(each), most_likeliest(each)
+        with timed(self.programs, "prefill", reading.sequences):
             for row in rows if policy is not None else ():
                 if self.prefixes.give_up(row):
                     self.cache = self.programs.own(self.cache, row)
-            self.cache, *made = self.programs.finish(self.cache, reading.state, reading.rows, sampler, policy)
-            tokens, logprobs = self._look(*made)
-        self.scheduler.reading = None
+            self.cache, made = self.programs.finish(
+                self.cache, reading.state, reading.rows, sampler, policy, top, len(first.forks)
+            )
+            made = Made.of_first(self._look(*made))
         if policy is not None:
             self._compress(rows, among=reading.rows)
-        for at, (row, sequence) in enumerate(zip(rows, reading.sequences, strict=True)):
-            sequence.cache = self._stats(row)
+        if error := self.scheduler.too_large(first.row) if first.forks else None:
+            self._leave([first.row])  # before they are forked, and all with it
+            yield Refused(request=first.sequence.index, error=error)
+            return
+        self.scheduler.reading = None
+        if first.forks:
+            self._fork(first.row, [*first.forks], policy)
+            first.sequence.siblings = []  # put back, each is read for itself
+        for row, at in [*zip(rows, count()), *zip(first.forks, count(reading.shape.rows))]:
+            sequence = self.scheduler.sequence(row)
+            sequence.cache = self.counts.stats(row)
             if error := self.scheduler.too_large(row):
                 self._leave([row])
                 yield Refused(request=sequence.index, error=error)
-            else:
-                yield from self._accept({row: at}, tokens[:, None], logprobs[:, None], np.ones_like(tokens))
+                continue
+            if sequence.request.keeps:
+                sequence.kept = snapshot.take(self.cache, row)
+            yield from self._accept({row: at}, made)
+
+    def _fork(self, row: int, into: list[int], policy: Policy | None = None) -> None:
+        """Others go on from what a row holds; what a policy changes while it decodes is each one's own at once."""
+        self.cache, granted = self.programs.fork(self.cache, row, np.array(into, np.int32))
+        if policy is not None and policy.acts_in_decoding:
+            for each in into:
+                self.cache = self.programs.own(self.cache, each)
+        if not self._look(granted)[0]:
+            raise RuntimeError("no block was free for a fork, though they were kept for it; please report this")
 
     def _compress(self, rows: list[int], tokens: int = 0, among: np.ndarray | None = None) -> None:
         """To the budgets of the tokens that they have seen, or of so many where those are more.
@@ -228,7 +255,7 @@ class Engine:
         policy = self.scheduler.sequence(rows[0]).request.policy
         assert policy is not None
         among = np.array(rows, np.int32) if among is None else among
-        with self._timed("compress", map(self.scheduler.sequence, rows)):
+        with timed(self.programs, "compress", map(self.scheduler.sequence, rows)):
             select, tokens_of_each = np.arange(len(among)) < len(rows), np.full(len(among), tokens, np.int32)
             self.cache = self.programs.compress_rows(self.cache, among, tokens_of_each, policy, select)
             self._look()
@@ -259,7 +286,7 @@ class Engine:
         began, compiled = time.perf_counter(), self.programs.compile_seconds
         sequences = [self.scheduler.sequence(row) for row in rows]
         work = self.scheduler.work(rows, policy, steps) if after is None else after.work
-        whole = work.size == len(self.rows)  # all in their own order: nothing is gathered
+        whole = work.size == self.config.batch  # all in their own order: nothing is gathered
         place = rows if whole else list(range(len(rows)))
         pending, limits = np.zeros(work.size, np.int32), np.zeros(work.size, np.int32)
         each, made = sequences[:1] * work.size, 0 if after is None else after.steps
@@ -269,11 +296,12 @@ class Engine:
             self.cache,
             pending if after is None else after.made.last,
             limits,
-            replaying_sampler_for(each),
+            self.samplers.next(each),
             STEPS,
             policy,
             None if whole else self.scheduler.with_others(rows, work.size),
-            np.array([bool(sequence.ends) for sequence in each]),
+            np.array([sequence.stops_at_own for sequence in each]),
+            most_likeliest(each),
         )
         self.cache = sent.cache
         return Dispatch(
@@ -291,9 +319,7 @@ class Engine:
 
     def _receive(self, sent: Dispatch) -> Iterator[Event]:
         """Takes what steps have made, perhaps while others run."""
-        tokens, logprobs, counts, held = jax.device_get(
-            (sent.made.tokens, sent.made.logprobs, sent.made.counts, sent.made.held)
-        )
+        made, held = jax.device_get((Made.of_steps(sent.made), sent.made.held))
         if sent.looks == self._looks:
             self.counts.take(held)
         else:  # since then somebody left
@@ -303,39 +329,36 @@ class Engine:
         self._received = time.perf_counter()
         for sequence in sent.sequences:
             sequence.timings.add(seconds)
-        run = int(counts.max())
+        run = int(made.counts.max())
         if not sent.follows:  # else what the host did meanwhile is in it
             self.scheduler.costs.note(sent.work, seconds["decode"] / max(run, 1), sent.compiling)
         self.scheduler.note_decoding(seconds["decode"])
         self.decode_seconds += seconds["decode"]
         self.decode_steps += run
-        self.decoded += int(counts.sum())
+        self.decoded += int(made.counts.sum())
         each = zip(sent.rows, sent.place, sent.sequences, strict=True)
         still = {row: at for row, at, sequence in each if self.rows[row] is sequence}
-        if not counts[list(still.values())].all():
+        if not made.counts[list(still.values())].all():
             raise RuntimeError("the pool ran dry while decoding, though blocks were kept free; please report this")
-        yield from self._accept(still, tokens, logprobs, counts)
+        yield from self._accept(still, made)
 
-    def _accept(
-        self, places: dict[int, int], tokens: np.ndarray, logprobs: np.ndarray, counts: np.ndarray
-    ) -> Iterator[Event]:
-        """Takes what rows have made, each at its place the first ``counts`` tokens; those that end leave together."""
+    def _accept(self, places: dict[int, int], made: Made) -> Iterator[Event]:
+        """Takes what rows have made, each at its place; those that end leave together."""
         ended: list[int] = []
-        finite = np.isfinite(logprobs.sum(axis=-1)).tolist()
-        made, said = tokens.tolist(), logprobs.tolist()
+        finite = np.isfinite(made.logprobs.sum(axis=-1)).tolist()
         for row, at in places.items():
-            sequence, count, error = self.scheduler.sequence(row), int(counts[at]), None
+            sequence, error = self.scheduler.sequence(row), None
             try:
                 if not finite[at]:
                     error = "the model's logits are not finite: its weights are damaged, or too large for their dtype"
                 else:
-                    yield from list(sequence.take(made[at][:count], said[at][:count]))
+                    yield from list(sequence.take(*made.row(at, sequence.request.params.top_logprobs)))
             except TokenizerError as what:
                 error = str(what)
             if error is not None:
                 yield Refused(request=sequence.index, error=error)
             elif sequence.finish_reason is not None:
-                yield sequence.finished(self._stats(row))
+                yield from sequence.finished(self.counts.stats(row))
             if error is not None or sequence.finish_reason is not None:
                 ended.append(row)
         self._leave(ended)
@@ -350,18 +373,14 @@ class Engine:
             self._compress([row])
         if not self.counts.free <= before:
             return
-        row = self.scheduler.whom_to_put_back()
-        self.scheduler.put_back(row)
-        self._release([row])
+        self._release(self.scheduler.put_back(self.scheduler.whom_to_put_back()))
 
     def _leave(self, rows: list[int]) -> None:
-        for row in rows:
-            self.scheduler.leave(row)
-        self._release(rows)
+        self._release([freed for row in rows for freed in self.scheduler.leave(row)])
 
     def _release(self, rows: list[int]) -> None:
         if rows:
-            self.cache = self.programs.release(self.cache, np.isin(np.arange(len(self.rows)), rows))
+            self.cache = self.programs.release(self.cache, np.isin(np.arange(self.config.batch), rows))
             self._look()
 
     def _cut(self, prefixes: Iterable[SharedPrefix]) -> None:
@@ -371,21 +390,7 @@ class Engine:
             self.prefixes.cut(shared, jax.device_get(left))
             self._look()
 
-    def _stats(self, row: int) -> CacheStats:
-        return stats_of(self._one_row, self.counts.seen.row(row))
-
     def _look(self, *also: jax.Array) -> list[np.ndarray]:
         """Reads back what the heads hold and what is free, and other arrays, in one transfer."""
         self._looks += 1
         return self.counts.look(self.cache, *also)
-
-    @contextmanager
-    def _timed(self, phase: str, sequences: Iterable[Sequence]) -> Iterator[dict[str, float]]:
-        """Adds what happens inside to the sequences' timings, and tells at the end; compiling is a phase of its own."""
-        seconds: dict[str, float] = {}
-        began, compiled = time.perf_counter(), self.programs.compile_seconds
-        yield seconds
-        seconds["compile"] = self.programs.compile_seconds - compiled
-        seconds[phase] = time.perf_counter() - began - seconds["compile"]
-        for sequence in sequences:
-            sequence.timings.add(seconds)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from jaxkv.cache.prefix import Prefix
+from jaxkv.engine.block_counts import Blocks
 from jaxkv.generation.prompt import observation_of
 from jaxkv.requests import Request
 
@@ -112,6 +113,11 @@ class Prefixes:
 
     def _whole(self, tokens: int) -> int:
         return tokens - tokens % self.block_size if tokens >= LEAST_SHARED else 0
+
+
+def freed_by(cut: Iterable[SharedPrefix], heads: int) -> Blocks:
+    """What comes back of prefixes that are cut to what is in use."""
+    return Blocks(raw=heads * sum(shared.blocks - shared.in_use for shared in cut))
 
 
 def readable(request: Request) -> int:

@@ -17,6 +17,8 @@ from jax.typing import ArrayLike
 
 from jaxkv.cache import prefix
 from jaxkv.cache.prefix import Prefix
+from jaxkv.cache.sharing import fork, own
+from jaxkv.cache.snapshot import Snapshot, put
 from jaxkv.cache.state import PagedCache
 from jaxkv.cache.state import release as release_rows
 from jaxkv.cache.stats import Counts
@@ -25,7 +27,7 @@ from jaxkv.generation.decode import decode as decode_rows
 from jaxkv.generation.decode import is_any
 from jaxkv.generation.prefill import finish_prompt, prefill_chunk, reread_chunk
 from jaxkv.generation.prompt import PromptState, start_prompt
-from jaxkv.generation.sampling import Sampler, logprobs_of
+from jaxkv.generation.sampling import Chosen, Sampler, choose
 from jaxkv.generation.scoring import score_prompt
 from jaxkv.policies import Policy
 from models.interface import Decoder
@@ -49,6 +51,8 @@ class ModelPrograms:
 
     def __init__(self, model: Decoder):
         self.compile_seconds = 0.0
+        self.on_compile: Callable[[str], None] | None = None
+        """Is told what is going to be compiled."""
         self._programs: dict[object, Callable[..., Any]] = {}
         self._take(model)
 
@@ -91,6 +95,8 @@ class ModelPrograms:
             return step(inside, **donated, **given, **fixed)
 
         traced.__name__ = step.__name__  # what profilers show
+        if self.on_compile is not None:
+            self.on_compile(step.__name__)
         began = time.perf_counter()
         compiled = jax.jit(traced, donate_argnums=1).lower(self._leaves, donated, given).compile()
         self.compile_seconds += time.perf_counter() - began
@@ -139,6 +145,10 @@ class Steps(NamedTuple):
     """``f32[n, steps]``."""
     counts: Array
     """``i32[n]``: tokens made."""
+    likeliest: Array
+    """``i32[n, steps, top]``."""
+    their_logprobs: Array
+    """``f32[n, steps, top]``."""
     last: Array
     """``i32[n]``: the last of each row."""
     held: Counts
@@ -202,14 +212,21 @@ class Programs(ModelPrograms):
         part, tokens, counts = cache.rows(_each(rows)), jnp.asarray(tokens), _each(counts)
         return reread_chunk(self.model, part, prompt, tokens, counts, policy, length=length)
 
-    @program(donate=("cache",), static=("policy",))
+    @program(donate=("cache",), static=("policy", "top", "more"))
     def finish(
-        self, cache: PagedCache, prompt: PromptState, rows: ArrayLike, sampler: Sampler, policy: Policy | None
-    ) -> tuple[PagedCache, Array, Array]:
-        """Ends prompts: the cache, the first tokens and their log probabilities, ``[n]`` each."""
+        self,
+        cache: PagedCache,
+        prompt: PromptState,
+        rows: ArrayLike,
+        sampler: Sampler,
+        policy: Policy | None,
+        top: int = 0,
+        more: int = 0,
+    ) -> tuple[PagedCache, Chosen]:
+        """Ends prompts: the cache, and the first tokens; of the first prompt so many more."""
         part, logits = finish_prompt(self.model, cache.rows(_each(rows)), prompt, policy)
-        tokens = sampler(logits, part.num_tokens)
-        return cache.with_rows(part, _each(rows)), tokens, logprobs_of(logits, tokens)
+        logits, positions = (jnp.concatenate([x, jnp.repeat(x[:1], more, axis=0)]) for x in (logits, part.num_tokens))
+        return cache.with_rows(part, _each(rows)), choose(sampler, logits, positions, top)
 
     @program(donate=("cache",), static=("policy",))
     def score(self, cache: PagedCache, prompt: PromptState, rows: ArrayLike, policy: Policy) -> PagedCache:
@@ -228,7 +245,7 @@ class Programs(ModelPrograms):
         part = compress(part, policy, None if select is None else jnp.asarray(select), tokens=tokens)
         return cache.with_rows(part, _each(rows))
 
-    @program(donate=("cache",), static=("steps", "policy"))
+    @program(donate=("cache",), static=("steps", "policy", "top"))
     def decode(
         self,
         cache: PagedCache,
@@ -239,6 +256,7 @@ class Programs(ModelPrograms):
         policy: Policy | None,
         rows: ArrayLike | None = None,
         stops: ArrayLike | None = None,
+        top: int = 0,
     ) -> Steps:
         """Up to ``steps`` tokens for every row, or for some; arguments and results are of these. See ``decode``.
 
@@ -257,6 +275,7 @@ class Programs(ModelPrograms):
             policy=policy,
             stop_tokens=self.stop_tokens,
             stops=may_stop,
+            top=top,
         )
         last = jnp.take_along_axis(made.tokens, jnp.maximum(made.counts - 1, 0)[:, None], axis=1)[:, 0]
         cache = made.cache if rows is None else cache.with_rows(made.cache, _each(rows))
@@ -265,6 +284,8 @@ class Programs(ModelPrograms):
             tokens=made.tokens,
             logprobs=made.logprobs,
             counts=made.counts,
+            likeliest=made.likeliest,
+            their_logprobs=made.their_logprobs,
             last=jnp.where(made.counts > 0, last, tokens),
             held=jax.tree.map(jnp.copy, Counts.of(cache)),
         )
@@ -285,9 +306,19 @@ class Programs(ModelPrograms):
         return prefix.attach(cache, jnp.asarray(row), shared, jnp.asarray(blocks))
 
     @program(donate=("cache",))
+    def fork(self, cache: PagedCache, row: ArrayLike, into: ArrayLike) -> tuple[PagedCache, Array]:
+        """Has other rows, ``i32[n]``, hold what a row holds."""
+        return fork(cache, jnp.asarray(row), _each(into))
+
+    @program(donate=("cache",))
+    def put(self, cache: PagedCache, row: ArrayLike, taken: Snapshot) -> tuple[PagedCache, Array]:
+        """Has an empty row hold what was taken."""
+        return put(cache, jnp.asarray(row), taken)
+
+    @program(donate=("cache",))
     def own(self, cache: PagedCache, row: ArrayLike) -> PagedCache:
-        """Copies what a row borrows."""
-        return prefix.own(cache, jnp.asarray(row))
+        """Copies what a row holds together with others."""
+        return own(cache, jnp.arange(cache.num_tokens.shape[0], dtype=jnp.int32) == jnp.asarray(row))[0]
 
     @program(donate=("cache",))
     def cut(self, cache: PagedCache, shared: Prefix, blocks: ArrayLike) -> tuple[PagedCache, Prefix]:

@@ -45,23 +45,25 @@ def plan_prompt(request: Request, config: CacheConfig) -> PromptPlan | Unservabl
     """
     tokens, policy, blocks = len(request.prompt), request.policy, config.num_blocks - 1
     here, needed = config.tiers and config.tiers.layout, policy and policy.placement.layout(config.head_dim)
+    if request.context:
+        return PromptPlan(part=tokens, peak_blocks=config.full_blocks(tokens) + config.heads)
     if here != needed:
         return Unservable(
             reason=f"this cache holds {_blocks_of(here)}, and the request's policy needs {_blocks_of(needed)}; "
             "give it a policy of the same kind, or run it by itself"
         )
-    full = config.full_blocks(tokens)
+    full, forks = config.full_blocks(tokens), forked_blocks(config, request).raw
     if policy is None:
-        need = config.full_blocks(tokens + request.limit)
+        need = max(config.full_blocks(tokens + request.limit), full + forks)
         if need > blocks:
             return _too_large(config, tokens, need, "with its answer")
-        return PromptPlan(part=tokens, peak_blocks=full)
+        return PromptPlan(part=tokens, peak_blocks=full + forks)
     try:
         policy.check(config)
     except ValueError as error:
         return Unservable(reason=str(error))
-    if full <= blocks:
-        return PromptPlan(part=tokens, peak_blocks=full)
+    if full + forks <= blocks:
+        return PromptPlan(part=tokens, peak_blocks=full + forks)
     plan = plan_parts(request, policy, config, blocks)
     if plan is None:
         kept, least = blocks_between_parts(config, policy, tokens), least_part(config, policy)
@@ -73,12 +75,37 @@ def plan_prompt(request: Request, config: CacheConfig) -> PromptPlan | Unservabl
 
 def plan_parts(request: Request, policy: Policy, config: CacheConfig, blocks: int) -> PromptPlan | None:
     """How to read a prompt in as few parts as go into so many blocks; None: it can't be."""
-    tokens, kept = len(request.prompt), blocks_between_parts(config, policy, len(request.prompt))
+    tokens, forks = len(request.prompt), forked_blocks(config, request).raw
+    kept = blocks_between_parts(config, policy, tokens) + forks
     most = (blocks - kept) // config.heads * config.block_size
     if most < least_part(config, policy):
         return None
     part = -(-tokens // -(-tokens // most))  # as equal as can be
     return PromptPlan(part=part, peak_blocks=kept + config.full_blocks(part))
+
+
+def forked_blocks(config: CacheConfig, request: Request) -> Blocks:
+    """What the others that answer its prompt take at once: their own last blocks, or of what a policy changes while it
+    decodes, all."""
+    others, policy = request.params.n - 1, request.policy
+    if request.choice or not others:
+        return Blocks()
+    if policy is None or not policy.acts_in_decoding:
+        return Blocks(raw=others * config.heads)
+    each = compressed_blocks(config, policy, len(request.prompt))
+    return Blocks(raw=others * (each.raw + config.heads), quantised=others * each.quantised)
+
+
+def left_blocks(config: CacheConfig, request: Request, takes: Blocks, more: int) -> Blocks:
+    """What a request holds once each of its answers has so many tokens, of what its prompt took."""
+    policy, answers = request.policy, 1 if request.choice else request.params.n
+    if policy is None:
+        return takes + Blocks(raw=answers * config.full_blocks(more))
+    kept = compressed_blocks(config, policy, len(request.prompt)) + forked_blocks(config, request)
+    if policy.placement.quantises_decoding:
+        assert config.tiers is not None
+        return kept + Blocks(quantised=answers * config.heads * config.tiers.full_blocks(more))
+    return kept + Blocks(raw=answers * config.full_blocks(more))
 
 
 @lru_cache(maxsize=4096)

@@ -13,6 +13,7 @@ from jaxkv.engine.costs import PassShape
 from jaxkv.engine.sequence import Sequence
 from jaxkv.generation.prefill import CHUNK
 from jaxkv.policies import Policy
+from jaxkv.requests import PromptRead
 
 if TYPE_CHECKING:
     from jaxkv.generation.prefill import PromptState
@@ -38,11 +39,13 @@ class PromptInProgress:
     lend_tokens: int
     """The first that become a prefix once they are read; 0: none do."""
     most: Blocks
-    """That its row holds until it is compressed, what it borrows and lends included."""
+    """That its row holds until it is compressed, what it borrows and lends included, and what its forks take."""
     leaves: Blocks
     """That it will hold at its end."""
     state: PromptState | None = None
     """Of what is read, where the rest waits for others; the engine's."""
+    forks: dict[int, Sequence] = field(default_factory=dict)
+    """By their rows, those that are to go on from it once it is read."""
 
     @property
     def ids(self) -> np.ndarray:
@@ -54,19 +57,29 @@ class PromptInProgress:
         return len(self.ids)
 
     @property
+    def unread(self) -> int:
+        """Tokens."""
+        return self.total - self.read
+
+    @property
     def part_length(self) -> int:
         """Tokens of the part that begins here."""
-        return min(self.part, self.total - self.read)
+        return min(self.part, self.unread)
 
     @property
     def part_is_read(self) -> bool:
         return self.read == self.total or self.read % self.part == 0
 
     @property
+    def rows(self) -> list[int]:
+        """Of all that answer it."""
+        return [self.row, *self.forks]
+
+    @property
     def waits_for_others(self) -> bool:
         """Whether what is left of it goes into a pass with others' rests."""
         whole, lent = self.part >= self.total, self.read >= self.lend_tokens
-        return whole and lent and 0 < self.total - self.read <= LONGEST_TOGETHER
+        return whole and lent and not self.forks and 0 < self.unread <= LONGEST_TOGETHER
 
     @property
     def next_ids(self) -> np.ndarray:
@@ -129,6 +142,11 @@ class Reading:
     def of_prompts(self, values: np.ndarray) -> Iterator[tuple[PromptInProgress, int]]:
         """The prompts, each with its row's value."""
         return zip(self.prompts, values.tolist(), strict=False)
+
+    def progress(self) -> Iterator[PromptRead]:
+        """How far each is read."""
+        for prompt in self.prompts:
+            yield PromptRead(request=prompt.sequence.index, tokens=prompt.read, total=prompt.total)
 
     def _of_rows(self, values: list[int]) -> np.ndarray:
         return np.array([*values, *[0] * (self.shape.rows - len(values))], np.int32)

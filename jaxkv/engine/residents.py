@@ -10,9 +10,8 @@ import numpy as np
 from jaxkv.cache.config import CacheConfig
 from jaxkv.engine.block_counts import BlockCounts, Blocks
 from jaxkv.engine.decisions import Joining
-from jaxkv.engine.limits import answer_too_large, part_too_large
-from jaxkv.engine.prompt_plan import compressed_blocks
 from jaxkv.engine.reading import PromptInProgress, Reading
+from jaxkv.engine.refusals import parts_too_large, too_large
 from jaxkv.engine.schedule import STEPS, Schedule
 from jaxkv.engine.sequence import Sequence as Answer
 
@@ -21,12 +20,12 @@ HORIZON = 4 * STEPS
 
 
 class Residents:
-    """The rows of a cache of these sizes: who answers, whose prompt is being read, and what they will take."""
+    """The first rows of a cache of these sizes: who answers, whose prompt is being read, and what they will take."""
 
-    def __init__(self, config: CacheConfig, schedule: Schedule):
+    def __init__(self, config: CacheConfig, rows: int, schedule: Schedule):
         self.config, self.schedule = config, schedule
         self.counts = BlockCounts(config)
-        self.rows: list[Answer | None] = [None] * config.batch
+        self.rows: list[Answer | None] = [None] * rows
         self.reading: Reading | None = None
         self.aside: list[PromptInProgress] = []
         """Prompts of which little is left to read, which is read with others' rests."""
@@ -42,7 +41,7 @@ class Residents:
     @property
     def running(self) -> list[int]:
         """Rows that decode: all taken but those whose prompts are being read."""
-        reading = {prompt.row for prompt in self._unfinished}
+        reading = {row for prompt in self._unfinished for row in prompt.rows}
         return [row for row, sequence in enumerate(self.rows) if sequence is not None and row not in reading]
 
     def with_others(self, rows: Sequence[int], width: int) -> np.ndarray:
@@ -53,11 +52,12 @@ class Residents:
 
     def too_large(self, row: int) -> str | None:
         """Why an answer can't be given to a prompt that is read and compressed; None where it can."""
-        return answer_too_large(self.config, self.counts, row, self.sequence(row))
+        request = self.sequence(row).request
+        return too_large(self.config, self.counts, row, request, self._growth([row], request.until_compressed))
 
     def parts_too_large(self, prompt: PromptInProgress) -> str | None:
         """Why the next part can't be read beside what is left of those before; None where it can."""
-        return part_too_large(self.config, self.counts, prompt)
+        return parts_too_large(self.config, self.counts, prompt)
 
     def expected(self, sequence: Answer) -> int:
         """Tokens, about, that an answer will still hold memory for: more join only where there is room for these, or
@@ -69,17 +69,6 @@ class Residents:
         if policy is not None and policy.compress_every is not None:
             left = min(left, max(policy.compress_every, HORIZON))
         return left
-
-    def _leaves(self, sequence: Answer, takes: Blocks) -> Blocks:
-        """What a request will hold at its end, of what its prompt takes."""
-        policy, more = sequence.request.policy, self.expected(sequence)
-        if policy is None:
-            return takes + Blocks(raw=self.config.full_blocks(more))
-        kept = compressed_blocks(self.config, policy, len(sequence.request.prompt))
-        if policy.placement.quantises_decoding:
-            assert self.config.tiers is not None
-            return kept + Blocks(quantised=self.config.heads * self.config.tiers.full_blocks(more))
-        return kept + Blocks(raw=self.config.full_blocks(more))
 
     def _fit(self, prompts: Sequence[Joining], grows: Blocks, free: Blocks) -> bool:
         """Whether so many blocks suffice for these prompts, all read before any is compressed, and then for the answers

@@ -9,10 +9,17 @@ from itertools import islice
 
 from jaxkv.cache.config import CacheConfig
 from jaxkv.engine.block_counts import Blocks
-from jaxkv.engine.costs import Costs, PassShape, Work
+from jaxkv.engine.costs import Costs, PassShape, Work, width
 from jaxkv.engine.decisions import Join, Joining, Wait
-from jaxkv.engine.prefixes import AHEAD, Prefixes, Share, SharedPrefix
-from jaxkv.engine.prompt_plan import PromptPlan, Unservable, compressed_blocks, plan_parts
+from jaxkv.engine.prefixes import AHEAD, Prefixes, Share, freed_by
+from jaxkv.engine.prompt_plan import (
+    PromptPlan,
+    Unservable,
+    compressed_blocks,
+    forked_blocks,
+    left_blocks,
+    plan_parts,
+)
 from jaxkv.engine.reading import (
     LONGEST_TOGETHER,
     MOST_TOGETHER,
@@ -41,6 +48,7 @@ class Scheduler(Residents):
       costs: what was seen of earlier runs with the same model.
       split_prompts: whether a prompt that will be compressed is read in parts where as a whole it could join only
         later; None: where its policy's scores don't depend on what follows.
+      context: whether the cache's last row holds a context that requests begin with, and is nobody's.
     """
 
     def __init__(
@@ -51,8 +59,10 @@ class Scheduler(Residents):
         schedule: Schedule | None = None,
         costs: Costs | None = None,
         split_prompts: bool | None = None,
+        context: bool = False,
     ):
-        super().__init__(config, schedule or Throughput())
+        self.context_row = config.batch - 1 if context else None
+        super().__init__(config, config.batch - context, schedule or Throughput())
         self.share_prefixes, self.split_prompts, self.costs = share_prefixes, split_prompts, costs or Costs()
         self.prefixes = Prefixes(config.block_size)
         self.queue: deque[Answer] = deque()
@@ -69,6 +79,10 @@ class Scheduler(Residents):
     def is_empty(self) -> bool:
         """Whether nobody waits or has a row."""
         return not self.queue and self.rows.count(None) == len(self.rows)
+
+    def note_decoding(self, seconds: float) -> None:
+        """Rows have been decoded for so long, while others stood idle."""
+        self.idle += seconds * min(self.rows.count(None), len(self.queue)) / len(self.rows)
 
     @property
     def wants_requests(self) -> bool:
@@ -95,7 +109,7 @@ class Scheduler(Residents):
         plan = sequence.plan
         if isinstance(plan, Unservable):
             return Refused(request=sequence.index, error=plan.reason)
-        if None not in self.rows:
+        if self.rows.count(None) <= len(sequence.siblings):
             return Wait()
         first, cut = self._joining(sequence, plan, self.rows.index(None)), ()
         grows, free = self._growth_of_answers(), self.counts.free - self._still_take(self.aside)
@@ -104,11 +118,11 @@ class Scheduler(Residents):
             first, self.short_of_memory = split, not self._fit([split], grows, free)
         if self.short_of_memory:
             cut = self.prefixes.unused(but=first.share.prefix)
-            self.short_of_memory = not self._fit([first], grows, free + self._freed_by(cut))
+            self.short_of_memory = not self._fit([first], grows, free + freed_by(cut, self.config.heads))
             if self.short_of_memory:
                 # Where nobody runs, nothing but prefixes is in its way, also the one that it would have shared.
                 return Wait(cut=cut if running else self.prefixes.unused())
-        join = self._together(first, grows, free + self._freed_by(cut), bool(cut))
+        join = self._together(first, grows, free + freed_by(cut, self.config.heads), bool(cut))
         if running and not self.schedule.joins(self.idle, self._saved_by_waiting(join.prompts)):
             return Wait()
         return replace(join, cut=cut)
@@ -130,14 +144,16 @@ class Scheduler(Residents):
         if not self.queue or isinstance(plan := self.queue[0].plan, Unservable):
             return False
         first = self._joining(self.queue[0], plan, self.rows.index(None))
-        if plan.part < len(first.sequence.request.prompt) or not self._cheaper_together(prompts, first):
+        if plan.part < len(first.sequence.request.prompt) or first.sequence.siblings:
+            return False
+        if not self._cheaper_together(prompts, first):
             return False
         return self._fit([first], self._growth_of_answers(), self.counts.free - self._still_take(prompts))
 
     def _cheaper_together(self, prompts: list[PromptInProgress], *joining: Joining) -> bool:
         """Whether rests of prompts, and of those who join, of one policy, go into one pass that costs less."""
         policy, *others = [each.sequence.request.policy for each in (*prompts, *joining)]
-        rests = [*map(_rest, prompts), *(last_together(each.unread) for each in joining)]
+        rests = [*(each.unread for each in prompts), *(last_together(each.unread) for each in joining)]
         shape = shape_together(rests, len(self.rows))
         if shape is None or any(other != policy for other in others):
             return False
@@ -181,7 +197,7 @@ class Scheduler(Residents):
         answers = [self.sequence(row) for row in rows]
         if self.queue and (any(answer.ends for answer in answers) or (None in self.rows and not self.short_of_memory)):
             return 0
-        if any(a.replaying or a.request.params.stop or a.tokens_left <= sent for a in answers):
+        if any(a.replaying or a.ends_here or a.tokens_left <= sent for a in answers):
             return 0
         steps = self.steps()
         while steps and not self._growth(rows, sent + steps) <= self.counts.free:
@@ -203,13 +219,9 @@ class Scheduler(Residents):
 
     def _narrowest(self, rows: Sequence[int], policy: Policy | None) -> tuple[Work, Work]:
         """A decode step of as few rows as can be, and the cheapest that is compiled, if any is."""
-        least = Work(min(_width(len(rows)), len(self.rows)), policy)
+        least = Work(min(width(len(rows)), len(self.rows)), policy)
         wider = [work for work in self.costs.seen if work.policy == policy and work.is_step and work.size >= len(rows)]
         return least, min(wider, key=self.costs.of, default=least)
-
-    def note_decoding(self, seconds: float) -> None:
-        """Rows have been decoded for so long, while others stood idle."""
-        self.idle += seconds * min(self.rows.count(None), len(self.queue)) / len(self.rows)
 
     def whom_to_compress_again(self) -> list[int]:
         """Running rows that may have outgrown their budgets."""
@@ -221,49 +233,68 @@ class Scheduler(Residents):
         taken = [(sequence.order, row) for row, sequence in enumerate(self.rows) if sequence is not None]
         return max(taken)[1]
 
-    def put_back(self, row: int) -> None:
-        """A row's sequence waits again, before all others."""
+    def put_back(self, row: int) -> list[int]:
+        """A row's sequence waits again, before all others; gives the rows that are free for it."""
         self.queue.appendleft(self.sequence(row))
-        self.leave(row)
+        freed = self.leave(row)
         self.preemptions += 1
         self.locked = bool(self.running)
+        return freed
 
-    def leave(self, row: int) -> None:
-        """A row is free."""
-        if self.reading is not None and self.reading.prompts[0].row == row:
-            self.reading = None
+    def leave(self, row: int) -> list[int]:
+        """A row is free, and so are those that were to go on from what it reads; gives them all."""
+        freed = [row]
         self.aside = [prompt for prompt in self.aside if prompt.row != row]
+        if self.reading is not None:
+            first = self.reading.prompts[0]
+            forks, sibling = first.forks, first.forks.pop(row, None)
+            if sibling is not None:
+                first.sequence.siblings.remove(sibling)
+            if first.row == row:
+                self.reading, freed = None, [row, *forks]
         sequence = self.sequence(row)
         if sequence.finish_reason == "stop":
             self.stopped += 1
             self.stopped_tokens += len(sequence.token_ids)
         self.prefixes.give_up(row)
-        self.rows[row] = None
+        for each in freed:
+            self.rows[each] = None
         self.locked = False
+        return freed
 
     def _begin(self, joining: Joining) -> PromptInProgress:
         sequence, share = joining.sequence, joining.share
-        borrowed = Blocks(raw=self.config.full_blocks(share.borrow_tokens))
         self.queue.remove(sequence)
         self.rows[joining.row] = sequence
         self.joined += 1
         sequence.begin(order=self.joined)
         self.prefixes.borrow(joining.row, share)
+        forks = dict(zip(joining.forks, sequence.siblings, strict=True))
+        for row, sibling in forks.items():
+            self.rows[row] = sibling
+            self.joined += 1
+            sibling.begin(order=self.joined)
+        before = Blocks(raw=self.config.full_blocks(share.borrow_tokens))
+        if self.context_row is not None:
+            before += self.counts.held(self.context_row)
         return PromptInProgress(
             row=joining.row,
             sequence=sequence,
             part=joining.plan.part,
             read=share.borrow_tokens,
             lend_tokens=share.lend_tokens,
-            most=joining.takes + borrowed,
-            leaves=joining.leaves + borrowed,
+            most=joining.takes + before,
+            leaves=joining.leaves + before,
+            forks=forks,
         )
 
     def _joining(self, sequence: Answer, plan: PromptPlan, row: int) -> Joining:
         share = self._share(sequence, plan)
         takes = self._takes(sequence, plan, share)
-        leaves = self._leaves(sequence, takes)
-        return Joining(sequence=sequence, row=row, plan=plan, share=share, takes=takes, leaves=leaves)
+        leaves = left_blocks(self.config, sequence.request, takes, self.expected(sequence))
+        others = [other for other, taken in enumerate(self.rows) if taken is None and other != row]
+        forks = tuple(others[: len(sequence.siblings)])
+        return Joining(sequence=sequence, row=row, plan=plan, share=share, takes=takes, leaves=leaves, forks=forks)
 
     def _split(self, joining: Joining, free: Blocks) -> Joining | None:
         """The same, but in parts that fit; None: they don't, or it may not be."""
@@ -282,18 +313,18 @@ class Scheduler(Residents):
         policy, prompts, shape = first.sequence.request.policy, [first], None
         rests = self._rests_of(policy) if self._is_short(first) else []
         if rests:
-            shape = shape_together([first.unread, *map(_rest, rests)], len(self.rows))
+            shape = shape_together([each.unread for each in (first, *rests)], len(self.rows))
         for sequence in self._packable(first):
             if len(prompts) == len(rows):
                 break
             assert isinstance(sequence.plan, PromptPlan)
             more = [*prompts, self._joining(sequence, sequence.plan, rows[len(prompts)])]
-            lengths = [*map(_rest, rests), *(joining.unread for joining in more)]
+            lengths = [each.unread for each in (*rests, *more)]
             wider, share = shape_together(lengths, len(self.rows)), more[-1].share
             borrows = share.prefix is None or not cuts or share.prefix is first.share.prefix
             if wider is not None and not share.lend_tokens and borrows and self._fit(more, grows, free):
                 prompts, shape = more, wider
-        each = [*map(_rest, rests), *(joining.unread for joining in prompts)]
+        each = [each.unread for each in (*rests, *prompts)]
         if shape is None or not self._pays_together(shape, each, policy):
             return Join(prompts=(first,), shape=shape_alone(min(first.plan.part, first.unread)))
         return Join(prompts=tuple(prompts), rests=tuple(rests), shape=shape)
@@ -305,7 +336,7 @@ class Scheduler(Residents):
     def _rests(self) -> Join:
         """Those whose rests wait for others are read to their ends: together, or the first of them."""
         rests = self._rests_of(self.aside[0].sequence.request.policy)
-        lengths = [_rest(prompt) for prompt in rests]
+        lengths = [prompt.unread for prompt in rests]
         shape = shape_together(lengths, len(self.rows))
         if shape is not None and self._pays_together(shape, lengths, rests[0].sequence.request.policy):
             return Join(prompts=(), rests=tuple(rests), shape=shape)
@@ -317,17 +348,20 @@ class Scheduler(Residents):
     def _is_short(self, joining: Joining) -> bool:
         """Whether all that is to be read of a prompt goes into a pass with others."""
         whole = joining.plan.part >= len(joining.sequence.request.prompt)
-        return whole and not joining.share.lend_tokens and joining.unread <= LONGEST_TOGETHER
+        alone = joining.share.lend_tokens or joining.forks
+        return whole and not alone and joining.unread <= LONGEST_TOGETHER
 
     def _packable(self, first: Joining) -> Iterator[Answer]:
         """Some who wait not far behind the first, as would go into one pass with it were there rows and room."""
         request = first.sequence.request
         if not self._is_short(first):
             return
-        lengths = [*map(_rest, self._rests_of(request.policy)), first.unread]
+        lengths = [each.unread for each in (*self._rests_of(request.policy), first)]
         for sequence in islice(self.queue, 1, 2 * MOST_TOGETHER):
             plan, other = sequence.plan, sequence.request
-            if isinstance(plan, Unservable) or other.policy != request.policy or plan.part < len(other.prompt):
+            if isinstance(plan, Unservable) or sequence.siblings:
+                continue
+            if other.policy != request.policy or plan.part < len(other.prompt):
                 continue
             unread = len(other.prompt) - (self.prefixes.borrowable(other) if first.share.prefix is not None else 0)
             if shape_together([*lengths, unread], len(self.rows)) is not None:
@@ -358,18 +392,5 @@ class Scheduler(Residents):
             return Blocks(raw=plan.peak_blocks - self.config.full_blocks(share.borrow_tokens))
         copied = self.config.full_blocks(share.lend_tokens)
         quantised = compressed_blocks(self.config, request.policy, len(request.prompt)).quantised
+        quantised += forked_blocks(self.config, request).quantised
         return Blocks(raw=plan.peak_blocks + copied, quantised=quantised)
-
-    def _freed_by(self, cut: Iterable[SharedPrefix]) -> Blocks:
-        return Blocks(raw=self.config.heads * sum(shared.blocks - shared.in_use for shared in cut))
-
-
-def _width(rows: int) -> int:
-    """1, 2, 3, 4, 6, 8, 12, …: few widths, of which no row in three is idle."""
-    power = 1 << (rows - 1).bit_length()
-    return power * 3 // 4 if power >= 4 and rows <= power * 3 // 4 else power
-
-
-def _rest(prompt: PromptInProgress) -> int:
-    """Tokens still to read."""
-    return prompt.total - prompt.read

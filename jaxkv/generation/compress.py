@@ -7,6 +7,7 @@ from jax import Array, lax
 
 from jaxkv.cache.contents import contents, with_scores
 from jaxkv.cache.moves import move
+from jaxkv.cache.sharing import can_own, own
 from jaxkv.cache.state import PagedCache
 from jaxkv.compression.policy import Policy
 from jaxkv.generation.scoring import score_unquantised
@@ -25,7 +26,8 @@ def compress(
     """Takes from each sequence what the policy's budget doesn't leave room for.
 
     A policy with tiers needs free blocks to quantise to; a sequence for which there are too few stays as it is, and
-    ``room_to_step`` then says so where it can't be decoded.
+    ``room_to_step`` then says so where it can't be decoded. One that shares blocks (``fork``) gets copies of its own
+    first; where too few are free for those, it stays as it is, too.
 
     Args:
       cache: donated.
@@ -46,12 +48,12 @@ def compress(
         part = cache.rows(which)
         budgeted = part.num_tokens[0] if tokens is None else tokens[row].astype(jnp.int32)
         left = jnp.asarray(policy.room(part, budgeted) if room is None else room[row], jnp.int32)
-        due = policy.placement.due(part, left)
+        due = policy.placement.due(part, left) & can_own(part)
         if select is not None:
             due &= select[row]
 
         def run(cache: PagedCache) -> PagedCache:
-            part = cache.rows(which)
+            part, _ = own(cache.rows(which), jnp.ones(1, bool))
             if policy.scorer.scores_kvs_alone:
                 part = score_unquantised(part, policy)
             now = contents(part)

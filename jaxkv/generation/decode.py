@@ -8,15 +8,19 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxkv.cache.sharing import can_own, own
 from jaxkv.cache.state import PagedCache
 from jaxkv.compression.placement import Claim, claim_raw
 from jaxkv.compression.policy import Policy
 from jaxkv.generation.compress import check_blocks, compress, compress_again
 from jaxkv.generation.passes import begin_step
 from jaxkv.generation.prefill import prefill
-from jaxkv.generation.sampling import Greedy, Sampler, logprobs_of
+from jaxkv.generation.sampling import Chosen, Sampler, choose
 from models.interface import Decoder
 from pallas_kernels.settings import any_ranks
+
+Choose = Callable[[Array, Array], Array]
+"""Logits ``f32[batch, vocab]`` and positions ``i32[batch]`` to tokens ``i32[batch]``."""
 
 
 @any_ranks
@@ -39,19 +43,36 @@ def decode_step(
     Raises:
       ValueError: a cache whose blocks aren't those of the policy.
     """
-    tokens, claim = tokens.astype(jnp.int32), _claim(cache, active, policy)
-    step = begin_step(cache, claim, active, policy)
+    cache, owned = _owned(cache, active, policy)
+    cache, logits = _step(model, cache, tokens.astype(jnp.int32), active & owned, policy)
+    return cache, jnp.where(owned, logits, jnp.nan)
+
+
+def _step(
+    model: Decoder, cache: PagedCache, tokens: Array, active: Array, policy: Policy | None
+) -> tuple[PagedCache, Array]:
+    step = begin_step(cache, _claim(cache, active, policy), active, policy)
     state, hidden = model(tokens[:, None], cache.num_tokens[:, None], step.attend, step.state)
     return step.end(state), jnp.where(step.granted, model.logits(hidden[:, 0]), jnp.nan)
+
+
+def _owned(cache: PagedCache, active: Array, policy: Policy | None) -> tuple[PagedCache, Array]:
+    """The cache, with copies for rows whose old KVs a policy changes in decoding, and ``bool[]``: there was room."""
+    if policy is None or not policy.acts_in_decoding:
+        return cache, jnp.bool_(True)
+    cache, owned = own(cache, active)
+    return cache, jnp.all(owned | ~active)
 
 
 @any_ranks
 def room_to_step(cache: PagedCache, active: Array, policy: Policy | None = None) -> Array:
     """``bool[]``: whether blocks and table rows suffice for a decode step of the active rows, ``bool[batch]``.
 
-    Where the policy quantises what it decodes, nothing of these rows may have stayed unquantised.
+    Where the policy quantises what it decodes, nothing of these rows may have stayed unquantised; where it acts in
+    decoding at all, blocks must be free for copies of what they share.
     """
-    return _claim(cache, active, policy).granted
+    cache, owned = _owned(cache, active, policy)
+    return owned & _claim(cache, active, policy).granted
 
 
 def _claim(cache: PagedCache, active: Array, policy: Policy | None) -> Claim:
@@ -71,8 +92,33 @@ class Decoded(NamedTuple):
     """``f32[batch, steps]``: log probability of each token under the model."""
     counts: Array
     """``i32[batch]`` tokens made, a stop token included."""
+    likeliest: Array
+    """``i32[batch, steps, top]``: the likeliest tokens at each place, the likeliest first."""
+    their_logprobs: Array
+    """``f32[batch, steps, top]``."""
     active: Array
     """``bool[batch]`` rows that neither met a stop token nor their limit: with work left."""
+
+    def likely(self, step: Array, chosen: Chosen) -> Decoded:
+        """With the likeliest tokens of a step."""
+        likeliest = self.likeliest.at[:, step].set(chosen.likeliest)
+        return self._replace(
+            likeliest=likeliest, their_logprobs=self.their_logprobs.at[:, step].set(chosen.their_logprobs)
+        )
+
+    @classmethod
+    def none(cls, cache: PagedCache, active: Array, steps: int, top: int) -> Decoded:
+        """Before the first step."""
+        batch = active.shape[0]
+        return cls(
+            cache=cache,
+            tokens=jnp.zeros((batch, steps), jnp.int32),
+            logprobs=jnp.zeros((batch, steps), jnp.float32),
+            counts=jnp.zeros(batch, jnp.int32),
+            likeliest=jnp.zeros((batch, steps, top), jnp.int32),
+            their_logprobs=jnp.zeros((batch, steps, top), jnp.float32),
+            active=active,
+        )
 
 
 @any_ranks
@@ -83,10 +129,11 @@ def decode(
     limits: Array,
     *,
     steps: int,
-    sampler: Sampler | None = None,
+    sampler: Sampler | Choose | None = None,
     policy: Policy | None = None,
     stop_tokens: tuple[int, ...] = (),
     stops: Array | None = None,
+    top: int = 0,
 ) -> Decoded:
     """Many decode steps in one dispatch, with allocation, and where the policy wants it compression, inside.
 
@@ -101,45 +148,40 @@ def decode(
       policy: what compresses sequences that have grown; static.
       stop_tokens: end a row; static.
       stops: ``bool[batch]`` rows that they end; None: all.
+      top: how many of the likeliest tokens to tell at each place; static.
     """
-    sampler = Greedy() if sampler is None else sampler
     may_stop = jnp.bool_(True) if stops is None else stops
-    batch, tokens, limits = tokens.shape[0], tokens.astype(jnp.int32), limits.astype(jnp.int32)
+    tokens, limits = tokens.astype(jnp.int32), limits.astype(jnp.int32)
+    changes = policy is not None and policy.acts_in_decoding
+    owned = can_own(cache, limits > 0) if changes else jnp.bool_(True)
 
-    def going(state: tuple[Array, Array, Decoded]) -> Array:
-        step, _, made = state
-        return (step < steps) & jnp.any(made.active) & room_to_step(made.cache, made.active, policy)
+    def going(state: tuple[Array, Array, Decoded, Sampler]) -> Array:
+        step, _, made, _ = state
+        return owned & (step < steps) & jnp.any(made.active) & _claim(made.cache, made.active, policy).granted
 
-    def once(state: tuple[Array, Array, Decoded]) -> tuple[Array, Array, Decoded]:
-        step, last, made = state
-        cache, logits = decode_step(model, made.cache, last, made.active, policy)
-        new, logprob = _choose(sampler, logits, cache.num_tokens)
-        new, logprob = jnp.where(made.active, new, 0), jnp.where(made.active, logprob, 0.0)
+    def once(state: tuple[Array, Array, Decoded, Sampler]) -> tuple[Array, Array, Decoded, Sampler]:
+        step, last, made, sampler = state
+        cache = made.cache
+        if changes:
+            cache, _ = own(cache, made.active & (step == 0))
+        cache, logits = _step(model, cache, last, made.active, policy)
+        chosen = choose(sampler, logits, cache.num_tokens, top)
+        new, logprob = jnp.where(made.active, chosen.tokens, 0), jnp.where(made.active, chosen.logprobs, 0.0)
+        sampler = sampler.after(new, made.active)
         counts = made.counts + made.active.astype(jnp.int32)
         active = made.active & (counts < limits) & ~(is_any(new, stop_tokens) & may_stop)
         cache = _compress_grown(cache, policy, made.active)  # also what ends here: it may only end its dispatch
-        made = Decoded(
+        made = made._replace(
             cache=cache,
             tokens=made.tokens.at[:, step].set(new),
             logprobs=made.logprobs.at[:, step].set(logprob),
             counts=counts,
             active=active,
-        )
-        return step + 1, jnp.where(made.active, new, last), made
+        ).likely(step, chosen)
+        return step + 1, jnp.where(made.active, new, last), made, sampler
 
-    start = Decoded(
-        cache=cache,
-        tokens=jnp.zeros((batch, steps), jnp.int32),
-        logprobs=jnp.zeros((batch, steps), jnp.float32),
-        counts=jnp.zeros(batch, jnp.int32),
-        active=limits > 0,
-    )
-    return lax.while_loop(going, once, (jnp.int32(0), tokens, start))[2]
-
-
-def _choose(sampler: Callable[[Array, Array], Array], logits: Array, position: Array) -> tuple[Array, Array]:
-    tokens = sampler(logits, position)
-    return tokens, logprobs_of(logits, tokens)
+    start = jnp.int32(0), tokens, Decoded.none(cache, limits > 0, steps, top), Sampler.of(sampler)
+    return lax.while_loop(going, once, start)[2]
 
 
 def is_any(tokens: Array, stop_tokens: tuple[int, ...]) -> Array:
@@ -164,8 +206,9 @@ def generate(
     *,
     max_tokens: int,
     policy: Policy | None = None,
-    sampler: Sampler | None = None,
+    sampler: Sampler | Choose | None = None,
     stop_tokens: tuple[int, ...] = (),
+    top: int = 0,
 ) -> Decoded:
     """From prompts to tokens in one program. The first token comes from the full cache, then it is compressed.
 
@@ -177,9 +220,9 @@ def generate(
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-    sampler = Greedy() if sampler is None else sampler
     cache, logits = prefill(model, cache, tokens, lengths, policy)
-    first, logprob = _choose(sampler, logits, cache.num_tokens)
+    sampler = Sampler.of(sampler)
+    first, *told = choose(sampler, logits, cache.num_tokens, top)
     if policy is not None:
         cache = compress(cache, policy)
     fits = ~jnp.isnan(logits[:, 0]) & (lengths > 0)
@@ -190,14 +233,23 @@ def generate(
         first,
         jnp.where(more, max_tokens - 1, 0),
         steps=max(max_tokens - 1, 1),
-        sampler=sampler,
+        sampler=sampler.after(jnp.where(fits, first, 0), fits),
         policy=policy,
         stop_tokens=stop_tokens,
+        top=top,
     )
+
+    def joined(first: Array, rest: Array) -> Array:
+        first = jnp.where(fits.reshape(-1, *[1] * (first.ndim - 1)), first, jnp.zeros((), first.dtype))
+        return jnp.concatenate([first[:, None], rest], axis=1)[:, :max_tokens]
+
+    logprobs, likeliest, their_logprobs = map(joined, told, (rest.logprobs, rest.likeliest, rest.their_logprobs))
     return Decoded(
         cache=rest.cache,
-        tokens=jnp.concatenate([jnp.where(fits, first, 0)[:, None], rest.tokens], axis=1)[:, :max_tokens],
-        logprobs=jnp.concatenate([jnp.where(fits, logprob, 0.0)[:, None], rest.logprobs], axis=1)[:, :max_tokens],
+        tokens=joined(first, rest.tokens),
+        logprobs=logprobs,
+        likeliest=likeliest,
+        their_logprobs=their_logprobs,
         counts=rest.counts + fits.astype(jnp.int32),
         active=rest.active | (~fits & (lengths > 0)),
     )

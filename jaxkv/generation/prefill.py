@@ -11,6 +11,7 @@ from dataclasses import replace
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxkv.cache.sharing import own
 from jaxkv.cache.state import PagedCache
 from jaxkv.compression.policy import Policy
 from jaxkv.generation.packing import Packing
@@ -174,5 +175,8 @@ def finish_prompt(
     model: Decoder, cache: PagedCache, prompt: PromptState, policy: Policy | None
 ) -> tuple[PagedCache, Array]:
     """After the last chunk: scores from the observed attention and the KVs, and the logits of the last tokens."""
-    logits = model.logits(prompt.hidden)
-    return score_prompt(model, cache, prompt, policy), jnp.where(prompt.granted, logits, jnp.nan)
+    logits, granted = model.logits(prompt.hidden), prompt.granted
+    if policy is not None:  # scores are the row's own, also of KVs that it shares
+        cache, owned = own(cache, prompt.lengths > 0)
+        granted &= jnp.all(owned | (prompt.lengths == 0))
+    return score_prompt(model, cache, prompt, policy), jnp.where(granted, logits, jnp.nan)

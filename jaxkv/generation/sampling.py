@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 
 class Sampler(ABC):
@@ -17,6 +19,17 @@ class Sampler(ABC):
     def __call__(self, logits: Array, position: Array) -> Array:
         """Tokens ``i32[batch]`` from ``f32[batch, vocab]``; ``position`` ``i32[batch]`` varies the random draw."""
 
+    def after(self, tokens: Array, made: Array) -> Sampler:
+        """The sampler of the next step: of rows ``bool[batch]`` made it has chosen these tokens, ``i32[batch]``."""
+        return self
+
+    @staticmethod
+    def of(chooses: Sampler | Callable[[Array, Array], Array] | None) -> Sampler:
+        """A sampler as it is, a plain function of logits and positions as one; None: the greedy one."""
+        if chooses is None:
+            return Greedy()
+        return chooses if isinstance(chooses, Sampler) else Function(function=chooses)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +38,17 @@ class Greedy(Sampler):
 
     def __call__(self, logits: Array, position: Array) -> Array:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Function(Sampler):
+    """A pure function of one's own: ``f32[batch, vocab]`` and positions ``i32[batch]`` -> ``i32[batch]``."""
+
+    function: Callable[[Array, Array], Array] = field(metadata={"static": True})
+
+    def __call__(self, logits: Array, position: Array) -> Array:
+        return self.function(logits, position)
 
 
 @jax.tree_util.register_dataclass
@@ -76,6 +100,9 @@ class Forced(Sampler):
         is_told = (place >= 0) & (place < self.tokens.shape[1]) & (told >= 0)
         return jnp.where(is_told, told, self.sampler(logits, position))
 
+    def after(self, tokens: Array, made: Array) -> Forced:
+        return replace(self, sampler=self.sampler.after(tokens, made))
+
 
 def restrict(logits: Array, *, top_k: Array, top_p: Array, min_p: Array) -> Array:
     """Logits ``f32[batch, vocab]`` with the tokens that top-k, top-p or min-p exclude at minus infinity.
@@ -94,6 +121,30 @@ def restrict(logits: Array, *, top_k: Array, top_p: Array, min_p: Array) -> Arra
     kept = jnp.sum((rank < k) & nucleus & likely, axis=-1, dtype=jnp.int32)  # each excludes a suffix
     least = jnp.take_along_axis(descending, jnp.maximum(kept - 1, 0)[:, None], axis=-1)
     return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+class Chosen(NamedTuple):
+    """The tokens of a step, with what the model thought of them."""
+
+    tokens: Array
+    """``i32[batch]``."""
+    logprobs: Array
+    """``f32[batch]``."""
+    likeliest: Array
+    """``i32[batch, top]``: the likeliest tokens, the likeliest first."""
+    their_logprobs: Array
+    """``f32[batch, top]``."""
+
+
+def choose(sampler: Sampler, logits: Array, position: Array, top: int = 0) -> Chosen:
+    """Lets a sampler choose; ``top`` is static."""
+    tokens = sampler(logits, position)
+    if top == 0:
+        none = (*tokens.shape, 0)
+        return Chosen(tokens, logprobs_of(logits, tokens), jnp.zeros(none, jnp.int32), jnp.zeros(none, jnp.float32))
+    values, likeliest = lax.top_k(logits, top)
+    values -= jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    return Chosen(tokens, logprobs_of(logits, tokens), likeliest.astype(jnp.int32), values)
 
 
 def logprobs_of(logits: Array, tokens: Array) -> Array:

@@ -43,7 +43,6 @@ def score_prompt(model: Decoder, cache: PagedCache, prompt: PromptState, policy:
         raw=cache.raw,
         quantised=quantised if prompt.fresh else cache.quantised,
         num_tokens=cache.num_tokens,
-        shared=cache.shared,
     )
 
 

@@ -22,6 +22,7 @@ from jaxkv.policies.mixed import Mixed as Mixed
 from jaxkv.policies.names import POLICIES as POLICIES
 from jaxkv.policies.names import make_policy as make_policy
 from jaxkv.policies.names import policy_from as policy_from
+from jaxkv.policies.names import register_policy as register_policy
 from jaxkv.policies.snapkv import AdaKV as AdaKV
 from jaxkv.policies.snapkv import PyramidKV as PyramidKV
 from jaxkv.policies.snapkv import SnapKV as SnapKV

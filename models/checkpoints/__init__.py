@@ -12,15 +12,17 @@ from models.checkpoints.gguf_file import ggufs_in
 from models.checkpoints.safetensors import load_safetensors
 from models.errors import CheckpointError
 from models.families import Model
+from models.hub import resolve
 
 __all__ = ["load_model"]
 
 
-def load_model(path: Path, dtype: DTypeLike = jnp.float32, *, weights: str = "floats") -> Model:
+def load_model(path: str | Path, dtype: DTypeLike = jnp.float32, *, weights: str = "floats") -> Model:
     """Load a model onto the default device.
 
     Args:
-      path: a .gguf file; or a directory with a checkpoint that ``orbax.save`` wrote, with config.json and safetensors,
+      path: as a text, a built-in name or one of the Hugging Face Hub (``org/name``), too. A .gguf file; or a directory
+        with a checkpoint that ``orbax.save`` wrote, with config.json and safetensors,
         or with exactly one .gguf file; of a split one, the first part or its directory.
       dtype: of the computation outside norms, softmax, RoPE and logits, and of parameters that are floats.
       weights: what kernels and embeddings are held as: "floats"; "stored", codes with scales as the file has them;
@@ -31,7 +33,7 @@ def load_model(path: Path, dtype: DTypeLike = jnp.float32, *, weights: str = "fl
       ValueError: unknown ``weights``, or a ``dtype`` that is no float.
     """
     check_weights(weights)
-    path = Path(path)
+    path = resolve(path) if isinstance(path, str) else path
     if not path.exists():
         raise CheckpointError(f"{path} doesn't exist. Give the path of a .gguf file or of a checkpoint's directory.")
     if path.is_file():

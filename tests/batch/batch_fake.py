@@ -51,6 +51,7 @@ class FakeLLM:
     """Holds several requests at a time, and refuses prompts with ``too long`` in them."""
 
     compression = None
+    on_compile = None
 
     def __init__(self, pause: float = 0.0, held: int = 4):
         self.pause, self.held = pause, held

@@ -303,7 +303,6 @@ def test_a_disk_that_fails_late_is_said_too(tmp_path, monkeypatch):
 
 
 def test_the_command_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "keep_compiled_programs", lambda: None)
     given = {}
     monkeypatch.setattr(cli, "LLM", lambda model, **settings: given.update(settings, model=model) or FakeLLM())
     source, output = many(tmp_path, 3), tmp_path / "out.jsonl"

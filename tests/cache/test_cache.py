@@ -89,7 +89,7 @@ def test_stats_are_of_bytes_really_held():
     cache = replace(tiny.with_tables(cache, lengths=lengths), num_tokens=jnp.array([33, 16]))
     got = stats(cache)
     block = 16 * (2 * 16 * 4 + 4 + 4)
-    tables = sum(a.nbytes for a in (cache.raw.tables.block_table, cache.raw.lengths, cache.num_tokens, cache.shared))
+    tables = sum(a.nbytes for a in (cache.raw.tables.block_table, cache.raw.lengths, cache.num_tokens))
     assert got.bytes_allocated == allocated(cache)
     assert got.blocks_held == 3
     assert got.bytes_held == 3 * block + tables

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from jaxkv.cache import CacheConfig, init_cache, release
+from jaxkv.cache import CacheConfig, fork, init_cache, own, release
 from jaxkv.cache.config import TierConfig
-from jaxkv.cache.prefix import own
 from jaxkv.generation.compress import compress
 from jaxkv.generation.decode import decode, decode_step, generate
 from jaxkv.generation.prefill import finish_prompt, prefill, prefill_chunk
@@ -59,7 +58,8 @@ def programs(policy, dtype):
         "decode_step": (lambda c, t: decode_step(model, c, t, t > 0, policy), (cache, row)),
         "decode": (lambda c, t: decode(model, c, t, t, steps=8, policy=policy), (cache, row)),
         "generate": (lambda c, t, n: generate(model, c, t, n, max_tokens=8, policy=policy), (cache, ids, row)),
-        "own": (lambda c: own(c, jnp.int32(1)), (cache,)),
+        "own": (lambda c: own(c, jnp.arange(c.num_tokens.shape[0]) == 1), (cache,)),
+        "fork": (lambda c: fork(c, 0, jnp.array([1])), (cache,)),
         "release": (lambda c, t: release(c, t > 0), (cache, row)),
     }
     if policy is not None:
@@ -75,7 +75,11 @@ def test_every_step_updates_the_pool_in_place(name):
 
 @pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
 def test_a_pool_of_bfloat16_is_updated_in_place():
-    check(POLICIES["continual"], ("chunk", "finish", "decode_step", "decode", "own", "compress"), dtype=jnp.bfloat16)
+    check(
+        POLICIES["continual"],
+        ("chunk", "finish", "decode_step", "decode", "own", "fork", "compress"),
+        dtype=jnp.bfloat16,
+    )
 
 
 def check(policy, names=None, dtype=jnp.float32):

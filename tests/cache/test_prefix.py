@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxkv import LLM, KVCompress, Ratio, SamplingParams
-from jaxkv.cache import CacheConfig, prefix
+from jaxkv.cache import CacheConfig, own, prefix
 from jaxkv.generation.prefill import prefill
 from jaxkv.policies import H2O
 from jaxkv.requests import Finished, Refused
@@ -168,9 +168,10 @@ def test_a_copy_holds_what_was_borrowed_and_the_prefix_stays(blocks, extra, seed
         ]
 
     first, second = held(cache, 0), held(cache, 1)
-    owned = prefix.own(cache, jnp.int32(1))
+    owned, all_of_it = own(cache, jnp.array([False, True]))
     assert int(owned.raw.tables.free.count) == int(cache.raw.tables.free.count) - 4 * blocks
-    assert owned.shared.tolist() == [5, 0]
+    assert all_of_it.tolist() == [False, True]
+    assert int(owned.raw.tables.free.others.sum()) == 4 * 5
     jax.tree.map(np.testing.assert_array_equal, (held(owned, 0), held(owned, 1)), (first, second))
     table = np.asarray(owned.raw.tables.block_table)
     assert not set(table[:, 1, :, : int(-(-(16 * blocks + extra) // 16))].ravel()) & set(table[:, 0, :, :5].ravel())

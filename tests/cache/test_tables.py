@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import assert_the_free_list_is_right
 
 from jaxkv.cache.tables import HeadTables
 
@@ -16,7 +17,8 @@ MOST = 48
 KINDS = {"unquantised": (16,), "quantised": (16, 24)}
 
 grown = jax.jit(lambda tables, lengths: tables.grow(lengths, most=MOST))
-cut = jax.jit(lambda tables, lengths, keep: tables.shrink(lengths, keep=keep))
+cut = jax.jit(lambda tables, lengths: tables.shrink(lengths))
+reordered = jax.jit(lambda tables, rows: tables.reorder(rows))
 roomy = jax.jit(lambda tables, lengths: tables.has_room(lengths))
 
 
@@ -87,20 +89,27 @@ def test_conservation_after_any_history(kind, actions):
             shorter = rng.integers(0, lengths + 1)
             if action == "end":
                 shorter = lengths * rng.integers(0, 2, BATCH)[:, None, None]
-            tables = cut(tables, jnp.asarray(shorter, jnp.int32), 0)
+            tables = cut(tables, jnp.asarray(shorter, jnp.int32))
             np.testing.assert_array_equal(tables.lengths, shorter)
         check(tables)
 
 
-@given(seed=st.integers(0, 2**31), keep=st.integers(0, 4))
-def test_a_heads_first_blocks_may_be_kept(seed, keep):
-    """Those of a prefix are somebody else's: they are neither freed nor counted as the head's."""
+@pytest.mark.parametrize("kind", KINDS)
+@given(seed=st.integers(0, 2**31), orders=st.lists(st.lists(st.integers(0, 2), min_size=3, max_size=3), max_size=4))
+def test_a_block_is_free_once_its_last_holder_has_given_it_back(kind, seed, orders):
     rng = np.random.default_rng(seed)
-    tables, granted = grown(new_tables((16,)), jnp.asarray(rng.integers(0, MOST, (LAYERS, BATCH, HEADS, 1)), jnp.int32))
+    lengths = rng.integers(0, MOST // 2, (LAYERS, BATCH, HEADS, len(KINDS[kind])))
+    tables, granted = grown(new_tables(KINDS[kind]), jnp.asarray(lengths, jnp.int32))
     assert granted
-    after = cut(tables, jnp.zeros_like(tables.lengths), keep)
-    freed = set(np.asarray(after.free.blocks)[int(tables.free.count) : int(after.free.count)].tolist())
-    assert freed == {block for blocks in held_by(tables).values() for block in blocks[keep:]}
+    for order in orders:
+        before = held_by(tables)
+        tables = reordered(poisoned(tables, rng), jnp.array(order))
+        for (layer, row, head, tier), blocks in held_by(tables).items():
+            assert blocks == before[layer, order[row], head, tier]
+        assert_the_free_list_is_right(tables.free, held_by(tables).values())
+    tables = cut(tables, jnp.zeros_like(tables.lengths))
+    assert int(tables.free.count) == BLOCKS - 1
+    assert_the_free_list_is_right(tables.free, [])
 
 
 def test_exactly_full_and_exactly_empty():
@@ -117,7 +126,7 @@ def test_exactly_full_and_exactly_empty():
     refused, granted = grown(full, jnp.asarray(lengths).at[0, 0, 0].add(1))
     assert not granted
     jax.tree.map(np.testing.assert_array_equal, refused, full)
-    empty = cut(full, jnp.zeros_like(full.lengths), 0)
+    empty = cut(full, jnp.zeros_like(full.lengths))
     assert int(empty.free.count) == BLOCKS - 1
     check(empty)
 

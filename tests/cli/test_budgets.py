@@ -31,7 +31,6 @@ def llm():
 @pytest.fixture
 def command(llm, monkeypatch, capsys):
     """The command line over one model, so that its programs are compiled once."""
-    monkeypatch.setattr(cli, "keep_compiled_programs", lambda: None)
 
     def load(_, *, compression, **settings):
         llm.compression = compression

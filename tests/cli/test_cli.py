@@ -1,6 +1,5 @@
 """The command line: its report, and what it says of bad input."""
 
-import argparse
 import json
 
 import pytest
@@ -9,14 +8,10 @@ import tiny
 from jaxkv import LLM, Auto, Latency, Ratio, SamplingParams
 from jaxkv.cli import commands as cli
 from jaxkv.cli.main import main
-from jaxkv.cli.options import answer_settings, byte_count, parser
+from jaxkv.cli.options import answer_settings, parser
+from jaxkv.words import byte_count
 
 pytestmark = pytest.mark.once
-
-
-@pytest.fixture(autouse=True)
-def _no_program_cache(monkeypatch):
-    monkeypatch.setattr(cli, "keep_compiled_programs", lambda: None)
 
 
 def run(capsys, *arguments):
@@ -150,7 +145,7 @@ def test_byte_counts(text, count):
 
 @pytest.mark.parametrize("text", ["", "many", "5X", "1.2.3G", "-5M"])
 def test_what_is_no_byte_count_is_refused(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="no number of bytes"):
+    with pytest.raises(ValueError, match="no number of bytes"):
         byte_count(text)
 
 

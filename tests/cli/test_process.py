@@ -21,7 +21,6 @@ from cli.speaker import Speaker
 from jaxkv.cli import commands
 from jaxkv.cli.main import main
 commands.LLM = lambda *_, **__: Speaker()
-commands.keep_compiled_programs = lambda: None
 sys.exit(main(sys.argv[1:]))
 """
 """A command line with a model that says at once what it is told to."""

@@ -123,7 +123,7 @@ def test_a_fraction_outside_zero_to_one_is_refused(fraction):
         (lambda: Ratio(ratio="8"), "ratio must be a number, got '8'"),
         (lambda: Ratio(ratio=None), "ratio must be a number, got None"),
         (lambda: KeepFraction(fraction="half"), "fraction must be a number, got 'half'"),
-        (lambda: KVCompress(budget=8), r"budget must be one, such as Ratio\(ratio=8\), got 8"),
+        (lambda: KVCompress(budget=8), r"budget must be one, got 8; write ratio=8, or budget=Ratio\(8\)"),
         (lambda: KVCompress(budget=Ratio(ratio=2), protected_window=32.5), "protected_window must be a whole number"),
         (lambda: KVCompress(budget=Ratio(ratio=2), window=1.5), "window must be a whole number, got 1.5"),
         (lambda: KVCompress(budget=Ratio(ratio=2), sinks="4"), "sinks must be a whole number, got '4'"),

@@ -26,7 +26,8 @@ def says(directory, **values):
     ("values", "expected"),
     [
         ({}, {}),
-        (QWEN, {"temperature": 0.7, "top_p": 0.8, "top_k": 20}),
+        (QWEN, {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}),
+        ({"repetition_penalty": 1.2}, {"repetition_penalty": 1.2}),
         ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, {"temperature": 0.6, "top_p": 0.9}),
         ({"do_sample": True}, {"temperature": 1.0}),
         ({"do_sample": True, "temperature": None, "min_p": 0.1}, {"temperature": 1.0, "min_p": 0.1}),
@@ -48,6 +49,7 @@ def test_what_a_directory_says(values, expected, tmp_path):
         ({"top_p": 0}, r"top_p is 0.0, expected a number in \(0, 1\]"),
         ({"top_k": 2.5}, r"top_k is 2.5, expected a whole number"),
         ({"top_k": 2**40}, "top_k is 1099511627776, expected 0 to"),
+        ({"repetition_penalty": 0}, r"repetition_penalty is 0.0, expected a number in"),
         ({"min_p": float("nan")}, "min_p is nan, expected a finite number"),
         ({"min_p": [0.1]}, r"min_p is \[0.1\], expected a finite number"),
     ],
@@ -71,8 +73,9 @@ def test_a_gguf_says_it_in_its_metadata(tmp_path):
 def test_what_a_user_says_comes_first():
     own = SamplingDefaults(temperature=0.7, top_k=20, top_p=0.8)
     filled = SamplingParams(temperature=0.0, min_p=0.2, seed=3).filled(own)
-    assert filled == SamplingParams(temperature=0.0, top_k=20, top_p=0.8, min_p=0.2, seed=3)
-    assert SamplingParams().filled() == SamplingParams(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
+    rest = {"min_p": 0.2, "repetition_penalty": 1.0, "seed": 3}
+    assert filled == SamplingParams(temperature=0.0, top_k=20, top_p=0.8, **rest)
+    assert vars(SamplingParams().filled()).items() >= vars(GREEDY).items()
     assert SamplingParams().filled().filled(own).temperature == GREEDY.temperature
 
 
@@ -91,8 +94,8 @@ def test_an_llm_samples_as_its_model_says_and_the_same_each_time(directory):
     llm, plain = LLM(directory), LLM(directory, generation_config=False)
     drawn, greedy = answer(llm), answer(plain)
     assert drawn == answer(llm) != answer(llm, seed=1)
-    assert drawn == answer(plain, temperature=3.0, top_k=20, top_p=0.8)
-    assert drawn != greedy == answer(llm, temperature=0)
+    assert drawn == answer(plain, temperature=3.0, top_k=20, top_p=0.8, repetition_penalty=1.05)
+    assert drawn != greedy == answer(llm, temperature=0, repetition_penalty=1)
 
 
 def test_lists_of_ends_are_read_wherever_they_stand(directory):

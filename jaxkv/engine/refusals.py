@@ -1,4 +1,4 @@
-"""Why a request whose prompt is read, or a part of it, can't go on in its pool: what compression left wasn't known."""
+"""Why somebody can't be answered after all, though its prompt could be read: what it says then."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from jaxkv.cache.config import CacheConfig
 from jaxkv.engine.block_counts import BlockCounts, Blocks
 from jaxkv.engine.prompt_plan import compressed_blocks, more_memory
 from jaxkv.engine.reading import PromptInProgress
-from jaxkv.engine.sequence import Sequence
+from jaxkv.requests import Request
 
 
-def answer_too_large(config: CacheConfig, counts: BlockCounts, row: int, sequence: Sequence) -> str | None:
+def too_large(config: CacheConfig, counts: BlockCounts, row: int, request: Request, more: Blocks) -> str | None:
     """Why an answer can't be given to a prompt that is read and compressed; None where it can."""
-    total, request = counts.total, sequence.request
+    total = counts.total
     if config.tiers is not None and counts.left_unquantised(row, request.policy):
         whole = config.heads * config.tiers.full_blocks(len(request.prompt) + request.limit)
         return (
@@ -19,7 +19,6 @@ def answer_too_large(config: CacheConfig, counts: BlockCounts, row: int, sequenc
             f"{more_memory(config, whole, quantised=True)}, a smaller budget, or shorten it"
         )
     held, policy, tokens = counts.held(row), request.policy, request.until_compressed
-    more = counts.growth([row], [policy], [min(tokens, sequence.tokens_left)])
     if policy is not None and tokens < request.limit:
         whole = len(request.prompt) + request.limit
         held = held.or_more(compressed_blocks(config, policy, whole))
@@ -36,7 +35,7 @@ def answer_too_large(config: CacheConfig, counts: BlockCounts, row: int, sequenc
     )
 
 
-def part_too_large(config: CacheConfig, counts: BlockCounts, prompt: PromptInProgress) -> str | None:
+def parts_too_large(config: CacheConfig, counts: BlockCounts, prompt: PromptInProgress) -> str | None:
     """Why the next part can't be read beside what is left of those before; None where it can."""
     held = counts.held(prompt.row).raw
     need = held + config.full_blocks(prompt.part_length)

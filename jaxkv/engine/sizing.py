@@ -1,0 +1,81 @@
+"""How large a cache is that nobody has said the size of."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+from jax.typing import DTypeLike
+
+from jaxkv.cache import CacheConfig
+from jaxkv.compression.placement import Placement
+from models import ModelSizes
+
+
+def rounded_up(tokens: int) -> int:
+    """To 256, 384, 512, 768, 1024, …: few different sizes, none more than half too large."""
+    size = 256
+    while size < tokens:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
+def power_of_two(count: int) -> int:
+    """At least so many."""
+    return 1 << (max(count, 1) - 1).bit_length()
+
+
+def memory_for_a_cache() -> tuple[int, int]:
+    """Bytes that a cache may take here at most, and where nobody says: a part of what an accelerator has left, or of a
+    CPU's memory."""
+    used = jax.devices()[0].memory_stats()
+    if used is not None and "bytes_limit" in used:
+        free = used["bytes_limit"] - used["bytes_in_use"]
+        return free, free * 9 // 10
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return memory, memory // 2
+
+
+def cache_for(
+    sizes: ModelSizes,
+    placement: Placement | None,
+    *,
+    rows: int,
+    max_context: int,
+    memory: int | None,
+    block_size: int,
+    dtype: DTypeLike,
+) -> CacheConfig:
+    """Sizes of the memory that was asked for; else for whole contexts, but of no more than is usual here.
+
+    Raises:
+      ValueError: more memory than there is, or too little for anything.
+    """
+
+    def within(memory: int | None) -> CacheConfig:
+        return CacheConfig.for_model(
+            sizes,
+            batch=rows,
+            max_context=max_context,
+            memory=memory,
+            block_size=block_size,
+            dtype=dtype,  # pyright: ignore[reportArgumentType]
+            layout=placement and placement.layout(sizes.head_dim),
+            prompts=1 if placement is None or placement.quantises_decoding else 2,
+        )
+
+    most, usual = memory_for_a_cache()
+    config = within(memory)
+    if memory is None and config.nbytes > usual:
+        config = within(usual)
+    check_memory(config, most)
+    return config
+
+
+def check_memory(config: CacheConfig, most: int) -> None:
+    """Raises ValueError for a cache of more bytes than there are."""
+    if config.nbytes > most:
+        raise ValueError(
+            f"a cache of {config.nbytes} bytes for {config.batch} sequences of {config.max_context} tokens is more "
+            f"than the {most} that this machine can give it; give less cache_memory, a smaller max_context or max_batch"
+        )
