@@ -36,8 +36,8 @@ class Tokenizer:
 
     @classmethod
     def from_hf(cls, tokenizer: Any) -> Tokenizer:
-        """Of a fast tokenizer of transformers, or one of the tokenizers library; one of ours stays as it is, and so does
-        what has its ``encode``, ``stream`` and ``eos_ids``.
+        """Of a fast tokenizer of transformers, or one of the tokenizers library; one of ours stays as it is, and so
+        does what has its ``encode``, ``stream`` and ``eos_ids``.
 
         Raises:
           TokenizerError: it is none of these.
