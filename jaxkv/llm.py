@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxkv.cache import CacheConfig, PagedCache, init_cache
+from jaxkv.cache import CacheConfig, PagedCache
 from jaxkv.checks import check_dtype, number, shown
 from jaxkv.dtypes import dtype_and_weights
 from jaxkv.engine import Engine, sequence
 from jaxkv.engine.costs import Costs
+from jaxkv.engine.devices import devices_for
 from jaxkv.engine.programs import Programs
 from jaxkv.engine.prompt_plan import Unservable, plan_prompt
 from jaxkv.engine.schedule import Latency, Schedule, Throughput
@@ -57,6 +57,8 @@ class LLM:
       cache_dtype: of K and V in the cache; None: as ``dtype``.
       generation_config: whether a checkpoint's own sampling defaults fill what a prompt's ``SamplingParams`` leave
         open (``docs/models.md``); without them, and of a loaded model, that is greedy.
+      devices: how many share the KV heads, and with them the weights and the cache (``docs/parallel.md``), or which of
+        ``jax.devices()``.
 
     Raises:
       CheckpointError: the model can't be found or read.
@@ -79,6 +81,7 @@ class LLM:
         weights: str | None = None,
         cache_dtype: DTypeLike | None = None,
         generation_config: bool = True,
+        devices: int | Sequence[jax.Device] = 1,
     ):
         if number(max_batch, "max_batch") < 1:
             raise ValueError(f"max_batch must be at least 1, got {shown(max_batch)}")
@@ -89,6 +92,7 @@ class LLM:
         for value, name in ((dtype, "dtype"), (cache_dtype, "cache_dtype")):
             if value is not None:
                 check_dtype(value, name)
+        self.devices = devices_for(devices)
         began = time.perf_counter()
         self.sampling = SamplingDefaults()
         """What the model's makers chose, for what a prompt's ``SamplingParams`` leave open."""
@@ -97,7 +101,7 @@ class LLM:
         if isinstance(model, str | Path):
             path = resolve(str(model))
             self.sampling = sampling_defaults(path) if generation_config else self.sampling
-            self.model = load_model(path, dtype=self.dtype, weights=held)
+            self.model = load_model(path, dtype=self.dtype, weights=held, mesh=self.devices.mesh_of_weights)
             self.tokenizer = tokenizer or load_tokenizer(path)
             if _compiles_stacked_layers_well() and are_alike(self.model):
                 self.model = stack_layers(self.model)
@@ -105,6 +109,7 @@ class LLM:
             raise ValueError(f"weights={shown(weights)} is for a model that is yet to be loaded; give its path or name")
         else:
             self.model, self.tokenizer = _checked(model), tokenizer
+        self.devices.check(self.model)
         self.load_seconds = time.perf_counter() - began
         self.cache_memory = None if cache_memory is None else number(cache_memory, "cache_memory")
         self.compression = compression and compression.for_model(self.model.sizes)
@@ -219,10 +224,10 @@ class LLM:
     ) -> Iterator[Event]:
         """Answers them with the cache that is left of an earlier call, or a new one, of these sizes."""
         if self._programs is None or self._programs.stop_tokens != self._ends():
-            self._programs = Programs(self.model, self._ends())
+            self._programs = Programs(self.model, self._ends(), self.devices)
         self._programs.refresh(self.model)  # its weights may have been updated since the call before
         kept, self._cache = self._cache, None
-        cache = init_cache(config) if kept is None else kept[1]
+        cache = self.devices.empty_cache(config) if kept is None else kept[1]
         self.engine = engine = Engine(
             self._programs,
             config,
@@ -316,9 +321,10 @@ class LLM:
                 dtype=self.cache_dtype,
                 layout=placement and placement.layout(self.model.sizes.head_dim),
                 prompts=1 if placement is None or placement.quantises_decoding else 2,
+                shards=self.devices.shards,
             )
 
-        most, usual = memory_for_a_cache()
+        most, usual = self.devices.memory()
         config = within(self.cache_memory)
         if self.cache_memory is None and config.nbytes > usual:
             config = within(usual)
@@ -381,17 +387,6 @@ def _rounded_up(tokens: int) -> int:
     while size < tokens:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return size
-
-
-def memory_for_a_cache() -> tuple[int, int]:
-    """Bytes that a cache may take here at most, and where nobody says: a part of what an accelerator has left, or of a
-    CPU's memory."""
-    used = jax.devices()[0].memory_stats()
-    if used is not None and "bytes_limit" in used:
-        free = used["bytes_limit"] - used["bytes_in_use"]
-        return free, free * 9 // 10
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return memory, memory // 2
 
 
 def _compiles_stacked_layers_well() -> bool:

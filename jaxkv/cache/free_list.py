@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from jaxkv.cache.shards import WHOLE, HeadShards, by_head
 
 
 @jax.tree_util.register_dataclass
@@ -14,18 +16,16 @@ from jax import Array
 class FreeList:
     """The blocks of a pool that nobody holds; never block 0, the null block."""
 
-    blocks: Array
+    blocks: Array = field(metadata=by_head(0))
     """``i32[blocks]``, of which the first ``count`` are free."""
-    count: Array
-    """``i32[]``."""
+    count: Array = field(metadata=by_head(0))
+    """``i32[]``; where heads are split over devices, each has its own, ``i32[1]``."""
 
     @classmethod
-    def of(cls, num_blocks: int) -> FreeList:
-        """All of a pool but the null block. The lowest go first; the last entry is spare."""
-        return cls(
-            blocks=(num_blocks - 1 - jnp.arange(num_blocks, dtype=jnp.int32)).astype(jnp.int32),
-            count=jnp.int32(num_blocks - 1),
-        )
+    def of(cls, num_blocks: int, shards: HeadShards = WHOLE) -> FreeList:
+        """All of a pool, or of each device's, but the null block. The lowest go first; the last entry is spare."""
+        blocks = (num_blocks - 1 - jnp.arange(num_blocks, dtype=jnp.int32)).astype(jnp.int32)
+        return cls(blocks=jnp.tile(blocks, shards.count), count=shards.of_each(num_blocks - 1))
 
     def pop(self, need: Array, most: int) -> tuple[FreeList, Array, Array]:
         """Takes ``need`` blocks, ``i32[...]``, for each of many; their sum must be free.

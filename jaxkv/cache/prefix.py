@@ -7,12 +7,13 @@ policy scores and evicts, the row takes a copy of its own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxkv.cache.shards import by_head
 from jaxkv.cache.state import PagedCache
 from pallas_kernels import slot_values
 
@@ -22,7 +23,7 @@ from pallas_kernels import slot_values
 class Prefix:
     """Uncompressed blocks, as many of every head, that no row owns."""
 
-    table: Array
+    table: Array = field(metadata=by_head(1))
     """``i32[layers, kv_heads, max_blocks]``."""
     blocks: Array
     """``i32[]``: how many of each head's entries there are."""

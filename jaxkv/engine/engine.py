@@ -27,7 +27,7 @@ from jaxkv.cache.stats import CacheStats, stats_of
 from jaxkv.engine.costs import Costs, Work
 from jaxkv.engine.decisions import Join, Wait
 from jaxkv.engine.dispatch import Dispatch
-from jaxkv.engine.prefixes import SharedPrefix
+from jaxkv.engine.prefixes import SharedPrefix, on_host
 from jaxkv.engine.programs import Programs
 from jaxkv.engine.reading import PromptInProgress, Reading
 from jaxkv.engine.sampling import replaying_sampler_for, sampler_for
@@ -69,7 +69,7 @@ class Engine:
             config, share_prefixes=share_prefixes, schedule=schedule, costs=costs, split_prompts=split_prompts
         )
         self.rows, self.prefixes, self.counts = self.scheduler.rows, self.scheduler.prefixes, self.scheduler.counts
-        self._looks, self._received = 0, 0.0
+        self._looks, self._received, self._agreed = 0, 0.0, programs.devices.agreed
         """How often the counts were read back by themselves, and when steps were last received."""
         self._one_row = jax.eval_shape(lambda cache: cache.rows(jnp.zeros(1, jnp.int32)), cache)
         """The shapes of a cache of one row."""
@@ -142,14 +142,14 @@ class Engine:
                 self.cache, reading.state, reading.rows, tokens, counts, policy, shape.length
             )
             jax.block_until_ready(reading.state.hidden)
-        self.scheduler.costs.note(Work(shape, policy), seconds["prefill"], seconds["compile"])
+        self.scheduler.costs.note(Work(shape, policy), *self._agreed(seconds["prefill"], seconds["compile"]))
         self.passes += 1
         for prompt, count in reading.of_prompts(counts):
             prompt.read += count
             self.prompt_tokens += count
         if first.read == first.lend_tokens:
             self.cache, prefix = self.programs.detach(self.cache, first.row)
-            self.prefixes.lend(first.row, first.ids[: first.read], jax.device_get(prefix))
+            self.prefixes.lend(first.row, first.ids[: first.read], on_host(prefix))
         for prompt in reading.prompts:
             yield PromptRead(request=prompt.sequence.index, tokens=prompt.read, total=prompt.total)
         if not first.part_is_read:
@@ -226,7 +226,7 @@ class Engine:
         """As many steps for all running rows as the pool surely serves; makes room first where that is none."""
         steps = self.scheduler.steps()
         if steps == 0:
-            self._make_room()
+            yield from self._make_room()
             return
         for policy, rows in self.scheduler.dispatches():
             sent = self._send(rows, steps, policy)
@@ -293,9 +293,10 @@ class Engine:
         for sequence in sent.sequences:
             sequence.timings.add(seconds)
         run = int(counts.max())
+        took, compiling = self._agreed(seconds["decode"], sent.compiling)
         if not sent.follows:  # else what the host did meanwhile is in it
-            self.scheduler.costs.note(sent.work, seconds["decode"] / max(run, 1), sent.compiling)
-        self.scheduler.note_decoding(seconds["decode"])
+            self.scheduler.costs.note(sent.work, took / max(run, 1), compiling)
+        self.scheduler.note_decoding(took)
         self.decode_seconds += seconds["decode"]
         self.decode_steps += run
         self.decoded += int(counts.sum())
@@ -329,8 +330,12 @@ class Engine:
                 ended.append(row)
         self._leave(ended)
 
-    def _make_room(self) -> None:
-        """Drops unused prefixes; else compresses what has outgrown its budget; else puts the youngest back."""
+    def _make_room(self) -> Iterator[Event]:
+        """Drops unused prefixes; else compresses what has outgrown its budget; else puts the youngest back.
+
+        Who has all rows to itself and still finds no room would find none again: where heads are split over devices,
+        one of these may be full while others aren't, which isn't known before.
+        """
         before = self.counts.free
         self._cut(self.prefixes.unused())
         if not self.counts.free <= before:
@@ -340,6 +345,15 @@ class Engine:
         if not self.counts.free <= before:
             return
         row = self.scheduler.whom_to_put_back()
+        if self.rows.count(None) == len(self.rows) - 1:
+            held, total = self.counts.held(row).fullest, self.counts.total
+            error = (
+                f"the answer can't go on: a device holds {held.raw} of its {total.raw} blocks for it alone, and "
+                f"{held.quantised} of its {total.quantised} quantised ones; give more cache_memory, or ask for less"
+            )
+            yield Refused(request=self.scheduler.sequence(row).index, error=error)
+            self._leave([row])
+            return
         self.scheduler.put_back(row)
         self._release([row])
 
@@ -357,7 +371,7 @@ class Engine:
         """Gives back what of these nobody borrows."""
         for shared in prefixes:
             self.cache, left = self.programs.cut(self.cache, shared.prefix, shared.in_use)
-            self.prefixes.cut(shared, jax.device_get(left))
+            self.prefixes.cut(shared, on_host(left))
             self._look()
 
     def _stats(self, row: int) -> CacheStats:
@@ -366,7 +380,7 @@ class Engine:
     def _look(self, *also: jax.Array) -> list[np.ndarray]:
         """Reads back what the heads hold and what is free, and other arrays, in one transfer."""
         self._looks += 1
-        return self.counts.look(self.cache, *also)
+        return self.counts.look(self.programs.counts(self.cache), *also)
 
     @contextmanager
     def _timed(self, phase: str, sequences: Iterable[Sequence]) -> Iterator[dict[str, float]]:

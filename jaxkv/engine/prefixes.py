@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import jax
 import numpy as np
 
 from jaxkv.cache.prefix import Prefix
@@ -107,6 +108,12 @@ class Prefixes:
 
     def _whole(self, tokens: int) -> int:
         return tokens - tokens % self.block_size if tokens >= LEAST_SHARED else 0
+
+
+def on_host(prefix: Prefix) -> Prefix:
+    """Read back; of one that several processes share only how long it is."""
+    whole = prefix.table.is_fully_addressable
+    return jax.device_get(prefix) if whole else replace(prefix, blocks=jax.device_get(prefix.blocks))
 
 
 def readable(request: Request) -> int:

@@ -151,7 +151,7 @@ class Scheduler:
                 more = more.or_more(Blocks(raw=self.config.full_blocks(tokens)))
         if held + more <= total:
             return None
-        quantised = held.raw + more.raw <= total.raw
+        quantised, held, more = np.all(held.raw + more.raw <= total.raw), held.fullest, more.fullest
         have, grows = (held.quantised, more.quantised) if quantised else (held.raw, more.raw)
         when = "once it is read" if tokens == request.limit else "whenever it is compressed"
         return (
@@ -161,7 +161,7 @@ class Scheduler:
 
     def parts_too_large(self, prompt: PromptInProgress) -> str | None:
         """Why the next part can't be read beside what is left of those before; None where it can."""
-        held = self.counts.held(prompt.row).raw
+        held = self.counts.held(prompt.row).fullest.raw
         need = held + self.config.full_blocks(prompt.part_length)
         if need <= prompt.most.raw:
             return None
