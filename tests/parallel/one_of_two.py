@@ -12,9 +12,9 @@ port, rank, mode = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 jax.distributed.initialize(f"localhost:{port}", 2, rank, heartbeat_timeout_seconds=10)
 
 import numpy as np  # noqa: E402  # what imports models makes arrays, which starts JAX
+from devices_engine import PROMPTS  # noqa: E402
+from devices_functional import policy_named  # noqa: E402
 from eight_kv_heads import MODEL, answer_on  # noqa: E402
-from engine import PROMPTS  # noqa: E402
-from functional import policy_named  # noqa: E402
 
 from jaxkv import LLM, SamplingParams  # noqa: E402
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import jax
 import pytest
-from parallel.eight_kv_heads import MODEL, answer_on_one
-from parallel.engine import PROMPTS
-from parallel.functional import policy_named
+from devices_engine import PROMPTS
+from devices_functional import policy_named
+from eight_kv_heads import MODEL, answer_on_one
 
 from jaxkv import LLM, SamplingParams
 

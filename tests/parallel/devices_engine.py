@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
+from devices_functional import policy_named
 from eight_kv_heads import CONFIG, MODEL, assert_no_block_is_lost
 from flax import nnx
-from functional import policy_named
 from tiny import answers, prompt
 
 from jaxkv import LLM, KVCompress, LeanKV, Mixed, Ratio, SamplingParams
