@@ -137,7 +137,7 @@ class Context:
             if config.num_blocks < 1 + raw + one:
                 need = config.bytes_with(1 + raw + one)
                 raise ValueError(f"cache_memory of {memory} bytes holds no question; give at least {need} bytes")
-        sizing.check_memory(config, sizing.memory_for_a_cache()[0])
+        sizing.check_memory(config, self._serving.devices.memory()[0])
         return config
 
     def _cache(self, held: Snapshot, config: CacheConfig) -> PagedCache:
@@ -148,6 +148,7 @@ class Context:
 
 def read(serving: Serving, context: Prompt | Messages, params: SamplingParams) -> Context:
     """Reads and compresses a context, with memory that is given back but for what it leaves."""
+    _check_devices(serving)
     prompt, suffix = _opened(serving, context)
     request = replace(serving._request(0, prompt, params), keeps=True)
     config = serving._new_config(request.policy, len(request.prompt) + 1, rows=1)
@@ -178,6 +179,7 @@ def _opened(serving: Serving, context: Prompt | Messages) -> tuple[Prompt, str]:
 
 def load(serving: Serving, path: Path) -> Context:
     """What ``Context.save`` wrote."""
+    _check_devices(serving)
     snapshot, said = load_snapshot(path)
     sizes, shape = serving.model.sizes, snapshot.lengths.shape[:2]
     config = CacheConfig.for_model(
@@ -199,3 +201,9 @@ def load(serving: Serving, path: Path) -> Context:
             f"{ours.shape[1:]} of {ours.dtype}; read the context again, or load it with the same settings"
         )
     return Context(serving, jax.device_put(snapshot), str(said.get("suffix", "")))
+
+
+def _check_devices(serving: Serving) -> None:
+    """Raises ValueError where heads are split over devices: what is held apart from a cache is one device's."""
+    if serving.devices.shards.count > 1:
+        raise ValueError(f"a context is held by one device, not by {serving.devices.shards.count}; give LLM devices=1")

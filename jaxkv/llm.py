@@ -26,6 +26,7 @@ from jaxkv.context import Context, load, read
 from jaxkv.dtypes import dtype_and_weights
 from jaxkv.engine import sequence
 from jaxkv.engine.costs import Costs
+from jaxkv.engine.devices import devices_for
 from jaxkv.engine.sampling import Samplers
 from jaxkv.engine.schedule import Schedule, Throughput
 from jaxkv.generation.sampling import Sampler
@@ -75,6 +76,8 @@ class LLM(Serving):
       sampler: chooses every token, instead of drawing as the prompts' ``SamplingParams`` say: a pure function of
         logits, ``f32[n, vocab]``, and positions, ``i32[n]``, that gives ``i32[n]``, or a ``Sampler``.
       logits_processor: what becomes of the logits first: a pure function of both that gives logits.
+      devices: how many share the KV heads, and with them the weights and the cache (``docs/parallel.md``), or which of
+        ``jax.devices()``.
 
     Raises:
       CheckpointError: the model can't be found or read.
@@ -102,6 +105,7 @@ class LLM(Serving):
         generation_config: bool = True,
         sampler: Sampler | Callable[[Array, Array], Array] | None = None,
         logits_processor: Callable[[Array, Array], Array] | None = None,
+        devices: int | Sequence[jax.Device] = 1,
     ):
         if number(max_batch, "max_batch") < 1:
             raise ValueError(f"max_batch must be at least 1, got {shown(max_batch)}")
@@ -110,6 +114,7 @@ class LLM(Serving):
         check_dtypes(dtype=dtype, cache_dtype=cache_dtype)
         keep_compiled_programs()
         budget = {"ratio": ratio, "max_cache_tokens": max_cache_tokens, "max_cache_bytes": max_cache_bytes}
+        self.devices = devices_for(devices)
         policy = named(compression, budget)
         memory = byte_count(cache_memory) if isinstance(cache_memory, str) else cache_memory
         self.cache_memory = None if memory is None else number(memory, "cache_memory")

@@ -17,6 +17,8 @@ from jaxkv.cache import init_cache as init_cache
 from jaxkv.cache import fork as fork
 from jaxkv.cache import release as release
 from jaxkv.cache import reorder as reorder
+from jaxkv.cache import ShardedHeads as ShardedHeads
+from jaxkv.cache import partition_specs as partition_specs
 from jaxkv.cache import stats as stats
 from jaxkv.generation import Decoded as Decoded
 from jaxkv.generation.sampling import Greedy as Greedy

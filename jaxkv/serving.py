@@ -10,14 +10,16 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxkv.arguments import Prompt, ids_of, of_prompt, one_each
-from jaxkv.cache import CacheConfig, PagedCache, init_cache
+from jaxkv.cache import CacheConfig, PagedCache
 from jaxkv.checks import shown
 from jaxkv.engine import Engine, sequence, sizing
 from jaxkv.engine.costs import Costs
+from jaxkv.engine.devices import Devices
 from jaxkv.engine.programs import Programs
 from jaxkv.engine.prompt_plan import Unservable, plan_prompt
 from jaxkv.engine.sampling import Samplers
 from jaxkv.engine.schedule import Latency, Schedule, Throughput
+from jaxkv.engine.scheduler import Scheduler
 from jaxkv.policies import Policy
 from jaxkv.requests import Event, Refused, Request, SamplingParams
 from models import Decoder, Tokenizer
@@ -38,6 +40,7 @@ class Serving:
     """Base of ``LLM``, which sets all of this and documents it."""
 
     model: Decoder
+    devices: Devices
     tokenizer: Tokenizer | None
     sampling: SamplingDefaults
     samplers: Samplers
@@ -179,14 +182,15 @@ class Serving:
             yield from self._engine(programs, config, held, usual, context=True).run(sequences)
             return
         kept, self._cache = self._cache, None
-        engine = self._engine(programs, config, init_cache(config) if kept is None else kept[1], usual)
+        engine = self._engine(programs, config, self.devices.empty_cache(config) if kept is None else kept[1], usual)
         del kept
         yield from engine.run(sequences)
         self._cache = (config, engine.cache)  # only now: what is cut short leaves a cache that is not empty
 
     def _read(self, reads: sequence.Sequence, config: CacheConfig) -> Iterator[Event]:
         """Reads a sequence in a cache of its own, which goes with it."""
-        yield from self._engine(self._programs_now(), config, init_cache(config), Latency(), apart=True).run([reads])
+        cache = self.devices.empty_cache(config)
+        yield from self._engine(self._programs_now(), config, cache, Latency(), apart=True).run([reads])
         self.engine = None
 
     def _engine(
@@ -199,23 +203,21 @@ class Serving:
         context: bool = False,
         apart: bool = False,
     ) -> Engine:
-        self.engine = Engine(
-            programs,
+        scheduler = Scheduler(
             config,
-            cache,
             share_prefixes=self.share_prefixes and not context,
             schedule=self.schedule or usual,
             costs=Costs() if context or apart else self._costs,
             split_prompts=self.split_prompts,
-            samplers=self.samplers,
             context=context,
         )
+        self.engine = Engine(programs, scheduler, cache, samplers=self.samplers)
         return self.engine
 
     def _programs_now(self) -> Programs:
         """The programs of the model as it is."""
         if self._programs is None or self._programs.stop_tokens != self._ends():
-            self._programs = Programs(self.model, self._ends())
+            self._programs = Programs(self.model, self._ends(), self.devices)
         self._programs.refresh(self.model)  # its weights may have been updated since the call before
         self._programs.on_compile = self.on_compile
         return self._programs
@@ -246,6 +248,7 @@ class Serving:
             memory=self.cache_memory,
             block_size=self.block_size,
             dtype=self.cache_dtype,
+            devices=self.devices,
         )
 
     def _ends(self) -> tuple[int, ...]:

@@ -7,11 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from models.fields import Fields
-from models.interface import Decoder, ModelSizes
+from models.interface import Decoder, ModelSizes, ParameterPath
 from models.layers import Layered
-
-ParameterPath = tuple[str, ...]
-"""Such as ``("layers", "3", "attention", "query", "kernel")``."""
 
 
 @dataclass(frozen=True)

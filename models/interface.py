@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, runtime_checkable
+from enum import Enum, auto
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,8 @@ from jax import Array
 from models.errors import CheckpointError
 
 State = TypeVar("State")
+ParameterPath = tuple[str, ...]
+"""Such as ``("layers", "3", "attention", "query", "kernel")``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +168,49 @@ class Rotary(Decoder, Protocol):
           Cosine and sine of each pair's angle, both ``f32[batch, length, 1, head_dim / 2]``.
         """
         ...
+
+
+class Split(Enum):
+    """How a module's matrix is split over devices, so that each runs some of the heads and hidden units."""
+
+    OUTPUTS = auto()
+    """Each device makes some of its outputs: queries, keys, values, hidden units."""
+    INPUTS = auto()
+    """Each device has some of its inputs, and what they make of them is summed."""
+    VOCABULARY = auto()
+    """As ``OUTPUTS``, which are the vocabulary's, joined for logits; whole on each device if it doesn't divide."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """What a module of one device's part of a model knows of the others. Static."""
+
+    axis: str
+    """Of the mesh."""
+    count: int
+    """Devices."""
+    split: Split
+
+    def sum(self, part: Array) -> Array:
+        """What the devices' parts make together."""
+        return jax.lax.psum(part, self.axis) if self.split is Split.INPUTS else part
+
+    def join(self, part: Array) -> Array:
+        """All devices' outputs, along the last axis."""
+        return jax.lax.all_gather(part, self.axis, axis=part.ndim - 1, tiled=True)
+
+
+@runtime_checkable
+class Shardable(Decoder, Protocol):
+    """A decoder that can be split over devices by ``models.sharding.shard``: an ``nnx.Module`` of layers alike, whose
+    ``Linear`` and ``Embed`` are those of ``models.layers``, which sum and join."""
+
+    config: Any
+    """Its ``sizes``; a dataclass."""
+    layers: Any
+    """As in ``models.layers.Layered``."""
+    splits: Mapping[str, Split]
+    """By module: ``embed`` of the model, ``layers.attention.query`` of each layer."""
 
 
 def causal_attention(state: State, layer: int | Array, query: Array, key: Array, value: Array) -> tuple[State, Array]:

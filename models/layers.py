@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from models.interface import Shard
 from models.quantised import Quantised
 from models.rope import rotate, rotation
 
@@ -46,39 +48,60 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Linear):
-    """``nnx.Linear``, whose kernel may be ``Quantised`` and is then never widened whole."""
+    """``nnx.Linear``, whose kernel may be ``Quantised`` and is then never widened whole, or split over devices."""
+
+    shard: Shard | None = None
 
     def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:
         kernel: Any = self.kernel.get_value()
-        if not isinstance(kernel, Quantised):
-            return super().__call__(inputs, *args, **kwargs)
         dtype = self.dtype or inputs.dtype
-        out = kernel.product(inputs.astype(dtype), dtype)
+        if isinstance(kernel, Quantised):
+            out = kernel.product(inputs.astype(dtype), dtype)
+        elif self.shard is not None:
+            out = jnp.dot(inputs.astype(dtype), kernel.astype(dtype))
+        else:
+            return super().__call__(inputs, *args, **kwargs)
+        out = out if self.shard is None else self.shard.sum(out)  # before the bias, which is added once
         return out if self.bias is None else out + self.bias[...].astype(dtype)
 
     def logits(self, hidden: Array) -> Array:
         """``f32[..., out]``, without a bias."""
         kernel: Any = self.kernel.get_value()
         if isinstance(kernel, Quantised):
-            return kernel.product(hidden, jnp.float32)
-        return jnp.einsum("...h,hv->...v", hidden, kernel, preferred_element_type=jnp.float32)
+            out = kernel.product(hidden, jnp.float32)
+        else:
+            out = jnp.einsum("...h,hv->...v", hidden, kernel, preferred_element_type=jnp.float32)
+        return out if self.shard is None else self.shard.join(out)
 
 
 class Embed(nnx.Embed):
-    """``nnx.Embed``, whose table may be ``Quantised`` and is then never widened whole."""
+    """``nnx.Embed``, whose table may be ``Quantised`` and is then never widened whole, or split over devices."""
+
+    shard: Shard | None = None
 
     def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:
+        if self.shard is None:
+            return self._rows(inputs)
+        size = self.embedding.get_value().shape[0]
+        own = inputs - jax.lax.axis_index(self.shard.axis) * size
+        is_own = (own >= 0) & (own < size)
+        rows = jnp.where(is_own[..., None], self._rows(jnp.where(is_own, own, 0)), 0)
+        return jax.lax.psum(rows, self.shard.axis)
+
+    def _rows(self, ids: Array) -> Array:
         table: Any = self.embedding.get_value()
         if not isinstance(table, Quantised):
-            return super().__call__(inputs, *args, **kwargs)
-        return table.rows(inputs).astype(self.dtype)
+            return super().__call__(ids)
+        return table.rows(ids).astype(self.dtype)
 
     def logits(self, hidden: Array) -> Array:
         """``f32[..., vocab]``: of a model whose head is its embeddings."""
         table: Any = self.embedding.get_value()
         if isinstance(table, Quantised):
-            return table.product(hidden, jnp.float32)
-        return jnp.einsum("...h,vh->...v", hidden, table, preferred_element_type=jnp.float32)
+            out = table.product(hidden, jnp.float32)
+        else:
+            out = jnp.einsum("...h,vh->...v", hidden, table, preferred_element_type=jnp.float32)
+        return out if self.shard is None else self.shard.join(out)
 
 
 class SwiGLU(nnx.Module):
@@ -176,7 +199,13 @@ def _stacked(leaves: list[Any]) -> Any:
     """``[...]`` leaves, arrays or shapes, as one ``[len(leaves), ...]``."""
     if isinstance(leaves[0], jax.ShapeDtypeStruct):
         return jax.eval_shape(jnp.stack, leaves)
-    return jax.block_until_ready(_stack(leaves))  # waits, lest the next leaf be stacked before these are freed
+    # Waits, lest the next leaf be stacked before these are freed.
+    return jax.block_until_ready(_stack(getattr(leaves[0], "sharding", None))(leaves))
 
 
-_stack = jax.jit(jnp.stack)  # compiled, since op by op it copies every leaf once more
+@cache
+def _stack(place: jax.sharding.Sharding | None) -> Callable[[list[Array]], Array]:
+    """Compiled, since op by op it copies every leaf once more; leaves that are split over devices stay so."""
+    if not isinstance(place, NamedSharding):
+        return jax.jit(jnp.stack)
+    return jax.jit(jnp.stack, out_shardings=NamedSharding(place.mesh, PartitionSpec(None, *place.spec)))

@@ -11,7 +11,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from models.family import Family, NameMap
-from models.interface import Attend
+from models.interface import Attend, Split
 from models.layers import Embed, Linear, RMSNorm, SwiGLU, rotate, rotation, run_layers
 from models.llama_config import GGUF_ARCHITECTURES, MODEL_TYPES, LlamaConfig
 
@@ -68,6 +68,20 @@ class Layer(nnx.Module):
         return state, x + self.feed_forward(self.feed_forward_norm(x))
 
 
+SPLITS = {
+    "embed": Split.VOCABULARY,
+    "head": Split.VOCABULARY,
+    "layers.attention.query": Split.OUTPUTS,
+    "layers.attention.key": Split.OUTPUTS,
+    "layers.attention.value": Split.OUTPUTS,
+    "layers.attention.output": Split.INPUTS,
+    "layers.feed_forward.gate": Split.OUTPUTS,
+    "layers.feed_forward.up": Split.OUTPUTS,
+    "layers.feed_forward.down": Split.INPUTS,
+}
+"""How devices share the weights: by heads, and by the hidden units of the feed-forward; each layer sums twice."""
+
+
 class Llama(nnx.Module):
     """A ``models.interface.Rotary`` decoder. Every layer's weights are leaves of their own, until ``stack_layers``;
     kernels are ``[in, out]``.
@@ -75,6 +89,8 @@ class Llama(nnx.Module):
     ``Llama(config, rngs=...)`` initialises random weights; ``models.load_model`` builds one from a checkpoint. For a
     fast step, ``nnx.split`` the model once and pass the leaves, not the module, through ``jax.jit``.
     """
+
+    splits = SPLITS
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         self.config = config

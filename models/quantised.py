@@ -11,6 +11,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import jax.numpy as jnp
@@ -50,7 +52,8 @@ class Packed:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(n * 2 if axis == self.axis else n for axis, n in enumerate(self.low.shape))
+        packed = self.axis + self.low.ndim - 2  # where an axis of layers stands before the matrix's
+        return tuple(n * 2 if axis == packed else n for axis, n in enumerate(self.low.shape))
 
     @classmethod
     def of(cls, codes: np.ndarray, *, bits: int, axis: int) -> Packed:
@@ -61,10 +64,24 @@ class Packed:
     def unpacked(self) -> Array:
         """``u8``, of ``shape``."""
         codes = _unpacked(self.low, 4, self.axis)
-        if self.high is None:
-            return codes
-        bits = 8 * self.high.shape[self.axis] // codes.shape[self.axis]
-        return codes | (_unpacked(self.high, bits, self.axis) << 4)
+        return codes if self.high is None else codes | (_unpacked(self.high, self._high_bits, self.axis) << 4)
+
+    def in_parts(self, count: int) -> Packed:
+        """With each of so many equal parts along the axis packed by itself, one after the other; also where an axis of
+        layers stands before the two of the matrix."""
+        axis = self.axis + self.low.ndim - 2
+
+        def again(data: Any, bits: int) -> Array:
+            parts = jnp.split(_unpacked(data, bits, axis), count, axis)
+            return jnp.concatenate([_packed(part, bits, axis) for part in parts], axis)
+
+        high = None if self.high is None else again(self.high, self._high_bits)
+        return replace(self, low=again(self.low, 4), high=high)
+
+    @property
+    def _high_bits(self) -> int:
+        axis = self.axis - 2
+        return 4 * self.high.shape[axis] // self.low.shape[axis]
 
 
 def in_bits(codes: np.ndarray, bits: int, *, axis: int) -> np.ndarray | Packed:
@@ -72,9 +89,11 @@ def in_bits(codes: np.ndarray, bits: int, *, axis: int) -> np.ndarray | Packed:
     return Packed.of(codes, bits=bits, axis=axis) if bits < 8 else codes
 
 
-def _packed(codes: np.ndarray, bits: int, axis: int) -> np.ndarray:
-    parts = np.split(codes, 8 // bits, axis)
-    return np.bitwise_or.reduce([part << np.uint8(bits * n) for n, part in enumerate(parts)])
+def _packed(codes: Any, bits: int, axis: int) -> Any:
+    """NumPy's or JAX's ``u8`` codes in bytes."""
+    size = codes.shape[axis] * bits // 8
+    parts = [codes[(slice(None),) * axis + (slice(n * size, (n + 1) * size),)] for n in range(8 // bits)]
+    return reduce(or_, [part << np.uint8(bits * n) for n, part in enumerate(parts)])
 
 
 def _unpacked(data: Any, bits: int, axis: int) -> Array:

@@ -11,6 +11,8 @@ from jaxkv.cache.contents import contents as contents
 from jaxkv.cache.home import Home as Home
 from jaxkv.cache.moves import Goal as Goal
 from jaxkv.cache.moves import move as move
+from jaxkv.cache.shards import ShardedHeads as ShardedHeads
+from jaxkv.cache.shards import partition_specs as partition_specs
 from jaxkv.cache.sharing import fork as fork
 from jaxkv.cache.sharing import own as own
 from jaxkv.cache.sharing import reorder as reorder

@@ -8,10 +8,12 @@ from functools import cached_property, partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
 from jaxkv.cache.nbytes import nbytes
 from jaxkv.cache.quantised import NoStore, QuantisedStore
 from jaxkv.cache.raw import LANES, RawStore
+from jaxkv.cache.shards import WHOLE, HeadShards, ShardedHeads, partition_specs
 from jaxkv.cache.state import PagedCache
 from jaxkv.checks import check_dtype, check_numbers, number
 from models.interface import ModelSizes
@@ -24,7 +26,7 @@ LISTED = 8
 
 @dataclass(frozen=True, kw_only=True)
 class TierConfig:
-    """Sizes of the quantised store. ``num_blocks`` counts the null block."""
+    """Sizes of the quantised store. ``num_blocks``, a device's, counts the null block."""
 
     layout: BlockLayout
     num_blocks: int
@@ -40,7 +42,8 @@ class TierConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """Sizes of a cache. ``num_blocks`` counts the null block."""
+    """Sizes of a cache. ``num_blocks`` counts the null block; where the KV heads are split over devices, each has a
+    pool of so many, and all counts of blocks are of one device."""
 
     num_layers: int
     num_kv_heads: int
@@ -56,6 +59,8 @@ class CacheConfig:
     ``head_dim``."""
     tiers: TierConfig | None = None
     """The quantised store, if there is one; ``num_blocks`` are then of prompts and of what stays unquantised."""
+    shards: HeadShards = WHOLE
+    """How the KV heads are split over devices."""
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -69,6 +74,11 @@ class CacheConfig:
             raise ValueError(
                 f"a cache needs the null block and at least one more, got num_blocks={self.num_blocks}; "
                 "give it more memory"
+            )
+        if self.num_kv_heads % self.shards.count:
+            raise ValueError(
+                f"{self.num_kv_heads} KV heads can't be split evenly over {self.shards.count} devices; take "
+                f"{', '.join(str(n) for n in range(1, self.num_kv_heads + 1) if self.num_kv_heads % n == 0)}"
             )
 
     @classmethod
@@ -84,15 +94,18 @@ class CacheConfig:
         dtype: jnp.dtype = jnp.float32,  # pyright: ignore[reportArgumentType]
         layout: BlockLayout | None = None,
         prompts: int | None = None,
+        shards: HeadShards = WHOLE,
     ) -> CacheConfig:
         """Sizes for a model: of ``num_blocks``, or as large as ``memory`` bytes hold, or for ``batch`` full contexts.
 
         Args:
           layout: that of quantised blocks, where the policy has tiers. Of ``memory`` they take what unquantised blocks
             for ``prompts`` full contexts (None: ``batch``) leave.
+          memory: of all devices together.
+          shards: how the KV heads are split over devices.
 
         Raises:
-          ValueError: both sizes given, or ``memory`` too small for a single block.
+          ValueError: both sizes given, KV heads that can't be split so, or ``memory`` too small for a single block.
         """
         if num_blocks is not None and memory is not None:
             raise ValueError(f"give num_blocks or memory, not both: {num_blocks=}, {memory=}")
@@ -107,6 +120,7 @@ class CacheConfig:
             block_size=block_size,
             dtype=dtype,
             padded_head_dim=padded_head_dim(model.head_dim),
+            shards=shards,
         )
         if layout is not None:
             full = 1 + (prompts or batch) * config.full_blocks(max_context)
@@ -119,7 +133,8 @@ class CacheConfig:
 
     def _within(self, memory: int) -> CacheConfig:
         """With as many blocks as so many bytes hold."""
-        blocks = _most(memory, (memory - self.table_bytes) // (self.block_bytes + LISTED), self.bytes_with)
+        each = self.shards.count * (self.block_bytes + LISTED)
+        blocks = _most(memory, (memory - self.table_bytes) // each, self.bytes_with)
         if blocks < 2:
             one = self.bytes_with(1 + self.full_blocks(self.max_context))
             raise ValueError(
@@ -137,8 +152,9 @@ class CacheConfig:
         one = self.heads * TierConfig(layout=layout, num_blocks=2).full_blocks(self.max_context)
         most = 1 + self.batch * one
         if memory is not None:
-            fixed = sized(2).nbytes - 2 * (layout.block_bytes + LISTED)
-            most = min(most, (memory - fixed) // (layout.block_bytes + LISTED))
+            each = self.shards.count * (layout.block_bytes + LISTED)
+            fixed = sized(2).nbytes - 2 * each
+            most = min(most, (memory - fixed) // each)
             if most < 2:
                 raise ValueError(
                     f"cache memory of {memory} bytes leaves none for quantised blocks beside a prompt of "
@@ -153,16 +169,21 @@ class CacheConfig:
         return 2 * (self.padded_head_dim or self.head_dim)
 
     @property
-    def heads(self) -> int:
+    def all_heads(self) -> int:
         """KV heads of all layers."""
         return self.num_layers * self.num_kv_heads
+
+    @property
+    def heads(self) -> int:
+        """Those that a device has."""
+        return self.all_heads // self.shards.count
 
     @property
     def max_blocks(self) -> int:
         return -(-self.max_context // self.block_size)
 
     def full_blocks(self, tokens: int) -> int:
-        """Blocks that a sequence of so many tokens takes uncompressed."""
+        """Blocks of a device that a sequence of so many tokens takes uncompressed."""
         return self.heads * -(-tokens // self.block_size)
 
     @cached_property
@@ -198,8 +219,12 @@ def _most(memory: int, guess: int, bytes_with: Callable[[int], int]) -> int:
     return guess
 
 
-def init_cache(config: CacheConfig) -> PagedCache:
-    """An empty cache."""
+def init_cache(config: CacheConfig, mesh: Mesh | None = None) -> PagedCache:
+    """An empty cache; where its heads are split over devices, on those of ``mesh``, each with its part."""
+    if mesh is not None:
+        axis = config.shards.axis if isinstance(config.shards, ShardedHeads) else ""
+        places = jax.tree.map(partial(NamedSharding, mesh), partition_specs(config.shapes, axis))
+        return jax.jit(partial(init_cache, config), out_shardings=places)()
     heads = (config.num_layers, config.batch, config.num_kv_heads)
     return PagedCache(
         raw=RawStore.empty(
@@ -211,13 +236,18 @@ def init_cache(config: CacheConfig) -> PagedCache:
             head_dim=config.head_dim,
             dtype=config.dtype,
             hadamard=config.tiers is not None and config.tiers.layout.hadamard,
+            shards=config.shards,
         ),
-        quantised=NoStore() if config.tiers is None else _empty_quantised(heads, config.tiers, config.max_context),
+        quantised=NoStore() if config.tiers is None else _empty_quantised(heads, config, config.tiers),
         num_tokens=jnp.zeros(config.batch, jnp.int32),
     )
 
 
-def _empty_quantised(heads: tuple[int, int, int], tiers: TierConfig, max_context: int) -> QuantisedStore:
+def _empty_quantised(heads: tuple[int, int, int], config: CacheConfig, tiers: TierConfig) -> QuantisedStore:
     return QuantisedStore.empty(
-        heads, layout=tiers.layout, num_blocks=tiers.num_blocks, max_blocks=tiers.max_blocks(max_context)
+        heads,
+        layout=tiers.layout,
+        num_blocks=tiers.num_blocks,
+        max_blocks=tiers.max_blocks(config.max_context),
+        shards=config.shards,
     )

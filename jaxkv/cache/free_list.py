@@ -6,11 +6,13 @@ given it back.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from jaxkv.cache.shards import WHOLE, HeadShards, by_head
 
 
 @jax.tree_util.register_dataclass
@@ -18,20 +20,21 @@ from jax import Array
 class FreeList:
     """The blocks of a pool that nobody holds; never block 0, the null block."""
 
-    blocks: Array
+    blocks: Array = field(metadata=by_head(0))
     """``i32[blocks]``, of which the first ``count`` are free."""
-    count: Array
-    """``i32[]``."""
-    others: Array
+    count: Array = field(metadata=by_head(0))
+    """``i32[]``; where heads are split over devices, each has its own, ``i32[1]``."""
+    others: Array = field(metadata=by_head(0))
     """``i32[blocks]``: how many hold each block beside one; 0 of those that are free."""
 
     @classmethod
-    def of(cls, num_blocks: int) -> FreeList:
-        """All of a pool but the null block. The lowest go first; the last entry is spare."""
+    def of(cls, num_blocks: int, shards: HeadShards = WHOLE) -> FreeList:
+        """All of a pool, or of each device's, but the null block. The lowest go first; the last entry is spare."""
+        blocks = (num_blocks - 1 - jnp.arange(num_blocks, dtype=jnp.int32)).astype(jnp.int32)
         return cls(
-            blocks=(num_blocks - 1 - jnp.arange(num_blocks, dtype=jnp.int32)).astype(jnp.int32),
-            count=jnp.int32(num_blocks - 1),
-            others=jnp.zeros(num_blocks, jnp.int32),
+            blocks=jnp.tile(blocks, shards.count),
+            count=shards.of_each(num_blocks - 1),
+            others=jnp.zeros(num_blocks * shards.count, jnp.int32),
         )
 
     def pop(self, need: Array, most: int) -> tuple[FreeList, Array, Array]:

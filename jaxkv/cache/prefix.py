@@ -6,12 +6,13 @@ only ever read, until a row gets copies of its own (``cache.sharing``).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxkv.cache.shards import by_head
 from jaxkv.cache.state import PagedCache
 from jaxkv.cache.tables import HeadTables
 
@@ -21,7 +22,7 @@ from jaxkv.cache.tables import HeadTables
 class Prefix:
     """Uncompressed blocks, as many of every head."""
 
-    table: Array
+    table: Array = field(metadata=by_head(1))
     """``i32[layers, kv_heads, max_blocks]``."""
     blocks: Array
     """``i32[]``: how many of each head's entries there are."""

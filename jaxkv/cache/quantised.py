@@ -14,6 +14,7 @@ from jax import Array, lax
 
 from jaxkv.cache.home import HIGH, LOW
 from jaxkv.cache.nbytes import nbytes
+from jaxkv.cache.shards import WHOLE, HeadShards, by_head
 from jaxkv.cache.tables import HeadTables
 from pallas_kernels.paged_attention import TieredKVs, Weakest
 from pallas_kernels.quantised_block import BlockLayout, blocks
@@ -25,21 +26,29 @@ from pallas_kernels.walk import walk
 class QuantisedStore:
     """Donated with the cache that it is a part of. Tiers are ``Home.HIGH`` and ``Home.LOW``."""
 
-    pool: Array
+    pool: Array = field(metadata=by_head(0))
     """``u32[blocks, rows, 128]``: blocks of ``layout``."""
     tables: HeadTables
-    weakest: Weakest
+    weakest: Weakest = field(metadata=by_head(2))
     """``[layers, batch, kv_heads, 2]``: the KV that the next decode step would give up first."""
     layout: BlockLayout = field(metadata={"static": True})
 
     @classmethod
     def empty(
-        cls, heads: tuple[int, int, int], *, layout: BlockLayout, num_blocks: int, max_blocks: int
+        cls,
+        heads: tuple[int, int, int],
+        *,
+        layout: BlockLayout,
+        num_blocks: int,
+        max_blocks: int,
+        shards: HeadShards = WHOLE,
     ) -> QuantisedStore:
         tokens = tuple(tier.tokens for tier in layout.tiers)
         return cls(
-            pool=jnp.zeros((num_blocks, layout.rows, 128), jnp.uint32),
-            tables=HeadTables.empty(heads, max_blocks=max_blocks, num_blocks=num_blocks, kvs_a_block=tokens),
+            pool=jnp.zeros((shards.count * num_blocks, layout.rows, 128), jnp.uint32),
+            tables=HeadTables.empty(
+                heads, max_blocks=max_blocks, num_blocks=num_blocks, kvs_a_block=tokens, shards=shards
+            ),
             weakest=Weakest(value=jnp.full((*heads, 2), jnp.inf, jnp.float32), index=jnp.zeros((*heads, 2), jnp.int32)),
             layout=layout,
         )
@@ -105,9 +114,10 @@ class QuantisedStore:
 
     def fits(self, count: Array) -> Array:
         """``bool[]``: whether blocks suffice for ``i32[layers, 1, kv_heads, 2]`` KVs of one sequence, layer by layer:
-        a layer's blocks are given back before it takes its new ones."""
+        a layer's blocks are given back before it takes its new ones. On all devices, as ``move`` needs it."""
         more = self.tables.num_blocks(count) - self.tables.blocks_held()
-        return jnp.max(jnp.cumsum(more.sum((1, 2, 3), dtype=jnp.int32), dtype=jnp.int32)) <= self.tables.free.count
+        most = jnp.max(jnp.cumsum(more.sum((1, 2, 3), dtype=jnp.int32), dtype=jnp.int32))
+        return self.tables.shards.everywhere(most <= self.tables.free.count)
 
     def refill_layer(
         self, layer: Array, kvs: blocks.Tokens, count: Array, first: Array, order: Array

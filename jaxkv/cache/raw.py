@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from jaxkv.cache.shards import WHOLE, HeadShards, by_head
 from jaxkv.cache.tables import HeadTables
 from pallas_kernels import slot_values
 from pallas_kernels.kvs import RawKVs
@@ -28,12 +29,12 @@ class RawStore:
     """Donated with the cache that it is a part of. ``pool``, ``scores`` and ``positions`` are indexed by token slot,
     ``block * block_size + offset``. A head's KVs are in the order of its table row, not of the text."""
 
-    pool: Array
+    pool: Array = field(metadata=by_head(0))
     """``[blocks, block_size, row_width]``, K (after RoPE) beside V, each at the beginning of its half of the row.
     ``uint16`` where bfloat16 is kept as bits (``pallas_kernels.pool_values``)."""
-    scores: Array
+    scores: Array = field(metadata=by_head(0))
     """``f32[rows, 128]``: the metric of each slot's KV."""
-    positions: Array
+    positions: Array = field(metadata=by_head(0))
     """``i32[rows, 128]``: the place in the text of each slot's KV."""
     tables: HeadTables
     head_dim: int = field(metadata={"static": True})
@@ -53,13 +54,16 @@ class RawStore:
         head_dim: int,
         dtype: DTypeLike,
         hadamard: bool = False,
+        shards: HeadShards = WHOLE,
     ) -> RawStore:
-        rows = -(-num_blocks * block_size // LANES)
+        rows = shards.count * -(-num_blocks * block_size // LANES)
         return cls(
-            pool=jnp.zeros((num_blocks, block_size, row_width), pool_dtype(jnp.dtype(dtype))),
+            pool=jnp.zeros((shards.count * num_blocks, block_size, row_width), pool_dtype(jnp.dtype(dtype))),
             scores=jnp.zeros((rows, LANES), jnp.float32),
             positions=jnp.zeros((rows, LANES), jnp.int32),
-            tables=HeadTables.empty(heads, max_blocks=max_blocks, num_blocks=num_blocks, kvs_a_block=(block_size,)),
+            tables=HeadTables.empty(
+                heads, max_blocks=max_blocks, num_blocks=num_blocks, kvs_a_block=(block_size,), shards=shards
+            ),
             head_dim=head_dim,
             hadamard=hadamard,
         )

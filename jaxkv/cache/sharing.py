@@ -55,7 +55,7 @@ def reorder(cache: PagedCache, rows: Array) -> tuple[PagedCache, Array]:
     tables = cache.raw.tables.reorder(rows)
     again = jnp.argmax(rows == rows[:, None], axis=1) != jnp.arange(rows.shape[0])
     copied = again[:, None] & (tables.lengths[..., 0] % cache.raw.block_size > 0)
-    granted = jnp.sum(copied, dtype=jnp.int32) <= tables.free.count
+    granted = cache.shards.everywhere(jnp.sum(copied, dtype=jnp.int32) <= tables.free.count)
 
     def if_granted(new: Array, old: Array) -> Array:
         return jnp.where(granted, new, old)
@@ -98,18 +98,21 @@ def own(cache: PagedCache, rows: Array) -> tuple[PagedCache, Array]:
 
 
 def any_shared(cache: PagedCache) -> Array:
-    """``bool[]``: whether any block has several holders."""
+    """``bool[]``: whether any block has several holders, on any device."""
     found = cache.raw.tables.free.any_shared()
-    return found if isinstance(cache.quantised, NoStore) else found | cache.tiers.tables.free.any_shared()
+    if not isinstance(cache.quantised, NoStore):
+        found |= cache.tiers.tables.free.any_shared()
+    return ~cache.shards.everywhere(~found)
 
 
 def can_own(cache: PagedCache, rows: Array | bool = True) -> Array:
-    """``bool[]``: whether blocks are free for copies of all that rows, ``bool[batch]`` or all, share."""
+    """``bool[]``: whether blocks are free for copies of all that rows, ``bool[batch]`` or all, share, on all
+    devices."""
     stores = [cache.raw] if isinstance(cache.quantised, NoStore) else [cache.raw, cache.tiers]
     rows = jnp.reshape(jnp.asarray(rows), (1, -1, 1, 1))
     need = [jnp.sum(store.tables.shared() & rows, dtype=jnp.int32) for store in stores]
     enough = [blocks <= store.tables.free.count for blocks, store in zip(need, stores, strict=True)]
-    return jnp.all(jnp.stack(enough))
+    return cache.shards.everywhere(jnp.all(jnp.stack(enough)))
 
 
 def _own_store(store: Store, does: Array) -> Store:

@@ -10,6 +10,7 @@ from jax import Array
 
 from jaxkv.cache.quantised import NoStore, QuantisedStore
 from jaxkv.cache.raw import RawStore
+from jaxkv.cache.shards import HeadShards
 from pallas_kernels.quantised_block import BlockLayout
 from pallas_kernels.settings import any_ranks
 
@@ -46,6 +47,11 @@ class PagedCache:
         return self.quantised
 
     @property
+    def shards(self) -> HeadShards:
+        """How the KV heads are split over devices."""
+        return self.raw.tables.shards
+
+    @property
     def capacity(self) -> int:
         """KVs that a head can hold in all."""
         return self.raw.capacity
@@ -60,7 +66,7 @@ class PagedCache:
 
         Blocks alone would allow more: of the low tier, and quantised beside unquantised.
         """
-        return jnp.all((lengths <= self.capacity) | ~rows[None, :, None])
+        return self.shards.everywhere(jnp.all((lengths <= self.capacity) | ~rows[None, :, None]))
 
     def rows(self, which: Array) -> PagedCache:
         """A cache of only these rows of the batch, ``i32[n]``, over the same pools; see ``with_rows``."""

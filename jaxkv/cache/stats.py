@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxkv.cache.nbytes import nbytes
 from jaxkv.cache.quantised import NoStore, QuantisedStore
+from jaxkv.cache.shards import HeadShards
 from jaxkv.cache.state import PagedCache
 
 
@@ -34,7 +35,7 @@ class CacheStats:
     """Quantised or not."""
     blocks_full: int
     blocks_free: int
-    """Unquantised ones."""
+    """Unquantised ones, of all devices."""
     block_size: int
     blocks_per_head: np.ndarray
     """``i32[layers, kv_heads]``, summed over the batch."""
@@ -56,7 +57,9 @@ class CacheStats:
         )
 
 
-class Counts(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Counts:
     """How much each head of a cache holds: all that differs between two of the same shapes."""
 
     raw: Any
@@ -66,9 +69,9 @@ class Counts(NamedTuple):
     tokens: Any
     """``i32[batch]``: of the text."""
     free: Any
-    """``i32[]``: unquantised blocks."""
+    """``i32[]``: unquantised blocks; ``i32[devices]`` of each device where heads are split over several."""
     quantised_free: Any
-    """``i32[]``; None: there are none."""
+    """Likewise; None: there are none."""
 
     @classmethod
     def of(cls, cache: PagedCache) -> Counts:
@@ -83,11 +86,22 @@ class Counts(NamedTuple):
             quantised_free=None if tables is None else tables.free.count,
         )
 
+    def gathered(self, shards: HeadShards) -> Counts:
+        """All heads' and all devices', inside a ``jax.shard_map`` of these shards."""
+        quantised, quantised_free = self.quantised, self.quantised_free
+        return replace(
+            self,
+            raw=shards.gather(self.raw, 2),
+            quantised=None if quantised is None else shards.gather(quantised, 2),
+            free=shards.gather(self.free, 0),
+            quantised_free=None if quantised_free is None else shards.gather(quantised_free, 0),
+        )
+
     def row(self, row: int) -> Counts:
         """Those of one row of the batch."""
         one = slice(row, row + 1)
         quantised = None if self.quantised is None else self.quantised[:, one]
-        return self._replace(raw=self.raw[:, one], quantised=quantised, tokens=self.tokens[one])
+        return replace(self, raw=self.raw[:, one], quantised=quantised, tokens=self.tokens[one])
 
 
 def stats(cache: PagedCache) -> CacheStats:
@@ -119,7 +133,7 @@ def stats_of(cache: PagedCache, counts: Counts) -> CacheStats:
         kvs_full=kvs_full,
         blocks_held=int(per_head.sum()),
         blocks_full=blocks_full,
-        blocks_free=int(counts.free),
+        blocks_free=int(np.sum(counts.free)),
         block_size=size,
         blocks_per_head=per_head,
         fragmentation=1 - kvs / slots if slots else 0.0,

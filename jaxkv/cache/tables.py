@@ -11,6 +11,7 @@ from jax import Array, lax
 
 from jaxkv.cache.free_list import FreeList
 from jaxkv.cache.nbytes import nbytes
+from jaxkv.cache.shards import WHOLE, HeadShards, by_head
 
 
 @jax.tree_util.register_dataclass
@@ -22,24 +23,33 @@ class HeadTables:
     (LeanKV, section 5). Allocation is by ranks, for all heads at once: no serial loop, no host.
     """
 
-    block_table: Array
+    block_table: Array = field(metadata=by_head(2))
     """``i32[layers, batch, kv_heads, max_blocks]``; entries that no block of the head's stands in are never read."""
-    lengths: Array
+    lengths: Array = field(metadata=by_head(2))
     """``i32[layers, batch, kv_heads, tiers]``: KVs that a head holds in each tier."""
     free: FreeList
     kvs_a_block: tuple[int, ...] = field(metadata={"static": True})
     """Of each tier."""
+    shards: HeadShards = field(default=WHOLE, metadata={"static": True})
+    """How the heads are split over devices."""
 
     @classmethod
     def empty(
-        cls, heads: tuple[int, int, int], *, max_blocks: int, num_blocks: int, kvs_a_block: tuple[int, ...]
+        cls,
+        heads: tuple[int, int, int],
+        *,
+        max_blocks: int,
+        num_blocks: int,
+        kvs_a_block: tuple[int, ...],
+        shards: HeadShards = WHOLE,
     ) -> HeadTables:
-        """Of ``(layers, batch, kv_heads)`` heads that hold nothing, over a pool of ``num_blocks``."""
+        """Of ``(layers, batch, kv_heads)`` heads that hold nothing, over a pool of ``num_blocks`` a device."""
         return cls(
             block_table=jnp.zeros((*heads, max_blocks), jnp.int32),
             lengths=jnp.zeros((*heads, len(kvs_a_block)), jnp.int32),
-            free=FreeList.of(num_blocks),
+            free=FreeList.of(num_blocks, shards),
             kvs_a_block=kvs_a_block,
+            shards=shards,
         )
 
     @property
@@ -60,10 +70,10 @@ class HeadTables:
         return self.num_blocks(self.lengths)
 
     def has_room(self, lengths: Array) -> Array:
-        """``bool[]``: whether ``grow`` can give the heads ``lengths`` KVs."""
+        """``bool[]``: whether ``grow`` can give the heads ``lengths`` KVs, on all devices."""
         want = self.num_blocks(lengths)
         enough = jnp.sum(want - self.blocks_held(), dtype=jnp.int32) <= self.free.count
-        return enough & jnp.all(want.sum(-1, dtype=jnp.int32) <= self.max_blocks)
+        return self.shards.everywhere(enough & jnp.all(want.sum(-1, dtype=jnp.int32) <= self.max_blocks))
 
     def grow(self, lengths: Array, *, most: int) -> tuple[HeadTables, Array]:
         """Gives each head the blocks for ``lengths`` KVs, all heads or none.

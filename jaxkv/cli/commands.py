@@ -126,6 +126,7 @@ def load(options: argparse.Namespace, policy: Policy | None, **settings: Any) ->
         cache_dtype=options.cache_dtype,
         generation_config=options.generation_config,
         schedule=None if options.schedule is None else SCHEDULE[options.schedule],
+        devices=options.devices,
         **settings,
     )
     if isinstance(llm.compression, Auto):

@@ -109,6 +109,7 @@ def add_batch(command: argparse.ArgumentParser) -> None:
 def add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", required=True, help=MODEL)
     command.add_argument("--cache-memory", type=size_in_bytes, metavar="BYTES", help="for the whole cache: 500M, 2G, …")
+    command.add_argument("--devices", type=int, default=1, metavar="N", help="that share the KV heads (default: 1)")
     command.add_argument("--block-size", type=int, help="token slots a block (default: 16; 64 on a TPU)")
     command.add_argument("--dtype", choices=DTYPES, help="to compute in (default: float32 on a CPU, else bfloat16)")
     command.add_argument(

@@ -49,9 +49,9 @@ class Footprint:
         layers, _, kv_heads = raw.lengths.shape
         return cls(
             tokens=tokens,
-            kvs=raw.lengths.sum(dtype=jnp.int32),
-            blocks=raw.tables.blocks_held().sum(dtype=jnp.int32),
-            heads=layers * kv_heads,
+            kvs=cache.shards.sum(raw.lengths.sum(dtype=jnp.int32)),
+            blocks=cache.shards.sum(raw.tables.blocks_held().sum(dtype=jnp.int32)),
+            heads=layers * kv_heads * cache.shards.count,
             block_size=raw.block_size,
             block_bytes=raw.block_bytes,
             protected_window=protected_window,
@@ -62,9 +62,9 @@ class Footprint:
         """Of a prompt that is held in full."""
         return cls(
             tokens=tokens,
-            kvs=tokens * config.heads,
-            blocks=config.full_blocks(tokens),
-            heads=config.heads,
+            kvs=tokens * config.all_heads,
+            blocks=-(-tokens // config.block_size) * config.all_heads,
+            heads=config.all_heads,
             block_size=config.block_size,
             block_bytes=config.block_bytes,
             protected_window=protected_window,
@@ -142,7 +142,7 @@ class MaxTokens(Budget):
         return f"max_cache_tokens={self.tokens}"
 
     def fixed_bytes(self, config: CacheConfig) -> int:
-        return config.full_blocks(self.tokens) * config.block_bytes
+        return -(-self.tokens // config.block_size) * config.all_heads * config.block_bytes
 
     def check(self, config: CacheConfig, protected_window: int) -> None:
         if self.tokens < max(config.block_size, protected_window):
@@ -228,7 +228,7 @@ class MaxBytes(Budget):
         return self.size
 
     def check(self, config: CacheConfig, protected_window: int) -> None:
-        tokens = self.size // config.block_bytes * config.block_size / config.heads
+        tokens = self.size // config.block_bytes * config.block_size / config.all_heads
         if tokens < max(config.block_size, protected_window):
             raise _impossible(str(self), tokens, config, protected_window, "give more bytes")
 

@@ -16,6 +16,7 @@ from jax import Array, lax
 from jaxkv.cache.contents import Contents
 from jaxkv.cache.home import GONE, RAW
 from jaxkv.cache.moves import Goal
+from jaxkv.cache.shards import WHOLE, HeadShards
 from jaxkv.cache.state import PagedCache
 from jaxkv.compression.placement import Placement, Worth
 from jaxkv.compression.ranking import KEPT, sort_keys, take_cheapest
@@ -42,13 +43,14 @@ class Evict(Placement):
             self._surplus(cache, room)[None],
             block_size=cache.raw.block_size,
             shares=self.shares,
+            shards=cache.shards,
         )
         home = jnp.where(now.held & ~plan.evicted, RAW, GONE)
         return Goal(home=home, positions=now.positions)
 
     def _surplus(self, cache: PagedCache, room: Array) -> Array:
         """``i32[]``: blocks beyond the room."""
-        return jnp.maximum(cache.raw.tables.blocks_held().sum(dtype=jnp.int32) - room, 0)
+        return jnp.maximum(cache.shards.sum(cache.raw.tables.blocks_held().sum(dtype=jnp.int32)) - room, 0)
 
 
 class Plan(NamedTuple):
@@ -71,6 +73,7 @@ def plan_eviction(
     block_size: int,
     floor: int = 1,
     shares: Shares | None = None,
+    shards: HeadShards = WHOLE,
 ) -> Plan:
     """Chooses which KVs go, so that each sequence gives up exactly ``evict_blocks`` blocks where that is feasible.
 
@@ -86,6 +89,7 @@ def plan_eviction(
       block_size: KVs a block.
       floor: blocks that a head always keeps.
       shares: how the heads share what stays; None: all heads of a sequence compete.
+      shards: how the heads are split over devices: those of other arguments are one's own, ranked among all.
     """
     keys = jnp.where(evictable, sort_keys(scores), KEPT)
     blocks = -(-lengths // block_size)
@@ -98,17 +102,17 @@ def plan_eviction(
     price = jnp.take_along_axis(ascending, jnp.clip(last, 0, kvs - 1), axis=-1)
     price = jnp.where(row < blocks[..., None] - floor, price, KEPT)  # [layers, batch, kv_heads, rows]
 
-    price = jnp.moveaxis(price, 1, 0)  # [batch, layers, kv_heads, rows]: the order of ties
+    price = jnp.moveaxis(shards.gather(price, 2), 1, 0)  # [batch, layers, kv_heads, rows]: the order of ties
     groups = evict_blocks[:, None]
     if shares is not None:
-        held = jnp.moveaxis(blocks, 1, 0)
+        held = jnp.moveaxis(shards.gather(blocks, 2), 1, 0)
         keep = shares.keep(held, price < KEPT, evict_blocks)  # [batch, groups]
         heads = held.reshape(*keep.shape, -1)
         groups = heads.sum(-1, dtype=jnp.int32) - keep
         least = (shares.floor / heads.shape[-1] * keep.astype(jnp.float32)).astype(jnp.int32)[..., None]
         price = jnp.where(row < (heads - least)[..., None], price.reshape(*heads.shape, -1), KEPT).reshape(price.shape)
     taken = take_cheapest(price.reshape(groups.size, -1), groups.reshape(-1))
-    given = jnp.moveaxis(taken.reshape(price.shape).sum(-1, dtype=jnp.int32), 0, 1)
+    given = shards.own(jnp.moveaxis(taken.reshape(price.shape).sum(-1, dtype=jnp.int32), 0, 1), 2)
 
     count = jnp.where(given > 0, (given - 1) * block_size + hang, 0)
     shape = keys.shape

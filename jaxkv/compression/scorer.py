@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from jax import Array
 
+from jaxkv.cache.shards import HeadShards
 from jaxkv.compression.observation import Nothing, Observation
 
 
@@ -90,6 +91,10 @@ class Scorer:
           Like ``scores``.
         """
         return scores
+
+    def of_shard(self, shards: HeadShards) -> Scorer:
+        """The scorer for one device's heads, where they are split over several and it holds something of each."""
+        return self
 
     def score_decoded(self, probability: Array) -> Array:
         """What a decoded token adds to the scores: probabilities ``[..., group, kvs]`` -> ``[..., kvs]``."""

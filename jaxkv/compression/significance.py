@@ -112,7 +112,7 @@ class Significance(Tiered):
         store, tables = cache.tiers, cache.tiers.tables
         step = self.step(tables.lengths, store.weakest, cache.num_tokens)
         ready = cache.within_capacity(cache.raw.lengths + step.lengths.sum(-1, dtype=jnp.int32), active)
-        ready &= ~jnp.any(active[None, :, None] & (cache.raw.lengths > 0))
+        ready &= cache.shards.everywhere(~jnp.any(active[None, :, None] & (cache.raw.lengths > 0)))
         lengths = jnp.where((active & ready)[None, :, None, None], step.lengths, tables.lengths)
         tables, found = tables.grow(lengths, most=1)
         significance = KernelSignificance(_most_of_group, partial(_worth, window=self.window))
@@ -170,13 +170,13 @@ def _worth(scores: Array, since: Array, position: Array, window: int) -> Array:
 
 
 def _blocks(home: Array, tables: HeadTables, rises: Array | None = None) -> Array:
-    """Blocks that are needed, where ``rises`` is told once what it marks has filled the high ones."""
+    """Blocks that are needed on all devices, where ``rises`` is told once what it marks has filled the high ones."""
     counts = jnp.stack([jnp.sum(home == tier, axis=-1, dtype=jnp.int32) for tier in (HIGH, LOW)], axis=-1)
     if rises is not None:
         low = jnp.sum((home == LOW) & rises, axis=-1, dtype=jnp.int32)
         risen = jnp.minimum(-counts[..., HIGH] % tables.kvs_a_block[HIGH], low)
         counts += jnp.stack([risen, -risen], axis=-1)
-    return jnp.sum(tables.num_blocks(counts), dtype=jnp.int32)
+    return tables.shards.sum(jnp.sum(tables.num_blocks(counts), dtype=jnp.int32))
 
 
 def _filled(home: Array, stays: Array, rises: Array, relative: Array, tables: HeadTables) -> Array:

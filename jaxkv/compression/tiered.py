@@ -60,8 +60,9 @@ class Tiered(Placement):
             return
         layout, protected = self.layout(config.head_dim), self.protected_tokens(protected_window, sinks)
         raw = self.raw_tokens(protected_window, sinks)
-        need = config.heads * max(1, -(-(protected - raw) // layout.tokens)) * layout.block_bytes
-        need += config.full_blocks(raw) * config.block_bytes
+        need = max(1, -(-(protected - raw) // layout.tokens)) * layout.block_bytes
+        need += -(-raw // config.block_size) * config.block_bytes
+        need *= config.all_heads
         if given < need:
             raise ValueError(
                 f"{budget} leaves a sequence {given} bytes of blocks, but a block a head and the protected {protected} "
@@ -83,5 +84,5 @@ class Tiered(Placement):
     def room_in_tables(self, cache: PagedCache, room: Array) -> Array:
         """``i32[]``: quantised blocks that the one sequence of a cache may hold: at least one a head."""
         layers, _, kv_heads = cache.raw.lengths.shape
-        heads = layers * kv_heads
+        heads = layers * kv_heads * cache.shards.count
         return jnp.clip(room, heads, heads * cache.tiers.tables.max_blocks).astype(jnp.int32)

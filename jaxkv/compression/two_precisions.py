@@ -10,6 +10,7 @@ from jax import Array
 from jaxkv.cache.contents import Contents
 from jaxkv.cache.home import GONE, HIGH, LOW, RAW
 from jaxkv.cache.moves import Goal
+from jaxkv.cache.shards import HeadShards
 from jaxkv.cache.state import PagedCache
 from jaxkv.compression.budget import in_blocks
 from jaxkv.compression.placement import Worth
@@ -54,14 +55,15 @@ class TwoPrecisions(Tiered):
         rises = exists & (now.home != LOW)  # what is in the low tier already is not brought back
 
         high_tokens, low_tokens = (tier.tokens for tier in self.layout(cache.raw.head_dim).tiers)
+        shards = cache.shards
         most = self.room_in_tables(cache, room - self._taken(cache, stays))
-        needed = jnp.sum(-(-(protected & rises).sum(-1, dtype=jnp.int32) // high_tokens), dtype=jnp.int32)
+        needed = shards.sum(_blocks(protected & rises, high_tokens))
         high_blocks = jnp.clip(
             jnp.round(most.astype(jnp.float32) * self.high_share).astype(jnp.int32), needed, jnp.maximum(most, needed)
         )
-        high = _best(jnp.where(rises, keys, KEPT), high_tokens, high_blocks)
-        left = jnp.maximum(most - jnp.sum(-(-high.sum(-1, dtype=jnp.int32) // high_tokens), dtype=jnp.int32), 0)
-        low = _best(jnp.where(high, KEPT, keys), low_tokens, left)
+        high = _best(jnp.where(rises, keys, KEPT), high_tokens, high_blocks, shards)
+        left = jnp.maximum(most - shards.sum(_blocks(high, high_tokens)), 0)
+        low = _best(jnp.where(high, KEPT, keys), low_tokens, left, shards)
         home = jnp.where(stays, RAW, jnp.where(high, HIGH, jnp.where(low, LOW, GONE)))
         return Goal(home=home, positions=now.positions, raw_stays=self.unquantised_window)
 
@@ -69,19 +71,25 @@ class TwoPrecisions(Tiered):
         """Quantised blocks that the unquantised ones cost."""
         if not self.unquantised_window:
             return 0
-        blocks = jnp.sum(-(-stays.sum(-1, dtype=jnp.int32) // cache.raw.block_size), dtype=jnp.int32)
+        blocks = cache.shards.sum(_blocks(stays, cache.raw.block_size))
         size = self.block_bytes(cache)
         return in_blocks(blocks, cache.raw.block_bytes, size) + 1  # rounded up
 
 
-def _best(keys: Array, tokens: int, count: Array) -> Array:
+def _blocks(kvs: Array, tokens: int) -> Array:
+    """``i32[]``: blocks of so many tokens that the heads' KVs fill, ``bool[layers, 1, kv_heads, kvs]``."""
+    return jnp.sum(-(-kvs.sum(-1, dtype=jnp.int32) // tokens), dtype=jnp.int32)
+
+
+def _best(keys: Array, tokens: int, count: Array, shards: HeadShards) -> Array:
     """``bool`` like keys: the KVs that ``count`` blocks of a tier hold, the lowest keys of each head first.
 
     The heads get the blocks that are cheapest by their first key; a key of ``KEPT`` is no KV.
     """
     ascending = jnp.sort(keys, axis=-1)
-    price = ascending[..., ::tokens]
+    price = shards.gather(ascending[..., ::tokens], 2)
     blocks = take_cheapest(price.reshape(1, -1), count[None]).reshape(price.shape).sum(-1, dtype=jnp.int32)
+    blocks = shards.own(blocks, 2)
     kvs = keys.shape[-1]
     taken = take_cheapest(keys.reshape(-1, kvs), tokens * blocks.reshape(-1), ascending.reshape(-1, kvs))
     return taken.reshape(keys.shape)

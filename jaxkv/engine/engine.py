@@ -21,15 +21,16 @@ from itertools import count
 import jax
 import numpy as np
 
-from jaxkv.cache import CacheConfig, PagedCache, snapshot
-from jaxkv.engine.costs import Costs, Work
+from jaxkv.cache import PagedCache, snapshot
+from jaxkv.engine.costs import Work
 from jaxkv.engine.decisions import Join, Wait
 from jaxkv.engine.dispatch import Dispatch, Made
-from jaxkv.engine.prefixes import SharedPrefix
+from jaxkv.engine.prefixes import SharedPrefix, on_host
 from jaxkv.engine.programs import Programs
 from jaxkv.engine.reading import PromptInProgress, Reading
+from jaxkv.engine.refusals import alone_too_large
 from jaxkv.engine.sampling import Samplers, most_likeliest
-from jaxkv.engine.schedule import STEPS, Schedule
+from jaxkv.engine.schedule import STEPS
 from jaxkv.engine.scheduler import Scheduler
 from jaxkv.engine.sequence import Sequence
 from jaxkv.engine.timing import timed
@@ -44,38 +45,18 @@ class Engine:
 
     Args:
       programs: the model's.
-      config: the cache's sizes; its batch is the number of rows.
-      cache: an empty one; given away.
-      costs: what the model's passes and steps took so far; noted here.
+      scheduler: of a cache of these sizes.
+      cache: an empty one, or with a context that the scheduler knows of; given away.
       samplers: what makes samplers for rows; None: as they ask.
-      share_prefixes, schedule, split_prompts, context: see ``Scheduler``.
     """
 
     def __init__(
-        self,
-        programs: Programs,
-        config: CacheConfig,
-        cache: PagedCache,
-        *,
-        share_prefixes: bool = True,
-        schedule: Schedule | None = None,
-        costs: Costs | None = None,
-        split_prompts: bool | None = None,
-        samplers: Samplers | None = None,
-        context: bool = False,
+        self, programs: Programs, scheduler: Scheduler, cache: PagedCache, *, samplers: Samplers | None = None
     ):
         self.samplers = samplers or Samplers(vocab_size=programs.model.sizes.vocab_size)
-        self.programs, self.config, self.cache = programs, config, cache
-        self.scheduler = Scheduler(
-            config,
-            share_prefixes=share_prefixes,
-            schedule=schedule,
-            costs=costs,
-            split_prompts=split_prompts,
-            context=context,
-        )
-        self.rows, self.prefixes, self.counts = self.scheduler.rows, self.scheduler.prefixes, self.scheduler.counts
-        self._looks, self._received = 0, 0.0
+        self.programs, self.scheduler, self.config, self.cache = programs, scheduler, scheduler.config, cache
+        self.rows, self.prefixes, self.counts = scheduler.rows, scheduler.prefixes, scheduler.counts
+        self._looks, self._received, self._agreed = 0, 0.0, programs.devices.agreed
         """How often the counts were read back by themselves, and when steps were last received."""
         self.prompt_tokens = self.borrowed_tokens = 0
         """Tokens of prompts read, and those borrowed instead."""
@@ -153,14 +134,14 @@ class Engine:
                 self.cache, reading.state, reading.rows, tokens, counts, policy, shape.length
             )
             jax.block_until_ready(reading.state.hidden)
-        self.scheduler.costs.note(Work(shape, policy), seconds["prefill"], seconds["compile"])
+        self.scheduler.costs.note(Work(shape, policy), *self._agreed(seconds["prefill"], seconds["compile"]))
         self.passes += 1
         for prompt, tokens in reading.of_prompts(counts):
             prompt.read += tokens
             self.prompt_tokens += tokens
         if first.read == first.lend_tokens:
             self.cache, prefix = self.programs.detach(self.cache, first.row)
-            self.prefixes.lend(first.row, first.ids[: first.read], jax.device_get(prefix))
+            self.prefixes.lend(first.row, first.ids[: first.read], on_host(prefix))
         yield from reading.progress()
         if not first.part_is_read:
             self._look()
@@ -264,7 +245,7 @@ class Engine:
         """As many steps for all running rows as the pool surely serves; makes room first where that is none."""
         steps = self.scheduler.steps()
         if steps == 0:
-            self._make_room()
+            yield from self._make_room()
             return
         for policy, rows in self.scheduler.dispatches():
             sent = self._send(rows, steps, policy)
@@ -330,9 +311,10 @@ class Engine:
         for sequence in sent.sequences:
             sequence.timings.add(seconds)
         run = int(made.counts.max())
+        took, compiling = self._agreed(seconds["decode"], sent.compiling)
         if not sent.follows:  # else what the host did meanwhile is in it
-            self.scheduler.costs.note(sent.work, seconds["decode"] / max(run, 1), sent.compiling)
-        self.scheduler.note_decoding(seconds["decode"])
+            self.scheduler.costs.note(sent.work, took / max(run, 1), compiling)
+        self.scheduler.note_decoding(took)
         self.decode_seconds += seconds["decode"]
         self.decode_steps += run
         self.decoded += int(made.counts.sum())
@@ -363,8 +345,9 @@ class Engine:
                 ended.append(row)
         self._leave(ended)
 
-    def _make_room(self) -> None:
-        """Drops unused prefixes; else compresses what has outgrown its budget; else puts the youngest back."""
+    def _make_room(self) -> Iterator[Event]:
+        """Drops unused prefixes; else compresses what has outgrown its budget; else puts the youngest back. One alone
+        would find no more room later: of devices that share heads, one may be full while others aren't."""
         before = self.counts.free
         self._cut(self.prefixes.unused())
         if not self.counts.free <= before:
@@ -373,7 +356,12 @@ class Engine:
             self._compress([row])
         if not self.counts.free <= before:
             return
-        self._release(self.scheduler.put_back(self.scheduler.whom_to_put_back()))
+        row = self.scheduler.whom_to_put_back()
+        if self.rows.count(None) == len(self.rows) - 1:
+            yield Refused(request=self.scheduler.sequence(row).index, error=alone_too_large(self.counts, row))
+            self._leave([row])
+            return
+        self._release(self.scheduler.put_back(row))
 
     def _leave(self, rows: list[int]) -> None:
         self._release([freed for row in rows for freed in self.scheduler.leave(row)])
@@ -387,10 +375,10 @@ class Engine:
         """Gives back what of these nobody borrows."""
         for shared in prefixes:
             self.cache, left = self.programs.cut(self.cache, shared.prefix, shared.in_use)
-            self.prefixes.cut(shared, jax.device_get(left))
+            self.prefixes.cut(shared, on_host(left))
             self._look()
 
     def _look(self, *also: jax.Array) -> list[np.ndarray]:
         """Reads back what the heads hold and what is free, and other arrays, in one transfer."""
         self._looks += 1
-        return self.counts.look(self.cache, *also)
+        return self.counts.look(self.programs.counts(self.cache), *also)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import jax
 import numpy as np
 
 from jaxkv.cache.prefix import Prefix
@@ -118,6 +119,12 @@ class Prefixes:
 def freed_by(cut: Iterable[SharedPrefix], heads: int) -> Blocks:
     """What comes back of prefixes that are cut to what is in use."""
     return Blocks(raw=heads * sum(shared.blocks - shared.in_use for shared in cut))
+
+
+def on_host(prefix: Prefix) -> Prefix:
+    """Read back; of one that several processes share only how long it is."""
+    whole = prefix.table.is_fully_addressable
+    return jax.device_get(prefix) if whole else replace(prefix, blocks=jax.device_get(prefix.blocks))
 
 
 def readable(request: Request) -> int:

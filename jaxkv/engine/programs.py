@@ -11,6 +11,7 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
@@ -22,6 +23,7 @@ from jaxkv.cache.snapshot import Snapshot, put
 from jaxkv.cache.state import PagedCache
 from jaxkv.cache.state import release as release_rows
 from jaxkv.cache.stats import Counts
+from jaxkv.engine.devices import Devices, OneDevice
 from jaxkv.generation.compress import compress
 from jaxkv.generation.decode import decode as decode_rows
 from jaxkv.generation.decode import is_any
@@ -49,7 +51,8 @@ class ModelPrograms:
     what that took.
     """
 
-    def __init__(self, model: Decoder):
+    def __init__(self, model: Decoder, devices: Devices | None = None):
+        self.devices = devices or OneDevice()
         self.compile_seconds = 0.0
         self.on_compile: Callable[[str], None] | None = None
         """Is told what is going to be compiled."""
@@ -72,7 +75,7 @@ class ModelPrograms:
         self.model = model
         """Inside a program: one whose weights are the program's arguments."""
         self._seen = jax.tree.flatten(model)
-        self._graph, weights = nnx.split(model)
+        self._graph, weights = self.devices.split(model)
         self._leaves, self._structure = jax.tree.flatten(weights)
         self._kind = self._graph, self._structure, [(leaf.shape, leaf.dtype) for leaf in self._leaves]
 
@@ -98,7 +101,7 @@ class ModelPrograms:
         if self.on_compile is not None:
             self.on_compile(step.__name__)
         began = time.perf_counter()
-        compiled = jax.jit(traced, donate_argnums=1).lower(self._leaves, donated, given).compile()
+        compiled = self.devices.compile(traced, self._leaves, donated, given)
         self.compile_seconds += time.perf_counter() - began
         return compiled
 
@@ -125,7 +128,7 @@ def program(
             bound = names.bind(self, *args, **kwargs)
             bound.apply_defaults()
             _, *rest = bound.arguments.items()
-            given = {name: jnp.int32(x) if type(x) is int and name not in static else x for name, x in rest}
+            given = {name: np.int32(x) if type(x) is int and name not in static else x for name, x in rest}
             donated = {name: given.pop(name) for name in donate}
             fixed = {name: given.pop(name) for name in static}
             return self._run(step, donated, given, fixed)
@@ -159,8 +162,8 @@ class Programs(ModelPrograms):
     """Prompt chunks, compression and decoding, for some rows of the batch, ``i32[n]``, each of them once; a single row
     may be told as a number."""
 
-    def __init__(self, model: Decoder, stop_tokens: tuple[int, ...] = ()):
-        super().__init__(model)
+    def __init__(self, model: Decoder, stop_tokens: tuple[int, ...] = (), devices: Devices | None = None):
+        super().__init__(model, devices)
         self.stop_tokens = stop_tokens
 
     @program(static=("policy", "fresh"))
@@ -287,8 +290,16 @@ class Programs(ModelPrograms):
             likeliest=made.likeliest,
             their_logprobs=made.their_logprobs,
             last=jnp.where(made.counts > 0, last, tokens),
-            held=jax.tree.map(jnp.copy, Counts.of(cache)),
+            held=jax.tree.map(jnp.copy, Counts.of(cache).gathered(cache.shards)),
         )
+
+    def counts(self, cache: PagedCache) -> Counts:
+        """What heads hold and what is free, for ``jax.device_get``."""
+        return Counts.of(cache) if self.devices.shards.count == 1 else self._counts(cache)
+
+    @program()
+    def _counts(self, cache: PagedCache) -> Counts:
+        return Counts.of(cache).gathered(cache.shards)
 
     @program(donate=("cache",))
     def release(self, cache: PagedCache, finished: ArrayLike) -> PagedCache:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import ceil
 
 from jaxkv.cache.config import CacheConfig
 from jaxkv.compression.budget import Footprint
@@ -17,6 +18,9 @@ from jaxkv.policies import Policy
 from jaxkv.requests import Request
 from pallas_kernels.quantised_block import BlockLayout
 
+UNEVEN = 1.25
+"""Times the mean that a device holds of a compressed sequence at most, where heads are split over several: of thirty
+heads each it is 1.05 (docs/parallel.md)."""
 LEAST_PART = 64
 """Tokens: smaller parts would compress more often than they read."""
 
@@ -110,9 +114,16 @@ def left_blocks(config: CacheConfig, request: Request, takes: Blocks, more: int)
 
 @lru_cache(maxsize=4096)
 def blocks_between_parts(config: CacheConfig, policy: Policy, tokens: int) -> int:
-    """Blocks that a prompt of so many tokens may hold after each part: its budget, and a half-filled block a head."""
+    """Blocks of a device that a prompt of so many tokens may hold after each part: its budget, and a half-filled block
+    a head."""
     kept = policy.budget.unquantised_blocks(Footprint.of_prompt(config, tokens, policy.protected_window))
-    return min(int(kept), config.full_blocks(tokens)) + config.heads
+    return min(_of_device(int(kept), config), config.full_blocks(tokens)) + config.heads
+
+
+def _of_device(blocks: int, config: CacheConfig) -> int:
+    """Of so many blocks of a sequence, which its heads share as they need, those that one device holds at most."""
+    devices = config.shards.count
+    return blocks if devices == 1 else min(blocks, ceil(blocks / devices * UNEVEN))
 
 
 @lru_cache(maxsize=4096)
@@ -125,7 +136,7 @@ def compressed_blocks(config: CacheConfig, policy: Policy, tokens: int) -> Block
     layout, heads = config.tiers.layout, config.heads
     room = int(policy.budget.blocks(Footprint.of_prompt(config, tokens, window), layout.block_bytes))
     protected = -(-(window + policy.sinks) // layout.tokens)
-    least, most = heads * max(protected, 1), heads * config.tiers.full_blocks(tokens)
+    least, most = heads * max(protected, 1), heads * config.tiers.full_blocks(tokens)  # any device may hold so many
     raw = config.full_blocks(stays) + heads if stays else 0
     return Blocks(raw=raw, quantised=min(max(room, least) + heads, most, config.tiers.num_blocks - 1))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from jaxkv.cache.config import CacheConfig
 from jaxkv.engine.block_counts import BlockCounts, Blocks
 from jaxkv.engine.prompt_plan import compressed_blocks, more_memory
@@ -26,7 +28,7 @@ def too_large(config: CacheConfig, counts: BlockCounts, row: int, request: Reque
             more = more.or_more(Blocks(raw=config.full_blocks(tokens)))
     if held + more <= total:
         return None
-    quantised = held.raw + more.raw <= total.raw
+    quantised, held, more = bool(np.all(held.raw + more.raw <= total.raw)), held.fullest, more.fullest
     have, grows = (held.quantised, more.quantised) if quantised else (held.raw, more.raw)
     when = "once it is read" if tokens == request.limit else "whenever it is compressed"
     return (
@@ -37,11 +39,20 @@ def too_large(config: CacheConfig, counts: BlockCounts, row: int, request: Reque
 
 def parts_too_large(config: CacheConfig, counts: BlockCounts, prompt: PromptInProgress) -> str | None:
     """Why the next part can't be read beside what is left of those before; None where it can."""
-    held = counts.held(prompt.row).raw
+    held = counts.held(prompt.row).fullest.raw
     need = held + config.full_blocks(prompt.part_length)
     if need <= prompt.most.raw:
         return None
     return (
         f"the prompt holds {held} blocks once {prompt.read} of its {prompt.total} tokens are read and compressed, "
         f"so {need} with the next part, and may hold {prompt.most.raw}; protect less, or give more memory"
+    )
+
+
+def alone_too_large(counts: BlockCounts, row: int) -> str:
+    """What is said where an answer can't go on though nobody else is left."""
+    held, total = counts.held(row).fullest, counts.total
+    return (
+        f"the answer can't go on: a device holds {held.raw} of its {total.raw} blocks for it alone, and "
+        f"{held.quantised} of its {total.quantised} quantised ones; give more cache_memory, or ask for less"
     )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
-import jax
 from jax.typing import DTypeLike
 
 from jaxkv.cache import CacheConfig
 from jaxkv.compression.placement import Placement
+from jaxkv.engine.devices import Devices
 from models import ModelSizes
 
 
@@ -25,17 +23,6 @@ def power_of_two(count: int) -> int:
     return 1 << (max(count, 1) - 1).bit_length()
 
 
-def memory_for_a_cache() -> tuple[int, int]:
-    """Bytes that a cache may take here at most, and where nobody says: a part of what an accelerator has left, or of a
-    CPU's memory."""
-    used = jax.devices()[0].memory_stats()
-    if used is not None and "bytes_limit" in used:
-        free = used["bytes_limit"] - used["bytes_in_use"]
-        return free, free * 9 // 10
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return memory, memory // 2
-
-
 def cache_for(
     sizes: ModelSizes,
     placement: Placement | None,
@@ -45,6 +32,7 @@ def cache_for(
     memory: int | None,
     block_size: int,
     dtype: DTypeLike,
+    devices: Devices,
 ) -> CacheConfig:
     """Sizes of the memory that was asked for; else for whole contexts, but of no more than is usual here.
 
@@ -61,10 +49,11 @@ def cache_for(
             block_size=block_size,
             dtype=dtype,  # pyright: ignore[reportArgumentType]
             layout=placement and placement.layout(sizes.head_dim),
+            shards=devices.shards,
             prompts=1 if placement is None or placement.quantises_decoding else 2,
         )
 
-    most, usual = memory_for_a_cache()
+    most, usual = devices.memory()
     config = within(memory)
     if memory is None and config.nbytes > usual:
         config = within(usual)

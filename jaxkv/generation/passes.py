@@ -81,12 +81,12 @@ class ReadChunk:
 
     def attend(
         self,
-        state: tuple[Array, Array, QueryMoments | None],
+        state: tuple[Array, Array | None, QueryMoments | None],
         layer: int | Array,
         query: Array,
         key: Array,
         value: Array,
-    ) -> tuple[tuple[Array, Array, QueryMoments | None], Array]:
+    ) -> tuple[tuple[Array, Array | None, QueryMoments | None], Array]:
         pool, mass, queries = state
         raw, starts = self.cache.raw, self.before.raw.lengths[layer]
         own = query
@@ -96,7 +96,7 @@ class ReadChunk:
         before = replace(self.before, raw=replace(self.before.raw, pool=pool))
         cached, positions = readable(before, self.now, layer)
         out, masses = prefill_attention(query, key, value, cached, observe=self._observed(positions))
-        if masses is not None:
+        if mass is not None and masses is not None:
             on_cached, on_own = masses
             mass = mass.at[layer].add(_join(on_cached, on_own, cached.lengths, self.counts))
             out = out + _zero_from(on_cached).astype(out.dtype)
@@ -110,7 +110,9 @@ class ReadChunk:
             return None
         return observed(self.policy, rows, self.positions, cached_positions)
 
-    def end(self, state: tuple[Array, Array, QueryMoments | None], hidden: Array) -> tuple[PagedCache, PromptState]:
+    def end(
+        self, state: tuple[Array, Array | None, QueryMoments | None], hidden: Array
+    ) -> tuple[PagedCache, PromptState]:
         pool, mass, queries = state
         counts = self.counts
         last = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]

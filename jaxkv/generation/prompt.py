@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxkv.cache.shards import by_head
 from jaxkv.cache.state import PagedCache
 from jaxkv.compression.observation import ExpectedQueries, Nothing, Observation
 from jaxkv.compression.policy import Policy
@@ -20,8 +21,8 @@ from models.interface import Decoder, Rotary
 class PromptState:
     """What reading has found so far."""
 
-    mass: Array
-    """``f32[layers, batch, heads, capacity]``: observed attention on each KV so far; no KVs wide where none is."""
+    mass: Array | None = field(metadata=by_head(2))
+    """``f32[layers, batch, heads, capacity]``: observed attention on each KV so far; None: none is observed."""
     end: Array
     """``i32[batch]``: position after the prompt's last token."""
     lengths: Array
@@ -39,7 +40,7 @@ class PromptState:
         """Of only these prompts, ``i32[n]``; see ``with_rows``."""
         return replace(
             self,
-            mass=self.mass[:, which],
+            mass=None if self.mass is None else self.mass[:, which],
             end=self.end[which],
             lengths=self.lengths[which],
             hidden=self.hidden[which],
@@ -51,7 +52,7 @@ class PromptState:
         queries = None if self.queries is None or part.queries is None else self.queries.with_rows(part.queries, which)
         return replace(
             self,
-            mass=self.mass.at[:, which].set(part.mass),
+            mass=None if self.mass is None else self.mass.at[:, which].set(part.mass),
             end=self.end.at[which].set(part.end),
             lengths=self.lengths.at[which].set(part.lengths),
             hidden=self.hidden.at[which].set(part.hidden),
@@ -66,9 +67,9 @@ def start_prompt(
     """Before the first chunk of prompts of ``i32[batch]`` lengths; ``fresh`` where the sequences hold nothing."""
     sizes, observes = model.sizes, observation_of(policy)
     layers, batch, _ = cache.raw.lengths.shape
-    width = cache.capacity if observes.watches else 0
+    mass = jnp.zeros((layers, batch, sizes.num_heads, cache.capacity), jnp.float32) if observes.watches else None
     return PromptState(
-        mass=jnp.zeros((layers, batch, sizes.num_heads, width), jnp.float32),
+        mass=mass,
         end=cache.num_tokens + lengths,
         lengths=jnp.copy(lengths),  # the caller's own outlives the state's donation
         hidden=jnp.zeros((batch, sizes.hidden_size), jnp.float32),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxkv.cache.shards import by_head
 from models.interface import ModelSizes
 from models.layers import rotate
 
@@ -19,9 +20,9 @@ class QueryMoments:
 
     count: Array
     """``f32[batch]``."""
-    mean: Array
+    mean: Array = field(metadata=by_head(2))
     """``f32[layers, batch, heads, head_dim]``."""
-    scatter: Array
+    scatter: Array = field(metadata=by_head(2))
     """``f32[layers, batch, heads, head_dim, head_dim]``: the covariance times ``count``."""
 
     @classmethod

@@ -69,7 +69,7 @@ def _scores(model: Decoder, cache: PagedCache, now: Contents, prompt: PromptStat
             return moments.attention(layer, keys, seen, rotation(layer, following))
 
         scores = scorer.score(lax.map(expected, jnp.arange(layers, dtype=jnp.int32)), held)
-    elif scorer.observes.watches:
+    elif prompt.mass is not None:
         scores = scorer.score(prompt.mass.reshape(layers, batch, kv_heads, -1, cache.capacity), held)
     if scorer.reads_kvs:
         scores = _score_kvs(cache, now, policy, scores)
@@ -79,8 +79,10 @@ def _scores(model: Decoder, cache: PagedCache, now: Contents, prompt: PromptStat
 def _score_kvs(cache: PagedCache, now: Contents, policy: Policy, scores: Array) -> Array:
     """What the KVs make of scores; a layer at a time: what is copied out of the pool is one layer's."""
 
+    scorer = policy.scorer.of_shard(cache.shards)
+
     def of_layer(layer: Array) -> Array:
-        return policy.scorer.score_kvs(scores[layer], *kvs_of(cache, now, layer), now.held[layer], layer)
+        return scorer.score_kvs(scores[layer], *kvs_of(cache, now, layer), now.held[layer], layer)
 
     return lax.map(of_layer, jnp.arange(now.held.shape[0], dtype=jnp.int32))
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxkv.cache.shards import WHOLE, HeadShards
 from jaxkv.checks import shown
 from jaxkv.compression.placement import Placement
 from jaxkv.compression.scorer import Scorer
@@ -143,6 +144,11 @@ class LearnedGate(Scorer):
 
     weights: GateWeights | None
     """None: those that are shipped for the model, which only ``Policy.for_model`` knows."""
+    shards: HeadShards = WHOLE
+    """Whose heads are scored."""
+
+    def of_shard(self, shards: HeadShards) -> LearnedGate:
+        return replace(self, shards=shards)
 
     @property
     def settled(self) -> bool:
@@ -158,7 +164,8 @@ class LearnedGate(Scorer):
         of, width = self.weights, self.weights.head_dim
         keys = unrotated(keys[..., :width], positions, of.frequencies)
         x = jnp.concatenate([keys, values[..., :width]], axis=-1)
-        linear, hidden, output = (jnp.asarray(part)[layer] for part in (of.linear, of.hidden, of.output))
+        layers = (jnp.asarray(part)[layer] for part in (of.linear, of.hidden, of.output))
+        linear, hidden, output = (self.shards.own(part, 0) for part in layers)
         return told(linear, hidden, output, x)
 
 

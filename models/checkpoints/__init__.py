@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from models.checkpoints import orbax
@@ -17,8 +18,10 @@ from models.hub import resolve
 __all__ = ["load_model"]
 
 
-def load_model(path: str | Path, dtype: DTypeLike = jnp.float32, *, weights: str = "floats") -> Model:
-    """Load a model onto the default device.
+def load_model(
+    path: str | Path, dtype: DTypeLike = jnp.float32, *, weights: str = "floats", mesh: Mesh | None = None
+) -> Model:
+    """Load a model onto the default device, or onto several that share its weights.
 
     Args:
       path: as a text, a built-in name or one of the Hugging Face Hub (``org/name``), too. A .gguf file; or a directory
@@ -27,24 +30,26 @@ def load_model(path: str | Path, dtype: DTypeLike = jnp.float32, *, weights: str
       dtype: of the computation outside norms, softmax, RoPE and logits, and of parameters that are floats.
       weights: what kernels and embeddings are held as: "floats"; "stored", codes with scales as the file has them;
         "int8" or "fp8", such codes with a scale for each output, of any checkpoint.
+      mesh: of one axis, over which the weights are split as they are read (``models.sharding``): the host has a matrix
+        at a time, and a device its part. None: all on the default device.
 
     Raises:
       CheckpointError: nothing is there, or it is none of these, or it is damaged or not of a supported model.
-      ValueError: unknown ``weights``, or a ``dtype`` that is no float.
+      ValueError: unknown ``weights``, a ``dtype`` that is no float, or more devices than the model can be split over.
     """
     check_weights(weights)
     path = resolve(path) if isinstance(path, str) else path
     if not path.exists():
         raise CheckpointError(f"{path} doesn't exist. Give the path of a .gguf file or of a checkpoint's directory.")
     if path.is_file():
-        return load_gguf(path, dtype, weights=weights)
+        return load_gguf(path, dtype, weights=weights, mesh=mesh)
     if orbax.family_in(path) or orbax.unfinished_parts(path):
-        return orbax.restore(path, dtype, weights=weights)
+        return orbax.restore(path, dtype, weights=weights, mesh=mesh)
     if any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json")):
-        return load_safetensors(path, dtype, weights=weights)
+        return load_safetensors(path, dtype, weights=weights, mesh=mesh)
     ggufs = ggufs_in(path)
     if len(ggufs) == 1:
-        return load_gguf(ggufs[0], dtype, weights=weights)
+        return load_gguf(ggufs[0], dtype, weights=weights, mesh=mesh)
     if ggufs:
         raise CheckpointError(
             f"{path} has {len(ggufs)} .gguf files ({', '.join(file.name for file in ggufs)}), expected one. "

@@ -12,13 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from models.checkpoints.progress import one_by_one
 from models.errors import CheckpointError
-from models.family import Family, Model, ParameterPath, Rows, Stacked, Stored
-from models.interface import ModelSizes
+from models.family import Family, Model, Rows, Stacked, Stored
+from models.interface import ModelSizes, ParameterPath
 from models.quantised import CODES, Quantised, quantise
+from models.sharding import as_read, check_count
 
 WEIGHTS = ("floats", "stored", *CODES)
 """What a model's matrices may be loaded as."""
@@ -78,8 +80,10 @@ def assemble(
     harmless: Callable[[str], bool],
     dtype: DTypeLike,
     weights: str = "floats",
+    mesh: Mesh | None = None,
 ) -> Model:
-    """Read each of the model's parameters, convert it to ``dtype`` and place it on the default device.
+    """Read each of the model's parameters, convert it to ``dtype`` and place it on the default device, or on those of
+    ``mesh``, each with its part.
 
     The host holds one parameter at a time beside mapped files, at most three times over. Linear weights are transposed
     to ``[in, out]``.
@@ -99,6 +103,8 @@ def assemble(
             "config calls for. Check that config and weights belong together."
         )
     model = abstract_model(family.build, config, dtype)
+    if mesh is not None:
+        check_count(model, mesh.size)
     parameters = parameters_of(model)
     stored = {path: names(path, config) for path in parameters}
     _check_names({name for place in stored.values() for name in place.names}, source, harmless)
@@ -111,7 +117,7 @@ def assemble(
         values = read(stored[path], parameter.shape, transposed=path[-1] == "kernel", exact=exact)
         if values.shape != parameter.shape:
             raise ValueError(f"{path} has shape {parameter.shape}, but {values.shape} of {stored[path]}: fix {names}")
-        parameter.set_value(jax.device_put(as_held(values, held, axis=axis, dtype=dtype)))
+        parameter.set_value(as_read(model, path, as_held(values, held, axis=axis, dtype=dtype), mesh))
     return model
 
 

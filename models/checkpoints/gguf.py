@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from gguf import GGML_QUANT_SIZES
 from gguf.quants import dequantize
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from models.checkpoints.assemble import assemble
@@ -24,7 +25,9 @@ _AT_ONCE = 1 << 18  # values that are dequantised together
 _ROPE_DIVISORS = "rope_freqs.weight"  # Llama 3.1's frequency scaling, one f32 a pair
 
 
-def load_gguf(path: Path, dtype: DTypeLike = jnp.float32, *, weights: str = "floats") -> Model:
+def load_gguf(
+    path: Path, dtype: DTypeLike = jnp.float32, *, weights: str = "floats", mesh: Mesh | None = None
+) -> Model:
     """Load a model from one GGUF file.
 
     Args:
@@ -55,6 +58,7 @@ def load_gguf(path: Path, dtype: DTypeLike = jnp.float32, *, weights: str = "flo
         harmless=lambda name: name == _ROPE_DIVISORS,
         dtype=dtype,
         weights=weights,
+        mesh=mesh,
     )
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from models import families
@@ -31,6 +32,7 @@ from models.family import Family
 from models.fields import Fields, read_json
 from models.layers import is_stacked
 from models.quantised import CODES, Quantised
+from models.sharding import as_read, check_count, specs_of
 
 WEIGHTS = "weights"
 """The directory of the arrays."""
@@ -124,8 +126,11 @@ def stored_dtypes(directory: Path) -> set[np.dtype]:
     return {np.dtype(leaf.dtype) for leaf in _stored_arrays(directory.absolute() / WEIGHTS).values()}
 
 
-def restore(directory: Path, dtype: DTypeLike = jnp.float32, *, weights: str = "floats") -> Model:
-    """Read a model that ``save`` wrote, floats converted to ``dtype``, onto the default device.
+def restore(
+    directory: Path, dtype: DTypeLike = jnp.float32, *, weights: str = "floats", mesh: Mesh | None = None
+) -> Model:
+    """Read a model that ``save`` wrote, floats converted to ``dtype``, onto the default device, or those of ``mesh``,
+    each with its part, whatever it was saved from.
 
     Args:
       weights: of ``assemble.WEIGHTS``.
@@ -150,18 +155,19 @@ def restore(directory: Path, dtype: DTypeLike = jnp.float32, *, weights: str = "
     model = abstract_model(family.build, config, dtype)
     parameters = {".".join(path): (path, leaf) for path, leaf in parameters_of(model).items()}
     described = read_json(directory / QUANTISED) if (directory / QUANTISED).exists() else {}
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if mesh is not None:
+        check_count(model, mesh.size)
     expected: dict[str, jax.ShapeDtypeStruct] = {}
+    whole = PartitionSpec()
     for name, (path, leaf) in parameters.items():
         if name in described:
             arrays = arrays_of(name, rebuild(name, described[name], stored))
-            expected |= {
-                part: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place) for part, array in arrays.items()
-            }
+            expected |= {part: _placed(array.shape, array.dtype, whole, mesh) for part, array in arrays.items()}
         else:
             exact = weights_of(path, weights) in CODES and inputs_axis(path, leaf.shape) is not None
             kind = np.dtype(np.float32 if exact else dtype)
-            expected[name] = jax.ShapeDtypeStruct(leaf.shape, kind, sharding=place)
+            spec = whole if mesh is None else specs_of(model, path, leaf.get_value(), mesh)
+            expected[name] = _placed(leaf.shape, kind, spec, mesh)
     loaded = _restore_weights(directory / WEIGHTS, stored, expected)
     for name, (path, leaf) in parameters.items():
         value = rebuild(name, described.get(name), loaded)
@@ -173,8 +179,14 @@ def restore(directory: Path, dtype: DTypeLike = jnp.float32, *, weights: str = "
                 "or its values don't fit; save it again or load it as float32."
             )
         axis, held = inputs_axis(path, leaf.shape), weights_of(path, weights)
-        leaf.set_value(jax.device_put(as_held(value, held, axis=axis, dtype=dtype)))
+        value = as_held(value, held, axis=axis, dtype=dtype)
+        leaf.set_value(as_read(model, path, value, mesh))
     return model
+
+
+def _placed(shape: tuple[int, ...], dtype: Any, spec: PartitionSpec, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
+    place = SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, spec)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
 
 def _config_from_json(path: Path, family: Family[Model]) -> Any:

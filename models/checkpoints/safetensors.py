@@ -14,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
@@ -34,7 +35,9 @@ _FLOAT8 = {
 _INDEX = "model.safetensors.index.json"
 
 
-def load_safetensors(directory: Path, dtype: DTypeLike = jnp.float32, *, weights: str = "floats") -> Model:
+def load_safetensors(
+    directory: Path, dtype: DTypeLike = jnp.float32, *, weights: str = "floats", mesh: Mesh | None = None
+) -> Model:
     """Load a model from a directory as transformers' ``save_pretrained`` writes it.
 
     End-of-sequence tokens come from config.json and, where there is one, generation_config.json.
@@ -48,7 +51,9 @@ def load_safetensors(directory: Path, dtype: DTypeLike = jnp.float32, *, weights
     def harmless(name: str) -> bool:
         return _harmless(name) or source.adds_nothing(name)
 
-    return assemble(family, config, source, names=family.hf_names, harmless=harmless, dtype=dtype, weights=weights)
+    return assemble(
+        family, config, source, names=family.hf_names, harmless=harmless, dtype=dtype, weights=weights, mesh=mesh
+    )
 
 
 def _harmless(name: str) -> bool:

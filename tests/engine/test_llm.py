@@ -337,7 +337,7 @@ def test_an_old_cache_is_gone_before_there_is_a_new_one(monkeypatch):
 
 
 def test_a_cache_is_no_larger_than_the_machine_can_give(monkeypatch):
-    monkeypatch.setattr("jaxkv.engine.sizing.memory_for_a_cache", lambda: (300_000, 200_000))
+    monkeypatch.setattr("jaxkv.engine.devices.OneDevice.memory", lambda self: (300_000, 200_000))
     free = LLM(tiny.MODEL)
     free.generate([[1, 2, 3]] * 16, SamplingParams(max_tokens=2))
     assert 150_000 < sum(leaf.nbytes for leaf in jax.tree.leaves(free.engine.cache)) <= 200_000
