@@ -81,7 +81,7 @@ class LLM:
         weights: str | None = None,
         cache_dtype: DTypeLike | None = None,
         generation_config: bool = True,
-        devices: int | Sequence[jax.Device] = 1,
+        devices: int | Sequence[Any] = 1,
     ):
         if number(max_batch, "max_batch") < 1:
             raise ValueError(f"max_batch must be at least 1, got {shown(max_batch)}")

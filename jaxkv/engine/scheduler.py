@@ -151,7 +151,7 @@ class Scheduler:
                 more = more.or_more(Blocks(raw=self.config.full_blocks(tokens)))
         if held + more <= total:
             return None
-        quantised, held, more = np.all(held.raw + more.raw <= total.raw), held.fullest, more.fullest
+        quantised, held, more = bool(np.all(held.raw + more.raw <= total.raw)), held.fullest, more.fullest
         have, grows = (held.quantised, more.quantised) if quantised else (held.raw, more.raw)
         when = "once it is read" if tokens == request.limit else "whenever it is compressed"
         return (
