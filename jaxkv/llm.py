@@ -105,7 +105,7 @@ class LLM(Serving):
         generation_config: bool = True,
         sampler: Sampler | Callable[[Array, Array], Array] | None = None,
         logits_processor: Callable[[Array, Array], Array] | None = None,
-        devices: int | Sequence[jax.Device] = 1,
+        devices: int | Sequence[Any] = 1,
     ):
         if number(max_batch, "max_batch") < 1:
             raise ValueError(f"max_batch must be at least 1, got {shown(max_batch)}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from models.fields import Fields
-from models.interface import Decoder, ModelSizes, ParameterPath
+from models.interface import ModelSizes, ParameterPath, Shardable
 from models.layers import Layered
 
 
@@ -65,7 +65,7 @@ class NameMap:
         return Whole(f"{self.model[path[0]]}.{leaf}")
 
 
-class Ported(Decoder, Layered, Protocol):
+class Ported(Shardable, Layered, Protocol):
     """A model that checkpoints are loaded into: an ``nnx.Module`` whose kernels are ``[in, out]``."""
 
     config: Any

@@ -209,8 +209,11 @@ class Shardable(Decoder, Protocol):
     """Its ``sizes``; a dataclass."""
     layers: Any
     """As in ``models.layers.Layered``."""
-    splits: Mapping[str, Split]
-    """By module: ``embed`` of the model, ``layers.attention.query`` of each layer."""
+
+    @property
+    def splits(self) -> Mapping[str, Split]:
+        """By module: ``embed`` of the model, ``layers.attention.query`` of each layer."""
+        ...
 
 
 def causal_attention(state: State, layer: int | Array, query: Array, key: Array, value: Array) -> tuple[State, Array]:

@@ -40,7 +40,8 @@ def shard(model: Shardable, *, axis: str = "heads", count: int) -> Shardable:
       ValueError: heads or matrices that can't be split so, with the counts that can.
     """
     check_count(model, count)
-    model = nnx.merge(*nnx.split(model))  # modules of its own over the same arrays
+    graph, weights = nnx.split(model)
+    model = nnx.merge(graph, jax.tree.map(lambda array: array, weights))  # variables of its own over the same arrays
     config = model.config
     model.config = replace(config, num_heads=config.num_heads // count, num_kv_heads=config.num_kv_heads // count)
     for module, split in _split_modules(model, count):

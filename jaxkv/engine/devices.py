@@ -27,8 +27,10 @@ AXIS = "heads"
 class Devices(ABC):
     """Where a model's programs run, and how they are compiled for that."""
 
-    shards: HeadShards
-    """How the KV heads are split."""
+    @property
+    @abstractmethod
+    def shards(self) -> HeadShards:
+        """How the KV heads are split."""
 
     @property
     def mesh_of_weights(self) -> Mesh | None:
@@ -63,7 +65,9 @@ class Devices(ABC):
 class OneDevice(Devices):
     """JAX's default device."""
 
-    shards = WHOLE
+    @property
+    def shards(self) -> HeadShards:
+        return WHOLE
 
     def check(self, model: Decoder) -> None:
         pass
@@ -133,7 +137,7 @@ class HeadMesh(Devices):
         return _memory(list(self.mesh.devices.flat))
 
 
-def devices_for(devices: int | Sequence[jax.Device]) -> Devices:
+def devices_for(devices: int | Sequence[Any]) -> Devices:
     """JAX's default device for 1, so many of the first ones, or just those.
 
     Raises:
@@ -165,7 +169,7 @@ def _told(value: Any) -> Any:
     return np.asarray(value) if isinstance(value, jax.Array) and len(value.sharding.device_set) == 1 else value
 
 
-def _memory(devices: Sequence[jax.Device]) -> tuple[int, int]:
+def _memory(devices: Sequence[Any]) -> tuple[int, int]:
     """Of devices that each take an equal part."""
     used = [device.memory_stats() for device in devices if device.process_index == jax.process_index()]
     if all(stats is not None and "bytes_limit" in stats for stats in used):
