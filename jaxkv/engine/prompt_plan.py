@@ -19,8 +19,8 @@ from jaxkv.requests import Request
 from pallas_kernels.quantised_block import BlockLayout
 
 UNEVEN = 1.25
-"""Times the mean that a device holds of a compressed sequence at most, where heads are split over several: of thirty
-heads each it is 1.05 (docs/parallel.md)."""
+"""Times the mean that one device is expected to hold of a compressed sequence at most, where heads are split over
+several: a guess, which ``scripts/fullest_device.py`` measures."""
 LEAST_PART = 64
 """Tokens: smaller parts would compress more often than they read."""
 
