@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxkv.cache.sharing import can_own, own
+from jaxkv.cache.sharing import own
 from jaxkv.cache.state import PagedCache
 from jaxkv.compression.placement import Claim, claim_raw
 from jaxkv.compression.policy import Policy
@@ -152,8 +152,7 @@ def decode(
     """
     may_stop = jnp.bool_(True) if stops is None else stops
     tokens, limits = tokens.astype(jnp.int32), limits.astype(jnp.int32)
-    changes = policy is not None and policy.acts_in_decoding
-    owned = can_own(cache, limits > 0) if changes else jnp.bool_(True)
+    cache, owned = _owned(cache, limits > 0, policy)
 
     def going(state: tuple[Array, Array, Decoded, Sampler]) -> Array:
         step, _, made, _ = state
@@ -161,10 +160,7 @@ def decode(
 
     def once(state: tuple[Array, Array, Decoded, Sampler]) -> tuple[Array, Array, Decoded, Sampler]:
         step, last, made, sampler = state
-        cache = made.cache
-        if changes:
-            cache, _ = own(cache, made.active & (step == 0))
-        cache, logits = _step(model, cache, last, made.active, policy)
+        cache, logits = _step(model, made.cache, last, made.active, policy)
         chosen = choose(sampler, logits, cache.num_tokens, top)
         new, logprob = jnp.where(made.active, chosen.tokens, 0), jnp.where(made.active, chosen.logprobs, 0.0)
         sampler = sampler.after(new, made.active)
