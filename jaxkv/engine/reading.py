@@ -54,9 +54,14 @@ class PromptInProgress:
         return len(self.ids)
 
     @property
+    def unread(self) -> int:
+        """Tokens."""
+        return self.total - self.read
+
+    @property
     def part_length(self) -> int:
         """Tokens of the part that begins here."""
-        return min(self.part, self.total - self.read)
+        return min(self.part, self.unread)
 
     @property
     def part_is_read(self) -> bool:
@@ -66,7 +71,7 @@ class PromptInProgress:
     def waits_for_others(self) -> bool:
         """Whether what is left of it goes into a pass with others' rests."""
         whole, lent = self.part >= self.total, self.read >= self.lend_tokens
-        return whole and lent and 0 < self.total - self.read <= LONGEST_TOGETHER
+        return whole and lent and 0 < self.unread <= LONGEST_TOGETHER
 
     @property
     def next_ids(self) -> np.ndarray:

@@ -116,11 +116,11 @@ class Scheduler(Residents):
     def set_aside(self) -> PromptInProgress | None:
         """After a chunk: the prompt that is being read, if the rest of it is read with those set aside before, or waits
         for the first in the queue, whose own rest goes into a pass with them for less."""
-        reading, free = self.reading, None in self.rows and not self.locked
+        reading, may_join = self.reading, None in self.rows and not self.locked
         if reading is None or self.schedule.alternates or not reading.prompts[0].waits_for_others:
             return None
         prompts = [*self.aside, reading.prompts[0]]
-        if not (free and self._waits_for_first(prompts)) and not self._cheaper_together(prompts):
+        if not (may_join and self._waits_for_first(prompts)) and not self._cheaper_together(prompts):
             return None
         self.aside, self.reading = prompts, None
         return prompts[-1]
@@ -137,7 +137,7 @@ class Scheduler(Residents):
     def _cheaper_together(self, prompts: list[PromptInProgress], *joining: Joining) -> bool:
         """Whether rests of prompts, and of those who join, of one policy, go into one pass that costs less."""
         policy, *others = [each.sequence.request.policy for each in (*prompts, *joining)]
-        rests = [*map(_rest, prompts), *(last_together(each.unread) for each in joining)]
+        rests = [*(each.unread for each in prompts), *(last_together(each.unread) for each in joining)]
         shape = shape_together(rests, len(self.rows))
         if shape is None or any(other != policy for other in others):
             return False
@@ -282,18 +282,18 @@ class Scheduler(Residents):
         policy, prompts, shape = first.sequence.request.policy, [first], None
         rests = self._rests_of(policy) if self._is_short(first) else []
         if rests:
-            shape = shape_together([first.unread, *map(_rest, rests)], len(self.rows))
+            shape = shape_together([each.unread for each in (first, *rests)], len(self.rows))
         for sequence in self._packable(first):
             if len(prompts) == len(rows):
                 break
             assert isinstance(sequence.plan, PromptPlan)
             more = [*prompts, self._joining(sequence, sequence.plan, rows[len(prompts)])]
-            lengths = [*map(_rest, rests), *(joining.unread for joining in more)]
+            lengths = [each.unread for each in (*rests, *more)]
             wider, share = shape_together(lengths, len(self.rows)), more[-1].share
             borrows = share.prefix is None or not cuts or share.prefix is first.share.prefix
             if wider is not None and not share.lend_tokens and borrows and self._fit(more, grows, free):
                 prompts, shape = more, wider
-        each = [*map(_rest, rests), *(joining.unread for joining in prompts)]
+        each = [each.unread for each in (*rests, *prompts)]
         if shape is None or not self._pays_together(shape, each, policy):
             return Join(prompts=(first,), shape=shape_alone(min(first.plan.part, first.unread)))
         return Join(prompts=tuple(prompts), rests=tuple(rests), shape=shape)
@@ -305,7 +305,7 @@ class Scheduler(Residents):
     def _rests(self) -> Join:
         """Those whose rests wait for others are read to their ends: together, or the first of them."""
         rests = self._rests_of(self.aside[0].sequence.request.policy)
-        lengths = [_rest(prompt) for prompt in rests]
+        lengths = [prompt.unread for prompt in rests]
         shape = shape_together(lengths, len(self.rows))
         if shape is not None and self._pays_together(shape, lengths, rests[0].sequence.request.policy):
             return Join(prompts=(), rests=tuple(rests), shape=shape)
@@ -324,7 +324,7 @@ class Scheduler(Residents):
         request = first.sequence.request
         if not self._is_short(first):
             return
-        lengths = [*map(_rest, self._rests_of(request.policy)), first.unread]
+        lengths = [each.unread for each in (*self._rests_of(request.policy), first)]
         for sequence in islice(self.queue, 1, 2 * MOST_TOGETHER):
             plan, other = sequence.plan, sequence.request
             if isinstance(plan, Unservable) or other.policy != request.policy or plan.part < len(other.prompt):
@@ -368,8 +368,3 @@ def _width(rows: int) -> int:
     """1, 2, 3, 4, 6, 8, 12, …: few widths, of which no row in three is idle."""
     power = 1 << (rows - 1).bit_length()
     return power * 3 // 4 if power >= 4 and rows <= power * 3 // 4 else power
-
-
-def _rest(prompt: PromptInProgress) -> int:
-    """Tokens still to read."""
-    return prompt.total - prompt.read
