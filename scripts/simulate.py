@@ -236,7 +236,7 @@ class Simulation:
         first = reading.prompts[0]
         if not first.part_is_read:
             self.scheduler.set_aside()
-        if first.part_is_read and reading.policy is not None:
+        elif reading.policy is not None:
             seconds += sum(self._compress(prompt.row, prompt.total) for prompt in reading.prompts)
         self._spend(seconds + HOST, reading=True)
         if first.read == first.total:

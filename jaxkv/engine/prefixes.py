@@ -71,7 +71,7 @@ class Prefixes:
         mine = request.prompt[: readable(request)]
         if len(mine) < LEAST_SHARED:
             return Share()
-        borrow = [self._whole(_common(shared.tokens, mine)) for shared in self._all]
+        borrow = self._borrowable(mine)
         most = max(borrow, default=0)
         lend = self._whole(max((_common(mine, other.prompt[: readable(other)]) for other in waiting), default=0))
         if lend > 2 * most:
@@ -80,8 +80,7 @@ class Prefixes:
 
     def borrowable(self, request: Request) -> int:
         """Tokens that a request could borrow at most."""
-        mine = request.prompt[: readable(request)]
-        return max((self._whole(_common(shared.tokens, mine)) for shared in self._all), default=0)
+        return max(self._borrowable(request.prompt[: readable(request)]), default=0)
 
     def borrow(self, row: int, share: Share) -> None:
         """A row begins with what its prompt borrows."""
@@ -111,6 +110,10 @@ class Prefixes:
         shared.tokens = shared.tokens[: shared.blocks * self.block_size]
         if shared.blocks == 0:
             self._all.remove(shared)
+
+    def _borrowable(self, mine: np.ndarray) -> list[int]:
+        """Of each prefix, the tokens that these begin with."""
+        return [self._whole(_common(shared.tokens, mine)) for shared in self._all]
 
     def _whole(self, tokens: int) -> int:
         return tokens - tokens % self.block_size if tokens >= LEAST_SHARED else 0

@@ -130,11 +130,11 @@ class Scheduler(Residents):
     def set_aside(self) -> PromptInProgress | None:
         """After a chunk: the prompt that is being read, if the rest of it is read with those set aside before, or waits
         for the first in the queue, whose own rest goes into a pass with them for less."""
-        reading, free = self.reading, None in self.rows and not self.locked
+        reading, may_join = self.reading, None in self.rows and not self.locked
         if reading is None or self.schedule.alternates or not reading.prompts[0].waits_for_others:
             return None
         prompts = [*self.aside, reading.prompts[0]]
-        if not (free and self._waits_for_first(prompts)) and not self._cheaper_together(prompts):
+        if not (may_join and self._waits_for_first(prompts)) and not self._cheaper_together(prompts):
             return None
         self.aside, self.reading = prompts, None
         return prompts[-1]

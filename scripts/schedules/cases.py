@@ -29,7 +29,7 @@ SHORT = 256
 CHUNK = 512
 """Tokens of a prompt that are read at once."""
 LONG_CHUNK = 2048
-"""What peers' kernels are counted with."""
+"""Of a longer chunk, of whose own keys less is masked."""
 
 
 class Need(NamedTuple):
