@@ -83,6 +83,16 @@ def conversations(messages: Messages | Sequence[Messages]) -> Sequence[Messages]
     return [messages] if one else messages  # pyright: ignore[reportReturnType]
 
 
+def chat_prompt(
+    tokenizer: Tokenizer | None, messages: Messages, *, tools: Sequence[Mapping[str, Any]] | None = None, **options: Any
+) -> list[int]:
+    """As ``LLM.chat_prompt``, of the model that has this tokenizer."""
+    [messages] = conversations(messages)
+    if tokenizer is None:
+        raise ValueError("this LLM has no tokenizer, so it has no chat format; give prompts as token ids")
+    return tokenizer.encode_chat(tokenizer.chat(messages, tools=tools, **options))
+
+
 SAMPLING = tuple(each.name for each in fields(SamplingParams))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from jaxkv.arguments import (
     SAMPLING,
     Messages,
     Prompt,
+    chat_prompt,
     check_model,
     conversations,
     is_one,
@@ -220,10 +222,7 @@ class LLM(Serving):
           ValueError: there is no tokenizer or no chat template, it can't take the conversation, or it doesn't know an
             option.
         """
-        [messages] = conversations(messages)
-        if self.tokenizer is None:
-            raise ValueError("this LLM has no tokenizer, so it has no chat format; give prompts as token ids")
-        return self.tokenizer.encode_chat(self.tokenizer.chat(messages, tools=tools, **options))
+        return chat_prompt(self.tokenizer, messages, tools=tools, **options)
 
     def read(
         self,
@@ -269,13 +268,16 @@ class LLM(Serving):
         config = self._cache_config(longest, rows=sum(r.params.n for r in requests))
         yield from self._answers(requests, config)
 
-    def run(self, jobs: Iterable[tuple[Prompt, SamplingParams]], *, max_context: int | None = None) -> Iterator[Event]:
+    def run(
+        self, jobs: Iterable[tuple[Prompt, SamplingParams] | None], *, max_context: int | None = None
+    ) -> Iterator[Event]:
         """Answers jobs as they are drawn from the iterable, in any order, as many together as memory allows.
 
         A job that can't be served gives ``Refused``, and the others go on.
 
         Args:
-          jobs: prompts with how to answer them; an event's ``request`` is a job's place among them.
+          jobs: prompts with how to answer them; an event's ``request`` is a job's place among them. None, which has no
+            place, says that there is none for now: it is asked again after what runs has gone on.
           max_context: tokens that a prompt and its answer may take together; None: the model's own.
 
         Raises:
@@ -288,14 +290,16 @@ class LLM(Serving):
 
         config = self._cache_config(most, rows=self.max_batch)
 
-        def sequences() -> Iterator[sequence.Sequence | Refused]:
-            for i, (prompt, params) in enumerate(jobs):
-                try:
-                    made = self._sequence(self._request(i, prompt, params, most), config)
-                except ValueError as error:
-                    yield Refused(request=i, error=str(error))
-                else:
-                    yield made
+        def sequences() -> Iterator[sequence.Sequence | Refused | None]:
+            place = count()
+            for job in jobs:
+                yield None if job is None else made(next(place), *job)
+
+        def made(i: int, prompt: Prompt, params: SamplingParams) -> sequence.Sequence | Refused:
+            try:
+                return self._sequence(self._request(i, prompt, params, most), config)
+            except ValueError as error:
+                return Refused(request=i, error=str(error))
 
         yield from self._serve(sequences(), config, Throughput())
 

@@ -167,7 +167,7 @@ class Serving:
 
     def _serve(
         self,
-        sequences: Iterable[sequence.Sequence | Refused],
+        sequences: Iterable[sequence.Sequence | Refused | None],
         config: CacheConfig,
         usual: Schedule,
         held: PagedCache | None = None,

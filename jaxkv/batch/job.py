@@ -27,7 +27,7 @@ class Model(Protocol):
     on_compile: Callable[[str], None] | None
 
     def run(
-        self, jobs: Iterable[tuple[str | Sequence[int], SamplingParams]], *, max_context: int | None = None
+        self, jobs: Iterable[tuple[str | Sequence[int], SamplingParams] | None], *, max_context: int | None = None
     ) -> Iterator[Event]: ...
 
     def chat_prompt(self, messages: Sequence[dict[str, str]]) -> Sequence[int]: ...

@@ -6,9 +6,11 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from tqdm import tqdm
@@ -23,9 +25,12 @@ from jaxkv.policies import Auto, Policy, policy_from
 from jaxkv.report import as_dict, summary
 from jaxkv.requests import Completion, Event, Finished, PromptRead, SamplingParams, TextMade
 from jaxkv.words import DTYPES, SAMPLING, SCHEDULES
-from models import load_model, resolve
+from models import load_model, load_tokenizer, resolve
 from models.convert import convert, stored_dtype
 from models.families import Model
+
+if TYPE_CHECKING:
+    from jaxkv.batch.workers import Workers
 
 SCHEDULE: dict[str, Schedule] = dict(zip(SCHEDULES, (Throughput(), Latency()), strict=True))
 Heed = Callable[[Iterable[Event]], Iterable[Event]]
@@ -68,6 +73,8 @@ def run_batch(options: argparse.Namespace, heed: Heed = iter) -> int:
     from jaxkv.batch.job import BatchJob  # locks files, which generate can do without where a system can't
 
     policy, params = policy_from(vars(options)), sampling_from(options)
+    if options.workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {options.workers}")
     with BatchJob(
         options.input,
         options.output,
@@ -78,13 +85,8 @@ def run_batch(options: argparse.Namespace, heed: Heed = iter) -> int:
     ) as job:
         if not job.left:
             return job.finish()
-        llm = load(
-            options,
-            policy,
-            max_batch=options.max_batch,
-            share_prefixes=options.share_prefixes,
-            split_prompts=options.split_prompts,
-        )
+        settings = {name: getattr(options, name) for name in ("max_batch", "share_prefixes", "split_prompts")}
+        llm = workers(options, policy, settings) if options.workers > 1 else load(options, policy, **settings)
         return job.run(llm, max_context=options.max_context, heed=heed)
 
 
@@ -131,6 +133,25 @@ def load(options: argparse.Namespace, policy: Policy | None, **settings: Any) ->
     )
     if isinstance(llm.compression, Auto):
         print(f"jaxkv: auto scores by {llm.compression.method}", file=sys.stderr)
+    return llm
+
+
+def workers(options: argparse.Namespace, policy: Policy | None, settings: Mapping[str, Any]) -> Workers:
+    """Several of the models that are asked for, each in a process of its own; here there is only their tokenizer."""
+    from jaxkv.batch.workers import Workers, own_devices
+
+    return Workers(
+        partial(load_one_of, options.workers, options, policy, **settings),
+        options.workers,
+        environment=partial(own_devices, devices=options.devices),
+        tokenizer=load_tokenizer(resolve(options.model)),
+    )
+
+
+def load_one_of(engines: int, options: argparse.Namespace, policy: Policy | None, **settings: Any) -> LLM:
+    """One of so many on this machine."""
+    llm = load(options, policy, **settings)
+    llm.devices = replace(llm.devices, engines=engines)
     return llm
 
 

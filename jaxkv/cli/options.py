@@ -90,6 +90,13 @@ def add_batch(command: argparse.ArgumentParser) -> None:
     add_sampling(command)
     command.add_argument("--max-batch", type=int, default=16, metavar="N", help="answered together (default: 16)")
     command.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes, each with a model, a cache and --devices of its own (default: 1)",
+    )
+    command.add_argument(
         "--no-share-prefixes",
         dest="share_prefixes",
         action="store_false",

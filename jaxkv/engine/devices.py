@@ -24,8 +24,12 @@ from models.sharding import check_count, place, shard, weight_specs
 AXIS = "heads"
 
 
+@dataclass(frozen=True, kw_only=True)
 class Devices(ABC):
     """Where a model's programs run, and how they are compiled for that."""
+
+    engines: int = 1
+    """How many like this share the machine, and with it a CPU's memory."""
 
     @property
     @abstractmethod
@@ -62,6 +66,7 @@ class Devices(ABC):
         a CPU's memory."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class OneDevice(Devices):
     """JAX's default device."""
 
@@ -82,10 +87,10 @@ class OneDevice(Devices):
         return init_cache(config)
 
     def memory(self) -> tuple[int, int]:
-        return _memory([jax.devices()[0]])
+        return _memory([jax.devices()[0]], self.engines)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HeadMesh(Devices):
     """Each device has some of the KV heads, of the query heads that read them, and of the weights that make them: every
     program is one ``jax.shard_map``."""
@@ -134,7 +139,7 @@ class HeadMesh(Devices):
         return init_cache(config, self.mesh)
 
     def memory(self) -> tuple[int, int]:
-        return _memory(list(self.mesh.devices.flat))
+        return _memory(list(self.mesh.devices.flat), self.engines)
 
 
 def devices_for(devices: int | Sequence[Any]) -> Devices:
@@ -146,13 +151,13 @@ def devices_for(devices: int | Sequence[Any]) -> Devices:
     if isinstance(devices, Sequence) and not isinstance(devices, str):
         if not devices or not all(isinstance(device, jax.Device) for device in devices):
             raise ValueError(f"devices must be a number or some of jax.devices(), got {shown(devices)}")
-        return HeadMesh(Mesh(np.array(devices), (AXIS,)))
+        return HeadMesh(mesh=Mesh(np.array(devices), (AXIS,)))
     count, there = number(devices, "devices"), jax.devices()
     if not 1 <= count <= len(there):
         raise ValueError(
             f"devices must lie between 1 and the {len(there)} that JAX sees here ({there[0].platform}), got {count}"
         )
-    return OneDevice() if count == 1 else HeadMesh(Mesh(np.array(there[:count]), (AXIS,)))
+    return OneDevice() if count == 1 else HeadMesh(mesh=Mesh(np.array(there[:count]), (AXIS,)))
 
 
 def _shardable(model: Decoder) -> Shardable:
@@ -169,11 +174,11 @@ def _told(value: Any) -> Any:
     return np.asarray(value) if isinstance(value, jax.Array) and len(value.sharding.device_set) == 1 else value
 
 
-def _memory(devices: Sequence[Any]) -> tuple[int, int]:
-    """Of devices that each take an equal part."""
+def _memory(devices: Sequence[Any], engines: int) -> tuple[int, int]:
+    """Of devices that each take an equal part; where they are a CPU's, of one of so many engines that share it."""
     used = [device.memory_stats() for device in devices if device.process_index == jax.process_index()]
     if all(stats is not None and "bytes_limit" in stats for stats in used):
         free = len(devices) * min(stats["bytes_limit"] - stats["bytes_in_use"] for stats in used if stats is not None)
         return free, free * 9 // 10
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return memory, memory // 2
+    return memory // engines, memory // engines // 2

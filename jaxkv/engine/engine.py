@@ -39,6 +39,8 @@ from jaxkv.policies import Policy
 from jaxkv.requests import Event, Refused
 from models import TokenizerError
 
+END = object()
+
 
 class Engine:
     """Answers requests with one model and one cache.
@@ -70,19 +72,25 @@ class Engine:
         """How often a sequence was put back."""
         return self.scheduler.preemptions
 
-    def run(self, sequences: Iterable[Sequence | Refused]) -> Iterator[Event]:
-        """Events of all requests; few more are drawn from the iterable than there are free rows."""
+    def run(self, sequences: Iterable[Sequence | Refused | None]) -> Iterator[Event]:
+        """Events of all requests; few more are drawn from the iterable than there are free rows.
+
+        Args:
+          sequences: None among them says that there is none for now.
+        """
         source, scheduler, ended = iter(sequences), self.scheduler, False
         if scheduler.context_row is not None:
             self._look()
         while True:
             while not ended and scheduler.wants_requests:
-                drawn = next(source, None)
-                ended = drawn is None
+                drawn = next(source, END)
+                ended = drawn is END
                 if isinstance(drawn, Sequence):
                     scheduler.queue.append(drawn)
-                elif drawn is not None:
+                elif isinstance(drawn, Refused):
                     yield drawn
+                else:
+                    break
             yield from self._admit()
             if scheduler.reading is not None:
                 yield from self._read_chunk(scheduler.reading)

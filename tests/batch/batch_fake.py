@@ -6,11 +6,14 @@ import signal
 import sys
 import time
 from collections import deque
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 
 from jaxkv.batch.job import BatchJob
+from jaxkv.batch.workers import Workers
 from jaxkv.cache.stats import CacheStats
 from jaxkv.requests import Completion, Finished, PromptRead, Refused, SamplingParams, TextMade, Timings
 
@@ -48,7 +51,7 @@ def completion(prompt: str, params: SamplingParams) -> Completion:
 
 
 class FakeLLM:
-    """Holds several requests at a time, and refuses prompts with ``too long`` in them."""
+    """Holds several requests at a time, refuses prompts with ``too long`` in them, and dies of ``deadly`` ones."""
 
     compression = None
     on_compile = None
@@ -63,10 +66,13 @@ class FakeLLM:
         return "".join(f"<{m['role']}>{m['content']}" for m in messages)
 
     def run(self, jobs, *, max_context=None):
-        waiting, order = deque(), random.Random(0)
-        for index, (prompt, params) in enumerate(jobs):
-            self.drawn.append(prompt)
-            waiting.append((index, prompt, params))
+        waiting, order, places = deque(), random.Random(0), count()
+        for job in jobs:
+            if job is None:
+                yield from self._answer(*waiting.popleft())
+                continue
+            self.drawn.append(job[0])
+            waiting.append((next(places), *job))
             if len(waiting) == self.held:
                 waiting.rotate(order.randrange(self.held))
                 yield from self._answer(*waiting.popleft())
@@ -75,6 +81,8 @@ class FakeLLM:
 
     def _answer(self, index, prompt, params):
         time.sleep(self.pause)
+        if "deadly" in prompt:
+            os.kill(os.getpid(), signal.SIGKILL)
         if "too long" in prompt:
             yield Refused(request=index, error="prompt is too long")
             return
@@ -88,6 +96,17 @@ class FakeLLM:
 def run_job(source: Path, output: Path, *, pause: float = 0.0, **settings) -> int:
     with BatchJob(source, output, SamplingParams(), **settings) as job:
         return job.run(FakeLLM(pause))
+
+
+def run_with_workers(source: Path, output: Path, *, count: int, pause: float) -> int:
+    """Prints the process id of each worker as it starts."""
+    with BatchJob(source, output, SamplingParams()) as job:
+        return job.run(Workers(partial(told_of, pause), count))
+
+
+def told_of(pause: float) -> FakeLLM:
+    print("worker", os.getpid(), flush=True)
+    return FakeLLM(pause)
 
 
 def kill_and_restart(source: Path, output: Path, kills: int, pause: float, seed: int) -> None:
@@ -109,6 +128,8 @@ if __name__ == "__main__":
     what, source, output, pause, seed = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), *map(float, sys.argv[4:6])
     if what == "kills":
         kill_and_restart(source, output, kills=10, pause=pause, seed=int(seed))
+    elif what == "workers":
+        sys.exit(run_with_workers(source, output, count=2, pause=pause))
     elif what == "small disk":
         import resource
 
