@@ -30,8 +30,11 @@ from models.convert import convert, stored_dtype
 from models.families import Model
 
 if TYPE_CHECKING:
+    from jaxkv.batch.over_ray import OverRay
     from jaxkv.batch.workers import Workers
 
+ROUNDS = 4
+"""Times the requests that are answered together: what a Ray actor gets at once, whose batch runs empty after that."""
 SCHEDULE: dict[str, Schedule] = dict(zip(SCHEDULES, (Throughput(), Latency()), strict=True))
 Heed = Callable[[Iterable[Event]], Iterable[Event]]
 """Passes events on, and raises KeyboardInterrupt in between where Ctrl-C was heard."""
@@ -73,7 +76,7 @@ def run_batch(options: argparse.Namespace, heed: Heed = iter) -> int:
     from jaxkv.batch.job import BatchJob  # locks files, which generate can do without where a system can't
 
     policy, params = policy_from(vars(options)), sampling_from(options)
-    if options.workers < 1:
+    if options.workers is not None and options.workers < 1:
         raise ValueError(f"--workers must be at least 1, got {options.workers}")
     with BatchJob(
         options.input,
@@ -86,7 +89,8 @@ def run_batch(options: argparse.Namespace, heed: Heed = iter) -> int:
         if not job.left:
             return job.finish()
         settings = {name: getattr(options, name) for name in ("max_batch", "share_prefixes", "split_prompts")}
-        llm = workers(options, policy, settings) if options.workers > 1 else load(options, policy, **settings)
+        alone = options.ray is None and options.workers in (None, 1)
+        llm = load(options, policy, **settings) if alone else workers(options, policy, settings)
         return job.run(llm, max_context=options.max_context, heed=heed)
 
 
@@ -136,15 +140,23 @@ def load(options: argparse.Namespace, policy: Policy | None, **settings: Any) ->
     return llm
 
 
-def workers(options: argparse.Namespace, policy: Policy | None, settings: Mapping[str, Any]) -> Workers:
+def workers(options: argparse.Namespace, policy: Policy | None, settings: Mapping[str, Any]) -> Workers | OverRay:
     """Several of the models that are asked for, each in a process of its own; here there is only their tokenizer."""
+    from jaxkv.batch.over_ray import OverRay
     from jaxkv.batch.workers import Workers, own_devices
 
-    return Workers(
-        partial(load_one_of, options.workers, options, policy, **settings),
+    tokenizer = load_tokenizer(resolve(options.model))
+    make = partial(load_one_of, options.workers or 1, options, policy, **settings)
+    if options.ray is None:
+        environment = partial(own_devices, devices=options.devices)
+        return Workers(make, options.workers, environment=environment, tokenizer=tokenizer)
+    return OverRay(
+        make,
         options.workers,
-        environment=partial(own_devices, devices=options.devices),
-        tokenizer=load_tokenizer(resolve(options.model)),
+        address=options.ray,
+        devices=options.devices,
+        together=ROUNDS * options.max_batch,
+        tokenizer=tokenizer,
     )
 
 

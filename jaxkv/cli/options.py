@@ -92,9 +92,17 @@ def add_batch(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--workers",
         type=int,
-        default=1,
         metavar="N",
-        help="processes, each with a model, a cache and --devices of its own (default: 1)",
+        help="processes, each with a model, a cache and --devices of its own (default: 1; with --ray, as many as the "
+        "cluster's devices allow)",
+    )
+    command.add_argument(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="the workers are actors of the Ray cluster at this address (auto: the one that this machine is in), or of "
+        "one that is started here; needs pip install 'jaxkv[ray]'",
     )
     command.add_argument(
         "--no-share-prefixes",
