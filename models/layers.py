@@ -28,6 +28,7 @@ __all__ = [
     "rotate",
     "rotation",
     "run_layers",
+    "split_heads",
     "stack_layers",
 ]
 
@@ -102,6 +103,15 @@ class Embed(nnx.Embed):
         else:
             out = jnp.einsum("...h,vh->...v", hidden, table, preferred_element_type=jnp.float32)
         return out if self.shard is None else self.shard.join(out)
+
+
+def split_heads(projected: Array, head_dim: int) -> Array:
+    """``[..., heads * head_dim]`` of a projection as ``[..., heads, head_dim]``.
+
+    The barrier keeps what follows from saying how the projection's weights lie. Without it a TPU's compiler lays those
+    of all stacked layers out anew before a loop of decode steps, beside the old ones: 1.5 GiB of Llama 3.1 8B.
+    """
+    return jax.lax.optimization_barrier(projected).reshape(*projected.shape[:-1], -1, head_dim)
 
 
 class SwiGLU(nnx.Module):

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from models.family import Family, NameMap
 from models.interface import Attend, Split
-from models.layers import Embed, Linear, RMSNorm, SwiGLU, rotate, rotation, run_layers
+from models.layers import Embed, Linear, RMSNorm, SwiGLU, rotate, rotation, run_layers, split_heads
 from models.llama_config import GGUF_ARCHITECTURES, MODEL_TYPES, LlamaConfig
 
 State = TypeVar("State")
@@ -42,8 +42,7 @@ class Attention(nnx.Module):
           x: ``[batch, length, hidden]``.
           rotated_by: cosine and sine, ``f32[batch, length, 1, head_dim / 2]``.
         """
-        heads = (*x.shape[:2], -1, self.head_dim)
-        query, key, value = (project(x).reshape(heads) for project in (self.query, self.key, self.value))
+        query, key, value = (split_heads(project(x), self.head_dim) for project in (self.query, self.key, self.value))
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         state, out = attend(state, layer, rotate(query, rotated_by), rotate(key, rotated_by), value)

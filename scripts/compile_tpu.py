@@ -1,4 +1,4 @@
-"""Compiles every TPU kernel, a whole decode step and a whole compression, for TPUs that aren't here.
+"""Compiles every TPU kernel, whole decode steps and a whole compression, for TPUs that aren't here.
 
     python scripts/compile_tpu.py [--chips v5e v6e] [--models llama-3.1-8b ...] [--json FILE]
 
@@ -33,7 +33,7 @@ from targets import (
 
 from jaxkv.cache import PagedCache
 from jaxkv.generation.compress import compress
-from jaxkv.generation.decode import decode_step
+from jaxkv.generation.decode import decode, decode_step
 from jaxkv.policies import KVCompress, LeanKV, Policy, Ratio
 from models import Llama, LlamaConfig, stack_layers
 from models.shapes import LARGE_SHAPES, SHAPES
@@ -54,6 +54,8 @@ TIERED = (WHOLE, "smollm2-135m")
 TIER_POLICIES = {64: LeanKV(block_tokens=256), 128: LeanKV(block_tokens=128)}
 """By head dimension: both tiers' blocks then fill tiles of 8 rows."""
 POLICY = KVCompress(budget=Ratio(ratio=8))
+LOOP_TEMPORARIES = 64 * 2**20
+"""Bytes beside the weights and the cache: no matrix of a layer, let alone of all, may be laid out anew."""
 
 
 class Program(NamedTuple):
@@ -192,7 +194,7 @@ def quantised_step(model: LlamaConfig, chip: str, weights: str, **how: bool) -> 
 
 
 def whole_steps(model: LlamaConfig, chip: str) -> Iterator[Program]:
-    """One decode step and one compression at batch 32, with a pool of what the chip has left beside the weights."""
+    """A decode step, a loop of them, and a compression at batch 32, with a pool of what the weights leave of the chip."""
     graph, weights = abstract_model(model, chip)
     weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
     pool_bytes = min(int(0.8 * DEVICES[chip].memory) - weight_bytes, 48 * GIB)
@@ -200,6 +202,9 @@ def whole_steps(model: LlamaConfig, chip: str) -> Iterator[Program]:
 
     def step(cache: PagedCache, weights: Any, tokens: jax.Array, active: jax.Array, *, policy: Policy) -> Any:
         return decode_step(nnx.merge(graph, weights), cache, tokens, active, policy)
+
+    def steps(cache: PagedCache, weights: Any, tokens: jax.Array, limits: jax.Array) -> Any:
+        return decode(nnx.merge(graph, weights), cache, tokens, limits, steps=16, policy=POLICY)
 
     for name, policy in (("", POLICY), (", LeanKV", TIER_POLICIES[model.head_dim])):
         cache = abstract_cache(
@@ -214,6 +219,8 @@ def whole_steps(model: LlamaConfig, chip: str) -> Iterator[Program]:
         )
         pool = cache.tiers.pool if cache.layout else cache.raw.pool
         yield Program(f"decode step{name}", partial(step, policy=policy), (cache, weights, *row), pool, (0,))
+        if policy is POLICY:
+            yield Program("decode, 16 steps", steps, (cache, weights, row[0], row[0]), pool, (0,), LOOP_TEMPORARIES)
         yield Program(f"compression{name}", partial(compress, policy=policy), (cache,), pool, (0,))
 
 

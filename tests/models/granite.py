@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array
 
 from models.interface import Attend, ModelSizes, State
-from models.layers import RMSNorm, SwiGLU, rotate, rotation, run_layers
+from models.layers import RMSNorm, SwiGLU, rotate, rotation, run_layers, split_heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +47,9 @@ class Layer(nnx.Module):
         self.config = config
 
     def __call__(self, x, rotated_by, layer, attend: Attend[State], state: State) -> tuple[State, Array]:
-        config, heads = self.config, (*x.shape[:2], -1, self.config.head_dim)
-        normed = self.attention_norm(x)
-        query, key, value = (project(normed).reshape(heads) for project in (self.query, self.key, self.value))
+        config, normed = self.config, self.attention_norm(x)
+        projected = (project(normed) for project in (self.query, self.key, self.value))
+        query, key, value = (split_heads(each, config.head_dim) for each in projected)
         query *= config.attention_multiplier * config.head_dim**0.5  # attend divides by the root of head_dim
         state, out = attend(state, layer, rotate(query, rotated_by), rotate(key, rotated_by), value)
         x = x + config.residual_multiplier * self.output(out.reshape(*x.shape[:2], -1))
