@@ -194,7 +194,7 @@ def quantised_step(model: LlamaConfig, chip: str, weights: str, **how: bool) -> 
 
 
 def whole_steps(model: LlamaConfig, chip: str) -> Iterator[Program]:
-    """A decode step, a loop of them, and a compression at batch 32, with a pool of what the weights leave of the chip."""
+    """Decode steps, one and many, and a compression at batch 32, with a pool of what the weights leave of the chip."""
     graph, weights = abstract_model(model, chip)
     weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
     pool_bytes = min(int(0.8 * DEVICES[chip].memory) - weight_bytes, 48 * GIB)
