@@ -31,7 +31,14 @@ def start(*arguments, program=("-m", "jaxkv"), redirect="", **settings):
     """A process; ``redirect`` is what a shell does with its streams."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu"} | settings
     command = ["sh", "-c", f'exec "$0" "$@" {redirect}', sys.executable, *program, *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_interrupts
+    )
+
+
+def heed_interrupts():
+    """Also where the tests themselves run behind a shell that has them ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(*arguments, **settings):
