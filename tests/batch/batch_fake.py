@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxkv.batch.job import BatchJob
+from jaxkv.batch.over_ray import OverRay
 from jaxkv.batch.workers import Workers
 from jaxkv.cache.stats import CacheStats
 from jaxkv.requests import Completion, Finished, PromptRead, Refused, SamplingParams, TextMade, Timings
@@ -104,6 +105,11 @@ def run_with_workers(source: Path, output: Path, *, count: int, pause: float) ->
         return job.run(Workers(partial(told_of, pause), count))
 
 
+def run_over_ray(source: Path, output: Path, *, count: int, pause: float) -> int:
+    with BatchJob(source, output, SamplingParams()) as job:
+        return job.run(OverRay(partial(FakeLLM, pause), count, together=8))
+
+
 def told_of(pause: float) -> FakeLLM:
     print("worker", os.getpid(), flush=True)
     return FakeLLM(pause)
@@ -130,6 +136,8 @@ if __name__ == "__main__":
         kill_and_restart(source, output, kills=10, pause=pause, seed=int(seed))
     elif what == "workers":
         sys.exit(run_with_workers(source, output, count=2, pause=pause))
+    elif what == "ray":
+        sys.exit(run_over_ray(source, output, count=2, pause=pause))
     elif what == "small disk":
         import resource
 

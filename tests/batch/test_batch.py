@@ -46,7 +46,7 @@ def many(tmp_path, count=200):
 
 
 def start(what, source, output, pause, number):
-    environment = os.environ | {"PYTHONPATH": str(FAKE.parents[2])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(FAKE.parents[2]), str(FAKE.parent)])}
     return subprocess.Popen(
         [sys.executable, str(FAKE), what, str(source), str(output), str(pause), str(number)],
         env=environment,
