@@ -246,7 +246,7 @@ class Simulation:
 
     def _take(self, row: int, tokens: int) -> None:
         sequence = self.scheduler.sequence(row)
-        list(sequence.take([1] * tokens, [0.0] * tokens))
+        sequence.take([1] * tokens, [0.0] * tokens)
         if sequence.finish_reason is not None:
             self.ran.answers += 1
             self.ran.tokens += len(sequence.token_ids)

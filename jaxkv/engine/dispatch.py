@@ -36,12 +36,19 @@ class Made(NamedTuple):
         tokens, logprobs, likeliest, theirs = (part[:, None] for part in chosen)
         return cls(tokens, logprobs, likeliest, theirs, np.ones(len(tokens), np.int32))
 
-    def row(self, at: int, top: int) -> tuple[list[int], list[float], list[dict[int, float]]]:
-        """Of one row: tokens, their log probabilities, and at each place those of the ``top`` likeliest."""
-        count = int(self.counts[at])
-        likeliest, theirs = (part[at, :count, :top].tolist() for part in (self.likeliest, self.their_logprobs))
-        top_logprobs = [dict(zip(*both, strict=True)) for both in zip(likeliest, theirs, strict=True)] if top else []
-        return self.tokens[at, :count].tolist(), self.logprobs[at, :count].tolist(), top_logprobs
+    def rows(self) -> list[tuple[list[int], list[float]]]:
+        """Of each row: tokens and their log probabilities."""
+        each = zip(self.tokens.tolist(), self.logprobs.tolist(), self.counts.tolist(), strict=True)
+        return [(tokens[:count], logprobs[:count]) for tokens, logprobs, count in each]
+
+    def top(self, at: int, top: int) -> list[dict[int, float]]:
+        """Of one row at each place the ``top`` likeliest tokens, with their log probabilities."""
+        if not top:
+            return []
+        likeliest, theirs = (
+            part[at, : self.counts[at], :top].tolist() for part in (self.likeliest, self.their_logprobs)
+        )
+        return [dict(zip(*both, strict=True)) for both in zip(likeliest, theirs, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)

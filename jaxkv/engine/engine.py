@@ -335,14 +335,14 @@ class Engine:
     def _accept(self, places: dict[int, int], made: Made) -> Iterator[Event]:
         """Takes what rows have made, each at its place; those that end leave together."""
         ended: list[int] = []
-        finite = np.isfinite(made.logprobs.sum(axis=-1)).tolist()
+        finite, rows = np.isfinite(made.logprobs.sum(axis=-1)).tolist(), made.rows()
         for row, at in places.items():
             sequence, error = self.scheduler.sequence(row), None
             try:
                 if not finite[at]:
                     error = "the model's logits are not finite: its weights are damaged, or too large for their dtype"
-                else:
-                    yield from list(sequence.take(*made.row(at, sequence.request.params.top_logprobs)))
+                elif text := sequence.take(*rows[at], made.top(at, sequence.request.params.top_logprobs)):
+                    yield text
             except TokenizerError as what:
                 error = str(what)
             if error is not None:

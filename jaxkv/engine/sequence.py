@@ -8,7 +8,7 @@ from dataclasses import replace
 from jaxkv.cache.snapshot import Snapshot
 from jaxkv.cache.stats import CacheStats
 from jaxkv.engine.prompt_plan import PromptPlan, Unservable
-from jaxkv.requests import Completion, Event, Finished, Request, TextMade, Timings
+from jaxkv.requests import Completion, Finished, Request, TextMade, Timings
 from models import Tokenizer
 
 
@@ -87,8 +87,8 @@ class Sequence:
 
     def take(
         self, tokens: list[int], logprobs: list[float], top_logprobs: list[dict[int, float]] | None = None
-    ) -> Iterator[Event]:
-        """Takes new tokens: text, stop texts, the end."""
+    ) -> TextMade | None:
+        """Takes new tokens: text, stop texts, the end. Gives what is new to the asker."""
         top_logprobs = top_logprobs or []
         again = min(self.replaying, len(tokens))
         if again:
@@ -121,11 +121,11 @@ class Sequence:
             self.text += self.stream.flush()
             self._cut_at_stop()
         ready = len(self.text) if self.finish_reason else self._safe_length()
-        if len(self.token_ids) > before or ready > self.sent:
-            new = self.text[self.sent : max(ready, self.sent)]
-            self.sent = max(ready, self.sent)
-            choice = self.request.choice
-            yield TextMade(request=self.index, text=new, token_ids=self.token_ids[before:], choice=choice)
+        if len(self.token_ids) == before and ready <= self.sent:
+            return None
+        new = self.text[self.sent : max(ready, self.sent)]
+        self.sent = max(ready, self.sent)
+        return TextMade(request=self.index, text=new, token_ids=self.token_ids[before:], choice=self.request.choice)
 
     def has(self, siblings: list[Sequence]) -> Sequence:
         """The same, to answer together with these, which are forked from it once it has read their prompt."""

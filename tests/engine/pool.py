@@ -122,7 +122,7 @@ class Pool:
 
     def take(self, row, tokens):
         sequence = self.scheduler.sequence(row)
-        list(sequence.take([7] * tokens, [0.0] * tokens))
+        sequence.take([7] * tokens, [0.0] * tokens)
         if sequence.finish_reason is not None:
             self.ended.append(sequence.index)
             self.leave(row)
