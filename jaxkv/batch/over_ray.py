@@ -127,8 +127,8 @@ def connected(address: str) -> Any:
       ValueError: there is none.
     """
     try:
-        import ray
-        import ray.data
+        import ray  # pyright: ignore[reportMissingImports]
+        import ray.data  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(f"--ray needs Ray Data: pip install 'jaxkv[ray]' ({error})") from None
     if not ray.is_initialized():
