@@ -134,6 +134,7 @@ class LLM(Serving):
             raise ValueError(f"weights={shown(weights)} is for a model that is yet to be loaded; give its path or name")
         else:
             self.model, self.tokenizer = check_model(model), own
+        self.devices.check(self.model)
         self.load_seconds = time.perf_counter() - began
         self.compression = policy and policy.for_model(self.model.sizes)
         self.samplers = Samplers(
@@ -146,7 +147,8 @@ class LLM(Serving):
 
     def _load(self, path: Path, weights: str, tokenizer: Tokenizer | None, generation_config: bool) -> None:
         self.sampling = sampling_defaults(path) if generation_config else self.sampling
-        self.model: Decoder = load_model(path, dtype=self.dtype, weights=weights)
+        mesh = self.devices.mesh_of_weights
+        self.model: Decoder = load_model(path, dtype=self.dtype, weights=weights, mesh=mesh)
         self.tokenizer = tokenizer or load_tokenizer(path)
         if _compiles_stacked_layers_well() and are_alike(self.model):
             self.model = stack_layers(self.model)

@@ -113,7 +113,12 @@ def functions(path):
     return [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.FunctionDef)]
 
 
-HEAVY = {"jaxkv.cli.plot": "matplotlib", "jaxkv.cli.main": "jaxkv", "jaxkv.cli.commands": "jaxkv"}
+HEAVY = {
+    "jaxkv.cli.plot": "matplotlib",
+    "jaxkv.cli.main": "jaxkv",
+    "jaxkv.cli.commands": "jaxkv",
+    "jaxkv.batch.over_ray": "ray",
+}
 """What a file imports only once it is needed."""
 
 

@@ -67,7 +67,7 @@ def test_tiers_and_later_compressions_answer_the_same(policy):
 
 def test_memory_is_of_all_devices_and_who_is_put_back_answers_the_same():
     policy = KVCompress(budget=Ratio(ratio=3), window=16, protected_window=16)
-    need = LLM(MODEL, max_batch=1)._new_config(1, 256).nbytes
+    need = LLM(MODEL, max_batch=1)._new_config(None, 256, rows=1).nbytes
     params = [SamplingParams(max_tokens=70)] * len(PROMPTS)
     one, split = (LLM(MODEL, compression=policy, max_batch=4, cache_memory=int(1.6 * need), devices=n) for n in (1, 4))
     assert ended(split, PROMPTS, params) == ended(one, PROMPTS, params)
@@ -77,7 +77,7 @@ def test_memory_is_of_all_devices_and_who_is_put_back_answers_the_same():
 
 
 def test_an_uncompressed_job_that_must_put_somebody_back_answers_the_same():
-    need = LLM(MODEL, max_batch=1)._new_config(1, 256).nbytes
+    need = LLM(MODEL, max_batch=1)._new_config(None, 256, rows=1).nbytes
     params = [SamplingParams(max_tokens=70)] * 4
     prompts = [prompt(100, seed=50 + i) for i in range(4)]
     one, split = (LLM(MODEL, max_batch=4, cache_memory=int(1.3 * need), devices=n) for n in (1, 4))
@@ -87,7 +87,7 @@ def test_an_uncompressed_job_that_must_put_somebody_back_answers_the_same():
 
 def test_a_prompt_larger_than_the_pool_is_read_in_the_same_parts():
     policy = KVCompress(budget=Ratio(ratio=8), window=16, protected_window=16)
-    whole = LLM(MODEL, max_batch=1)._new_config(1, 512).nbytes
+    whole = LLM(MODEL, max_batch=1)._new_config(None, 512, rows=1).nbytes
     long = [prompt(480, seed=60)]
     one, split = (LLM(MODEL, compression=policy, max_batch=1, cache_memory=whole // 2, devices=n) for n in (1, 2))
     assert ended(split, long, [GREEDY], 512) == ended(one, long, [GREEDY], 512)

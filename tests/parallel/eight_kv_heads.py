@@ -51,7 +51,7 @@ def answer_on(devices: int, policy: Policy | None, model: Llama = MODEL, *, max_
     def answer(weights, cache, tokens, lengths):
         return generate(nnx.merge(graph, weights), cache, tokens, lengths, max_tokens=max_tokens, policy=policy)
 
-    made = Decoded(cache=held, tokens=P(), logprobs=P(), counts=P(), active=P())
+    made = Decoded(cache=held, **dict.fromkeys(set(Decoded._fields) - {"cache"}, P()))
     inside = jax.shard_map(answer, mesh=mesh, in_specs=(specs, held, P(), P()), out_specs=made, check_vma=False)
     return jax.jit(inside, donate_argnums=1)(place(weights, specs, mesh), cache, TOKENS, LENGTHS)
 
