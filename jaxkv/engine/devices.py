@@ -114,6 +114,11 @@ class HeadMesh(Devices):
         return graph, place(weights, weight_specs(local, AXIS), self.mesh)
 
     def compile(self, program: Callable[..., Any], leaves: Any, donated: Any, given: Any) -> Callable[..., Any]:
+        compiled = self.compiled(program, leaves, donated, given)
+        return lambda leaves, donated, given: compiled(leaves, donated, jax.tree.map(_told, given))
+
+    def compiled(self, program: Callable[..., Any], leaves: Any, donated: Any, given: Any) -> jax.stages.Compiled:
+        """As JAX has it; the arguments may be shapes, the leaves' with their places."""
         specs = ([leaf.sharding.spec for leaf in leaves], *partition_specs((donated, given), AXIS))
         inside = partial(jax.shard_map, mesh=self.mesh, in_specs=specs, check_vma=False)
         made: list[Any] = []
@@ -125,8 +130,7 @@ class HeadMesh(Devices):
         jax.eval_shape(inside(look, out_specs=()), leaves, donated, given)  # what it makes is known once it is traced
         places = jax.tree.map(partial(NamedSharding, self.mesh), specs)
         whole = jax.jit(inside(program, out_specs=made[0]), in_shardings=places, donate_argnums=1)
-        compiled = whole.lower(leaves, donated, jax.tree.map(_told, given)).compile()
-        return lambda leaves, donated, given: compiled(leaves, donated, jax.tree.map(_told, given))
+        return whole.lower(leaves, donated, jax.tree.map(_told, given)).compile()
 
     def agreed(self, *seconds: float) -> tuple[float, ...]:
         """The first process's."""

@@ -70,7 +70,7 @@ def test_workers_that_cannot_be_made_are_said_to_be(monkeypatch):
     with pytest.raises(ValueError, match="there is no such model"):
         answered(Workers(never_made, 2), ["a"])
     monkeypatch.setattr("jaxkv.batch.workers.MOST_DEATHS", 2)
-    with pytest.raises(RuntimeError, match="3 workers died .* with exit status 3, and none answered"):
+    with pytest.raises(RuntimeError, match=r"3 workers died .* with exit status 3, and none answered"):
         answered(Workers(dies, 2), ["a"])
     assert not multiprocessing.active_children()
 

@@ -38,7 +38,7 @@ def assert_empty(llm) -> None:
     assert (counts == llm.engine.config.num_blocks - 1).all()
 
 
-@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("devices", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_answers_are_those_of_one_device(devices):
     policy = policy_named("kv-compress")
     params = [GREEDY] * 5 + [SamplingParams(max_tokens=24, compression=None)]
@@ -54,8 +54,10 @@ def test_answers_are_those_of_one_device(devices):
     "policy",
     [
         KVCompress(budget=Ratio(ratio=3), window=16, protected_window=16, compress_every=16),
-        LeanKV(),
-        Mixed.over(KVCompress, budget=Ratio(ratio=3), window=16, protected_window=16),
+        pytest.param(LeanKV(), marks=pytest.mark.slow),
+        pytest.param(
+            Mixed.over(KVCompress, budget=Ratio(ratio=3), window=16, protected_window=16), marks=pytest.mark.slow
+        ),
     ],
     ids=str,
 )
@@ -76,6 +78,7 @@ def test_memory_is_of_all_devices_and_who_is_put_back_answers_the_same():
     assert_empty(split)
 
 
+@pytest.mark.slow
 def test_an_uncompressed_job_that_must_put_somebody_back_answers_the_same():
     need = LLM(MODEL, max_batch=1)._new_config(None, 256, rows=1).nbytes
     params = [SamplingParams(max_tokens=70)] * 4

@@ -26,6 +26,6 @@ def test_on_eight_devices(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["devices_functional.py"])
+@pytest.mark.parametrize("name", ["devices_engine.py", "devices_functional.py"])
 def test_the_slow_ones_on_eight_devices(name):
     run_on_eight_devices(name, "-m", "slow")
