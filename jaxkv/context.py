@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxkv.arguments import Messages, Prompt, conversations, is_one, params_with
 from jaxkv.cache import CacheConfig, PagedCache, init_cache
@@ -17,9 +18,13 @@ from jaxkv.cache.snapshot import Snapshot
 from jaxkv.engine import sizing
 from jaxkv.requests import Completion, Event, Finished, Refused, SamplingParams
 from jaxkv.serving import Serving
+from models import Decoder
+from models.checkpoints.assemble import parameters_of
 
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 """Where the question goes in a conversation."""
+SAMPLE = 8
+"""Values of a matrix that are kept beside a saved context."""
 STEP = 64
 """Tokens to which questions with their answers are rounded up, so that calls share compiled programs."""
 
@@ -93,7 +98,8 @@ class Context:
         Raises:
           OSError: it can't be written.
         """
-        save_snapshot(self._held(), Path(path), {"suffix": self._suffix})
+        said = {"suffix": self._suffix, "weights": _some_weights(self._serving.model)}
+        save_snapshot(self._held(), Path(path), said)
 
     def close(self) -> None:
         """Gives its memory back; it can't be asked any more."""
@@ -200,7 +206,24 @@ def load(serving: Serving, path: Path) -> Context:
             f"{snapshot.pool.dtype}, and this model needs {sizes.num_layers} and {sizes.num_kv_heads} in blocks "
             f"{ours.shape[1:]} of {ours.dtype}; read the context again, or load it with the same settings"
         )
-    return Context(serving, jax.device_put(snapshot), str(said.get("suffix", "")))
+    before, now = (np.array(each) for each in (said["weights"], _some_weights(serving.model)))
+    if before.shape != now.shape or not np.allclose(before, now, rtol=0.02, atol=1e-3 * np.abs(before).max()):
+        raise ValueError(f"{path} was read by a model with other weights; read the context again, or load that model")
+    return Context(serving, jax.device_put(snapshot), str(said["suffix"]))
+
+
+def _some_weights(model: Decoder) -> list[float]:
+    """Of each matrix outside the layers and in the first: so a model is known again, also in another dtype."""
+    found: list[float] = []
+    for path, leaf in sorted(parameters_of(model).items()):
+        stacked = path[0] == "layers" and not path[1].isdigit()
+        if path[0] == "layers" and not stacked and path[1] != "0":
+            continue
+        for array in jax.tree.leaves(leaf.get_value()):
+            part = array[0] if stacked else array
+            places = np.unravel_index(np.linspace(0, part.size - 1, SAMPLE).astype(int), part.shape)
+            found += [float(f"{value:.4g}") for value in np.asarray(part[places], np.float32)]
+    return found
 
 
 def _check_devices(serving: Serving) -> None:

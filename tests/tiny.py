@@ -26,11 +26,11 @@ CONFIG = LlamaConfig(
 )
 
 
-def random_model(config: LlamaConfig = CONFIG, dtype=jnp.float32) -> Llama:
+def random_model(config: LlamaConfig = CONFIG, dtype=jnp.float32, seed: int = 7) -> Llama:
     """Weights large enough that attention is far from uniform, in some heads more than in others."""
     llama = Llama(config, rngs=nnx.Rngs(0), dtype=dtype)
     graph, weights = nnx.split(llama)
-    rng = np.random.default_rng(7)
+    rng = np.random.default_rng(seed)
 
     def weight(leaf):
         if leaf.ndim == 1:

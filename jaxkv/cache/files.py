@@ -18,7 +18,7 @@ from jaxkv.cache.snapshot import Snapshot
 from pallas_kernels.paged_attention import Weakest
 from pallas_kernels.quantised_block import BlockLayout, Format
 
-VERSION = 1
+VERSION = 2
 PLAIN = ("pool", "scores", "positions", "lengths", "num_tokens")
 
 
@@ -38,7 +38,7 @@ def save_snapshot(snapshot: Snapshot, path: Path, said: Mapping[str, Any]) -> No
     about = {"version": VERSION, "layout": layout, "said": dict(said)}
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as file:
-        np.savez(file, allow_pickle=False, about=np.array(json.dumps(about)), **fetched)
+        np.savez(file, allow_pickle=False, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **fetched)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
@@ -53,7 +53,7 @@ def load_snapshot(path: Path) -> tuple[Snapshot, dict[str, Any]]:
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            about = json.loads(str(file["about"]))
+            about = json.loads(file["about"].tobytes())
             arrays = {name: file[name] for name in file.files if name != "about"}
             layout = about["layout"] and _layout(about["layout"])
             said, version = about["said"], about["version"]

@@ -92,9 +92,23 @@ def test_what_can_t_be_asked_is_refused(tmp_path):
     context.save(tmp_path / "context.npz")
     with pytest.raises(ValueError, match="and this model needs 2 and 2 in blocks"):
         LLM(tiny.MODEL, cache_dtype="bfloat16").load_context(tmp_path / "context.npz")
+    with pytest.raises(ValueError, match="was read by a model with other weights"):
+        LLM(tiny.random_model(seed=8)).load_context(tmp_path / "context.npz")
     (tmp_path / "other").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="is no context that was saved"):
         LLM(tiny.MODEL).load_context(tmp_path / "other")
+
+
+def test_questions_go_on_with_a_conversations_last_message():
+    llm = LLM("smollm2-135m")
+    story = "Mr. Weston was a native of Highbury. His son is Frank Churchill.\n"
+    begins, question = [{"role": "system", "content": "Be brief."}], "Who is the son of Mr. Weston?"
+    with llm.read([*begins, {"role": "user", "content": story}]) as context:
+        [asked] = context.ask(question, max_tokens=8)
+    [whole] = llm.chat([*begins, {"role": "user", "content": story + question}], max_tokens=8)
+    assert asked.token_ids == whole.token_ids
+    with pytest.raises(ValueError, match="the last message must be the user's"):
+        llm.read(begins)
 
 
 DRAWN = SamplingParams(max_tokens=12, temperature=1.0, seed=7, ignore_eos=True)
