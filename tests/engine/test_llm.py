@@ -132,7 +132,7 @@ def test_blocks_held_are_exactly_the_budgets(budget, blocks):
     assert answer.cache.blocks_full == HEADS * 13
     assert answer.cache.blocks_per_head.shape == (2, 2)
     assert answer.cache.blocks_per_head.sum() == blocks
-    tables = 4 * (HEADS * (256 // 16 + 1) + 2)  # block tables with a length each, token count, blocks shared
+    tables = 4 * (HEADS * (256 // 16 + 1) + 1)  # block tables with a length each, token count
     assert answer.cache.bytes_held == blocks * BLOCK_BYTES + tables
     assert answer.cache.bytes_full == HEADS * 13 * BLOCK_BYTES + tables
 
