@@ -90,7 +90,9 @@ def chat_prompt(
     [messages] = conversations(messages)
     if tokenizer is None:
         raise ValueError("this LLM has no tokenizer, so it has no chat format; give prompts as token ids")
-    return tokenizer.encode_chat(tokenizer.chat(messages, tools=tools, **options))
+    if tools is not None:
+        options["tools"] = tools  # only then: a tokenizer of one's own may know none
+    return tokenizer.encode_chat(tokenizer.chat(messages, **options))
 
 
 SAMPLING = tuple(each.name for each in fields(SamplingParams))

@@ -22,6 +22,8 @@ POLICIES = {
     "leankv": LeanKV(ratio=4),
 }
 
+QUICK = ("evicted", "leankv")
+
 
 def by_hand(policy, questions, tokens=8):
     """Prefill, compress, fork, prefill again."""
@@ -43,7 +45,9 @@ def by_hand(policy, questions, tokens=8):
     return [[int(first[i]), *made.tokens[i].tolist()] for i in range(1, rows)]
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in POLICIES]
+)
 def test_answers_are_those_of_the_functional_layer(name, tmp_path):
     policy = POLICIES[name]
     llm = LLM(tiny.MODEL, max_batch=4)
@@ -115,7 +119,13 @@ DRAWN = SamplingParams(max_tokens=12, temperature=1.0, seed=7, ignore_eos=True)
 
 
 @pytest.mark.parametrize(
-    "policy", [None, KVCompress(ratio=4, window=8), H2O(ratio=4, compress_every=8, protected_window=8), LeanKV(ratio=4)]
+    "policy",
+    [
+        None,
+        H2O(ratio=4, compress_every=8, protected_window=8),
+        pytest.param(KVCompress(ratio=4, window=8), marks=pytest.mark.slow),
+        pytest.param(LeanKV(ratio=4), marks=pytest.mark.slow),
+    ],
 )
 def test_several_answers_are_those_of_as_many_seeds(policy):
     llm = LLM(tiny.MODEL, compression=policy, max_batch=4)

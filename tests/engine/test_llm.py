@@ -332,7 +332,7 @@ def test_an_old_cache_is_gone_before_there_is_a_new_one(monkeypatch):
         assert abandoned() is None
         return init_cache(config)
 
-    monkeypatch.setattr("jaxkv.llm.init_cache", none_left)
+    monkeypatch.setattr("jaxkv.engine.devices.init_cache", none_left)
     llm.generate([[1, 2, 3]] * 3, SamplingParams(max_tokens=2))
 
 
