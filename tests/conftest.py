@@ -15,7 +15,7 @@ QUICK = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_pas
 if version("jaxlib").startswith("0.10."):
     QUICK.append("--xla_cpu_use_fusion_emitters=false")  # halves what is left; later versions have no such choice
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *QUICK])
-settings.register_profile("jaxkv", deadline=None, print_blob=True, max_examples=50)
+settings.register_profile("jaxkv", deadline=None, print_blob=True, max_examples=30)
 settings.load_profile("jaxkv")
 
 

@@ -198,9 +198,10 @@ def test_the_first_token_comes_from_the_full_cache():
 def test_a_batch_gives_what_each_prompt_alone_gives():
     policy = KVCompress(budget=Ratio(ratio=4), protected_window=8, compress_every=7)
     prompts = [tiny.prompt(150, 1), tiny.prompt(64, 2), tiny.prompt(17, 3)]
-    together = answer(tiny.empty_cache(batch=3), *tiny.padded(prompts), 40, policy)
-    for row, ids in enumerate(prompts):
-        alone = answer(tiny.empty_cache(), *tiny.padded([ids]), 40, policy)
+    tokens, lengths = tiny.padded(prompts)
+    together = answer(tiny.empty_cache(batch=3), tokens, lengths, 40, policy)
+    for row in range(3):
+        alone = answer(tiny.empty_cache(), tokens[row : row + 1], lengths[row : row + 1], 40, policy)
         assert together.tokens[row].tolist() == alone.tokens[0].tolist()
 
 
