@@ -219,7 +219,7 @@ def whole_steps(model: LlamaConfig, chip: str) -> Iterator[Program]:
         )
         pool = cache.tiers.pool if cache.layout else cache.raw.pool
         yield Program(f"decode step{name}", partial(step, policy=policy), (cache, weights, *row), pool, (0,))
-        if policy is POLICY:
+        if policy is POLICY and chip != "v7x":  # there all weights are retiled before a loop: docs/kernels.md
             yield Program("decode, 16 steps", steps, (cache, weights, row[0], row[0]), pool, (0,), LOOP_TEMPORARIES)
         yield Program(f"compression{name}", partial(compress, policy=policy), (cache,), pool, (0,))
 
