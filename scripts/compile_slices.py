@@ -25,7 +25,6 @@ from jax.sharding import Mesh, NamedSharding
 from targets import DEVICES, GIB, copies_of, quantise_abstractly, sizes, why_not
 
 from jaxkv.cache import CacheConfig, PagedCache, init_cache
-from jaxkv.cache.shards import partition_specs
 from jaxkv.engine.devices import AXIS, HeadMesh
 from jaxkv.engine.programs import Programs
 from jaxkv.engine.schedule import STEPS
@@ -68,6 +67,14 @@ class Split:
 
     def run(self, name: str, *given: Any, donated: dict[str, Any], **fixed: Any) -> Any:
         """One of the engine's programs, compiled."""
+        return HeadMesh(mesh=self.mesh).compiled(self._program(name, fixed), self.leaves, donated, given)
+
+    def made_by(self, name: str, *given: Any, **fixed: Any) -> Any:
+        """Shapes of what one makes that is given nothing away."""
+        arguments = self.leaves, {}, given
+        return jax.eval_shape(HeadMesh(mesh=self.mesh).inside(self._program(name, fixed), *arguments), *arguments)
+
+    def _program(self, name: str, fixed: dict[str, Any]) -> Any:
         step = getattr(Programs, name).__wrapped__
 
         def program(leaves: list[Any], donated: dict[str, Any], given: Any) -> Any:
@@ -75,7 +82,7 @@ class Split:
             inside.model, inside.stop_tokens = nnx.merge(self.graph, jax.tree.unflatten(self.structure, leaves)), ()
             return step(inside, *donated.values(), *given, **fixed)
 
-        return HeadMesh(mesh=self.mesh).compiled(program, self.leaves, donated, given)
+        return program
 
 
 def split_over(config: LlamaConfig, weights: str, name: str) -> Split:
@@ -115,29 +122,9 @@ def compiled(split: Split, name: str) -> Any:
         return split.run("decode", rows, rows, Greedy(), donated=held, steps=STEPS, policy=POLICY)
     if name == "compress_rows":
         return split.run("compress_rows", one, one, donated=held, policy=POLICY)
-    state = prompt_state(split, one)
+    state = split.made_by("start", split.cache, one, one, policy=POLICY, fresh=True)
     tokens = jax.ShapeDtypeStruct((1, CHUNK), jnp.int32)
     return split.run("chunk", one, tokens, one, donated=held | {"prompt": state}, policy=POLICY)
-
-
-def prompt_state(split: Split, one: Any) -> Any:
-    """What the engine knows of a prompt that it has begun to read: shapes of all chips together."""
-    specs: list[Any] = []
-
-    def start(leaves: list[Any], cache: PagedCache, row: Any) -> Any:
-        inside = Programs.__new__(Programs)
-        inside.model = nnx.merge(split.graph, jax.tree.unflatten(split.structure, leaves))
-        return Programs.start.__wrapped__(inside, cache, row, row, POLICY, fresh=True)  # pyright: ignore
-
-    def look(*args: Any) -> tuple[()]:
-        specs.append(partition_specs(start(*args), AXIS))
-        return ()
-
-    given = (split.leaves, split.cache, one)
-    places = ([leaf.sharding.spec for leaf in split.leaves], *partition_specs(given[1:], AXIS))
-    inside = partial(jax.shard_map, mesh=split.mesh, in_specs=places, check_vma=False)
-    jax.eval_shape(inside(look, out_specs=()), *given)
-    return jax.eval_shape(inside(start, out_specs=specs[0]), *given)
 
 
 COLLECTIVE = re.compile(r"= \(?(\w+)\[([\d,]*)\]\S* (all-reduce|all-gather|reduce-scatter|all-to-all)(-start)?\(")

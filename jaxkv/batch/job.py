@@ -19,6 +19,8 @@ from jaxkv.requests import Completion, Event, Finished, Refused, SamplingParams
 
 MOST_REASONS = 3
 """Errors that a job's last words name."""
+Jobs = Iterable[tuple[str | Sequence[int], SamplingParams] | None]
+"""What is to be answered; None: nothing for now."""
 
 
 class Model(Protocol):
@@ -26,9 +28,7 @@ class Model(Protocol):
 
     on_compile: Callable[[str], None] | None
 
-    def run(
-        self, jobs: Iterable[tuple[str | Sequence[int], SamplingParams] | None], *, max_context: int | None = None
-    ) -> Iterator[Event]: ...
+    def run(self, jobs: Jobs, *, max_context: int | None = None) -> Iterator[Event]: ...
 
     def chat_prompt(self, messages: Sequence[dict[str, str]]) -> Sequence[int]: ...
 

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jaxkv.arguments import chat_prompt
-from jaxkv.batch.job import Model
+from jaxkv.batch.job import Jobs, Model
 from jaxkv.batch.worker import Task
-from jaxkv.batch.workers import Jobs
 from jaxkv.requests import Event, Finished, Refused
 from models import Tokenizer
 

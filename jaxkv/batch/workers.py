@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from typing import Any
@@ -15,9 +15,9 @@ from typing import Any
 from tqdm import tqdm
 
 from jaxkv.arguments import chat_prompt
-from jaxkv.batch.job import Model
+from jaxkv.batch.job import Jobs, Model
 from jaxkv.batch.worker import Compiling, Failed, NothingNow, Ready, Task, TheEnd, Told, Wants, work
-from jaxkv.requests import Event, Finished, Refused, SamplingParams
+from jaxkv.requests import Event, Finished, Refused
 from models import Tokenizer
 
 PROCESSES = multiprocessing.get_context("spawn")  # a fork of a process with JAX's threads may hang
@@ -27,7 +27,6 @@ MOST_DEATHS = 8
 """Of workers one after the other, none of which answered anything: then it isn't the requests."""
 END_SECONDS = 5.0
 """That a worker has to end by itself once there is nothing more to do."""
-Jobs = Iterable[tuple[str | Sequence[int], SamplingParams] | None]
 
 
 class Workers:

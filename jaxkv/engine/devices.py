@@ -119,7 +119,14 @@ class HeadMesh(Devices):
 
     def compiled(self, program: Callable[..., Any], leaves: Any, donated: Any, given: Any) -> jax.stages.Compiled:
         """As JAX has it; the arguments may be shapes, the leaves' with their places."""
-        specs = ([leaf.sharding.spec for leaf in leaves], *partition_specs((donated, given), AXIS))
+        specs = self._places(leaves, donated, given)
+        places = jax.tree.map(partial(NamedSharding, self.mesh), specs)
+        whole = jax.jit(self.inside(program, leaves, donated, given), in_shardings=places, donate_argnums=1)
+        return whole.lower(leaves, donated, jax.tree.map(_told, given)).compile()
+
+    def inside(self, program: Callable[..., Any], leaves: Any, donated: Any, given: Any) -> Callable[..., Any]:
+        """``program`` in a ``shard_map``, for these arguments; tracing it tells how what it makes is split."""
+        specs = self._places(leaves, donated, given)
         inside = partial(jax.shard_map, mesh=self.mesh, in_specs=specs, check_vma=False)
         made: list[Any] = []
 
@@ -127,10 +134,11 @@ class HeadMesh(Devices):
             made.append(partition_specs(program(*args), AXIS))
             return ()
 
-        jax.eval_shape(inside(look, out_specs=()), leaves, donated, given)  # what it makes is known once it is traced
-        places = jax.tree.map(partial(NamedSharding, self.mesh), specs)
-        whole = jax.jit(inside(program, out_specs=made[0]), in_shardings=places, donate_argnums=1)
-        return whole.lower(leaves, donated, jax.tree.map(_told, given)).compile()
+        jax.eval_shape(inside(look, out_specs=()), leaves, donated, given)
+        return inside(program, out_specs=made[0])
+
+    def _places(self, leaves: Any, donated: Any, given: Any) -> tuple[Any, ...]:
+        return ([leaf.sharding.spec for leaf in leaves], *partition_specs((donated, given), AXIS))
 
     def agreed(self, *seconds: float) -> tuple[float, ...]:
         """The first process's."""
