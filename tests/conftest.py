@@ -2,6 +2,7 @@
 
 import gc
 import os
+import tempfile
 from importlib.metadata import version
 
 import pytest
@@ -9,7 +10,10 @@ from hypothesis import settings
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # a CUDA plugin without a driver is no error here
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what is tested is compiled here, and leaves no trace
+if "PYTEST_XDIST_WORKER" not in os.environ:  # what is tested is compiled by this run: once, whoever needs it
+    programs = tempfile.TemporaryDirectory(prefix="jaxkv-programs-", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = programs.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
 # Most of the tests' time is compiling, much of it making tiny programs fast.
 QUICK = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
 if version("jaxlib").startswith("0.10."):
