@@ -107,7 +107,7 @@ def split_over(config: LlamaConfig, weights: str, name: str) -> Split:
         max_context=CONTEXT,
         block_size=BLOCK_SIZE,
         memory=mesh.size * int(min(0.8 * DEVICES[chip].memory - held, 48 * GIB)),
-        dtype=jnp.bfloat16,
+        dtype=jnp.dtype(jnp.bfloat16),
         shards=HeadMesh(mesh=mesh).shards,
     )
     cache = jax.eval_shape(partial(init_cache, sized))

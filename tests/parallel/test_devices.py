@@ -9,7 +9,7 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-FILES = [f"devices_{what}.py" for what in ("documented", "engine", "functional", "loading")]
+FILES = [f"devices_{what}.py" for what in ("documented", "engine", "functional", "loading", "traces")]
 
 
 def run_on_eight_devices(name: str, *options: str) -> None:
