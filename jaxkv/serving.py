@@ -20,6 +20,7 @@ from jaxkv.engine.prompt_plan import Unservable, plan_prompt
 from jaxkv.engine.sampling import Samplers
 from jaxkv.engine.schedule import Latency, Schedule, Throughput
 from jaxkv.engine.scheduler import Scheduler
+from jaxkv.engine.temporaries import temporary_bytes
 from jaxkv.policies import Policy
 from jaxkv.requests import Event, Refused, Request, SamplingParams
 from models import Decoder, Tokenizer
@@ -240,8 +241,10 @@ class Serving:
         return config
 
     def _new_config(self, policy: Policy | None, longest: int, rows: int) -> CacheConfig:
+        sizes = self.model.sizes
+        counted = policy and policy.for_model(sizes)
         return sizing.cache_for(
-            self.model.sizes,
+            sizes,
             policy and policy.placement,
             rows=rows,
             max_context=sizing.rounded_up(longest),
@@ -249,6 +252,7 @@ class Serving:
             block_size=self.block_size,
             dtype=self.cache_dtype,
             devices=self.devices,
+            temporaries=lambda config: temporary_bytes(self._programs_now(), config, counted),
         )
 
     def _ends(self) -> tuple[int, ...]:

@@ -67,7 +67,7 @@ class Split:
 
     def run(self, name: str, *given: Any, donated: dict[str, Any], **fixed: Any) -> Any:
         """One of the engine's programs, compiled."""
-        return HeadMesh(mesh=self.mesh).compiled(self._program(name, fixed), self.leaves, donated, given)
+        return HeadMesh(mesh=self.mesh).compile(self._program(name, fixed), self.leaves, donated, given)
 
     def made_by(self, name: str, *given: Any, **fixed: Any) -> Any:
         """Shapes of what one makes that is given nothing away."""

@@ -50,8 +50,13 @@ class Devices(ABC):
         """The model as programs run it, as ``nnx.split`` gives it: its graph, and its weights where they belong."""
 
     @abstractmethod
-    def compile(self, program: Callable[..., Any], leaves: Any, donated: Any, given: Any) -> Callable[..., Any]:
-        """``program(leaves, donated, given)`` compiled for these arguments."""
+    def compile(self, program: Callable[..., Any], leaves: Any, donated: Any, given: Any) -> jax.stages.Compiled:
+        """``program(leaves, donated, given)`` compiled for these arguments, or for arrays like them: of all but the
+        leaves the shapes are enough."""
+
+    def told(self, given: Any) -> Any:
+        """Arguments as a compiled program takes them."""
+        return given
 
     def agreed(self, *seconds: float) -> tuple[float, ...]:
         """What was measured, as all processes take it: what they do next may depend on it, and must be the same."""
@@ -80,7 +85,7 @@ class OneDevice(Devices):
     def split(self, model: Decoder) -> tuple[Any, Any]:
         return nnx.split(model)
 
-    def compile(self, program: Callable[..., Any], leaves: Any, donated: Any, given: Any) -> Callable[..., Any]:
+    def compile(self, program: Callable[..., Any], leaves: Any, donated: Any, given: Any) -> jax.stages.Compiled:
         return jax.jit(program, donate_argnums=1).lower(leaves, donated, given).compile()
 
     def empty_cache(self, config: CacheConfig) -> PagedCache:
@@ -113,16 +118,15 @@ class HeadMesh(Devices):
         graph, weights = nnx.split(local)
         return graph, place(weights, weight_specs(local, AXIS), self.mesh)
 
-    def compile(self, program: Callable[..., Any], leaves: Any, donated: Any, given: Any) -> Callable[..., Any]:
-        compiled = self.compiled(program, leaves, donated, given)
-        return lambda leaves, donated, given: compiled(leaves, donated, jax.tree.map(_told, given))
-
-    def compiled(self, program: Callable[..., Any], leaves: Any, donated: Any, given: Any) -> jax.stages.Compiled:
-        """As JAX has it; the arguments may be shapes, the leaves' with their places."""
+    def compile(self, program: Callable[..., Any], leaves: Any, donated: Any, given: Any) -> jax.stages.Compiled:
+        """Of leaves that are shapes, too, the places must be known."""
         specs = self._places(leaves, donated, given)
         places = jax.tree.map(partial(NamedSharding, self.mesh), specs)
         whole = jax.jit(self.inside(program, leaves, donated, given), in_shardings=places, donate_argnums=1)
-        return whole.lower(leaves, donated, jax.tree.map(_told, given)).compile()
+        return whole.lower(leaves, donated, self.told(given)).compile()
+
+    def told(self, given: Any) -> Any:
+        return jax.tree.map(_told, given)
 
     def inside(self, program: Callable[..., Any], leaves: Any, donated: Any, given: Any) -> Callable[..., Any]:
         """``program`` in a ``shard_map``, for these arguments; tracing it tells how what it makes is split."""

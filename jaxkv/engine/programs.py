@@ -48,15 +48,17 @@ class ModelPrograms:
 
     The programs take the leaves that the model had at the last ``refresh``, since flattening a module costs
     milliseconds a step. They are compiled when first needed for shapes and static arguments; ``compile_seconds`` tells
-    what that took.
+    what that took. Given ``jax.ShapeDtypeStruct`` in place of arrays, one is compiled, and gives shapes.
     """
 
     def __init__(self, model: Decoder, devices: Devices | None = None):
         self.devices = devices or OneDevice()
         self.compile_seconds = 0.0
+        self.temporary_bytes = 0
+        """On a device, beside weights, cache and results: of the program that takes most."""
         self.on_compile: Callable[[str], None] | None = None
         """Is told what is going to be compiled."""
-        self._programs: dict[object, Callable[..., Any]] = {}
+        self._programs: dict[object, jax.stages.Compiled] = {}
         self._take(model)
 
     def refresh(self, model: Decoder) -> None:
@@ -70,6 +72,7 @@ class ModelPrograms:
             self._take(model)
             if self._kind != before:
                 self._programs.clear()
+                self.temporary_bytes = 0
 
     def _take(self, model: Decoder) -> None:
         self.model = model
@@ -86,11 +89,13 @@ class ModelPrograms:
         self._programs[key] = compiled  # the latest used is the last
         while len(self._programs) > MOST_PROGRAMS:
             self._programs.pop(next(iter(self._programs)))
-        return compiled(self._leaves, donated, given)
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+            return compiled.out_info
+        return compiled(self._leaves, donated, self.devices.told(given))
 
     def _compile(
         self, step: Callable[..., Any], donated: dict[str, Any], given: dict[str, Any], fixed: dict[str, Any]
-    ) -> Callable[..., Any]:
+    ) -> jax.stages.Compiled:
         @any_ranks
         def traced(leaves: list[Array], donated: dict[str, Any], given: dict[str, Any]) -> Any:
             inside = copy(self)
@@ -103,6 +108,8 @@ class ModelPrograms:
         began = time.perf_counter()
         compiled = self.devices.compile(traced, self._leaves, donated, given)
         self.compile_seconds += time.perf_counter() - began
+        if (memory := compiled.memory_analysis()) is not None:
+            self.temporary_bytes = max(self.temporary_bytes, memory.temp_size_in_bytes)
         return compiled
 
 
