@@ -1,11 +1,14 @@
 """What a device could do at best: the bound on decoding and compressing, from bytes and FLOPs counted, and on a TPU
 from the cycles of attention and of the moves, as its compiler schedules them.
 
-    python scripts/roofline.py [--models llama-3.1-8b] [--context 16384] [--ratios 1 8] [--weights int8] [--figure FILE]
+    python scripts/roofline.py [--models llama-3.1-8b] [--context 16384] [--ratios 1 8] [--weights int8] [--chips 1 4 8]
+        [--figure FILE]
 
 For each device, model, kind of weights and ratio: the largest batch that fits, what a decode step of it must move and
-compute, the tokens a second that follow, and what a compression costs beside the prefill. Where the compiler for TPUs
-is installed, two small programs are compiled too, and the count is set beside their own. Nothing here is measured.
+compute, the tokens a second that follow, and what a compression costs beside the prefill. Of several chips that share
+the KV heads: GB and GFLOP of each chip, batch and tokens of all together, and the share of the step that their
+collectives take; the last column is without these. Where the compiler for TPUs is installed, two small programs are
+compiled too, for one chip, and the count is set beside their own. Nothing here is measured.
 """
 
 import argparse
@@ -21,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from roofline_chips import ALONE, GROUP, LOGIT, Collectives, share, step_collectives, why_not_shared
 from targets import DEVICES, TPUS, Device, abstract_cache, compile_for_tpu, sizes, why_not
 
 from jaxkv.generation.decode import decode_step
@@ -39,7 +43,7 @@ CYCLES: dict[str, dict[str, dict[str, float]]] = json.loads(
 ITEM = 2
 """Bytes of a cached value: bfloat16."""
 SHAPES = SMALL_SHAPES | LARGE_SHAPES
-WEIGHTS = {"bfloat16": 2.0, "int8": 1.0, "fp8": 1.0, "4-bit": 0.5 + 4 / 128}
+WEIGHTS = {"bfloat16": 2.0, "int8": 1.0, "fp8": 1.0, "4-bit": 0.5 + 4 / GROUP}
 """Bytes a weight, but for a float32 scale for each output of those of 8 bits; of 4 bits: groups of 128, with a bfloat16
 scale and as large a zero point. Embeddings and head are held alike, but beside FP8 in bfloat16."""
 
@@ -113,6 +117,7 @@ class Step(NamedTuple):
 
     weights: Work
     attention: Work
+    collectives: Collectives = ALONE
 
     def seconds(self, device: Device) -> float:
         return sum(work.seconds(device) for work in self)
@@ -124,8 +129,11 @@ class Step(NamedTuple):
         return f"{name}, {max(parts, key=lambda part: parts[part])}"
 
 
-def decode_work(model: LlamaConfig, batch: int, context: int, ratio: float, weights: str = "bfloat16") -> Step:
-    """All weights once, every kept KV once, one register's worth of rows rewritten a head."""
+def decode_work(
+    whole: LlamaConfig, batch: int, context: int, ratio: float, weights: str = "bfloat16", *, chips: int = 1
+) -> Step:
+    """All weights once, every kept KV once, one register's worth of rows rewritten a head; of one of the chips."""
+    model = share(whole, chips)
     heads = batch * model.num_layers * model.num_kv_heads
     blocks = heads * kept_blocks(context, ratio)
     row = 2 * model.head_dim * ITEM
@@ -140,6 +148,7 @@ def decode_work(model: LlamaConfig, batch: int, context: int, ratio: float, weig
             flops=attention,
             heads=Heads(kernel, heads, kept_blocks(context, ratio) * BLOCK_SIZE),
         ),
+        collectives=step_collectives(whole, batch, chips),
     )
 
 
@@ -199,12 +208,19 @@ def sequence_bytes(model: LlamaConfig, context: int, ratio: float) -> int:
     return heads * (kept_blocks(context, ratio) * block + 4 * (context // BLOCK_SIZE + 1))
 
 
-def largest_batch(device: Device, model: LlamaConfig, context: int, ratio: float, weights: str = "bfloat16") -> int:
-    """Sequences that fit beside the weights while one more is being read in full; 0 where none does."""
+def largest_batch(
+    device: Device, whole: LlamaConfig, context: int, ratio: float, weights: str = "bfloat16", *, chips: int = 1
+) -> int:
+    """Sequences that fit beside the weights while one more is being read in full; 0 where none does.
+
+    Each of the chips has all their logits, which must fit in what isn't ``USABLE``: many chips could hold more KVs.
+    """
+    model = share(whole, chips)
     room = USABLE * device.memory - weight_bytes(model, weights)
     if ratio > 1:
         room -= sequence_bytes(model, context, 1)
-    return max(0, int(room // sequence_bytes(model, context, ratio)))
+    logits = LOGIT * whole.vocab_size
+    return max(0, int(min(room // sequence_bytes(model, context, ratio), (1 - USABLE) * device.memory // logits)))
 
 
 def compiled_flops(chip: str, model: LlamaConfig, batch: int, context: int) -> tuple[float, int]:
@@ -237,50 +253,56 @@ def rows(
     context: int,
     ratios: list[float],
     weights: Sequence[str] = ("bfloat16",),
+    chips: Sequence[int] = (1,),
 ) -> list[dict[str, Any]]:
     found = []
-    for name, chip, kind, ratio in product(models, devices, weights, ratios):
+    for name, chip, kind, count, ratio in product(models, devices, weights, chips, ratios):
         model, device = SHAPES[name], DEVICES[chip]
         tokens = min(context, model.max_context)
-        batch = largest_batch(device, model, tokens, ratio, kind)
-        row = {"model": name, "device": chip, "weights": kind, "context": tokens, "ratio": ratio, "batch": batch}
-        if batch:
-            work = decode_work(model, batch, tokens, ratio, kind)
-            row |= {
-                "gigabytes": sum(part.bytes for part in work) / 1e9,
-                "gigaflops": sum(part.flops for part in work) / 1e9,
-                "milliseconds": 1e3 * work.seconds(device),
-                "bound": work.bound(device),
-                "tokens_a_second": batch / work.seconds(device),
-                "compression": compress_work(model, tokens, ratio).seconds(device)
-                / prefill_work(model, tokens, kind).seconds(device),
-            }
-        found.append(row)
+        row = {"model": name, "device": chip, "chips": count, "weights": kind, "context": tokens, "ratio": ratio}
+        found.append(row | _bounds(device, model, tokens, ratio, kind, count))
     return found
 
 
+def _bounds(device: Device, model: LlamaConfig, context: int, ratio: float, weights: str, chips: int) -> dict[str, Any]:
+    if reason := why_not_shared(device, model, weights, chips):
+        return {"batch": 0, "why_not": reason}
+    batch = largest_batch(device, model, context, ratio, weights, chips=chips)
+    if not batch:
+        return {"batch": 0, "why_not": "does not fit"}
+    own, work = share(model, chips), decode_work(model, batch, context, ratio, weights, chips=chips)
+    return {
+        "batch": batch,
+        "gigabytes": (work.weights.bytes + work.attention.bytes) / 1e9,
+        "gigaflops": (work.weights.flops + work.attention.flops) / 1e9,
+        "milliseconds": 1e3 * work.seconds(device),
+        "bound": work.bound(device),
+        "collectives": work.collectives.seconds(device) / work.seconds(device),
+        "tokens_a_second": batch / work.seconds(device),
+        "compression": compress_work(own, context, ratio).seconds(device)
+        / prefill_work(own, context, weights).seconds(device),
+    }
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| model | device | weights | tokens | ratio | largest batch | GB a step | GFLOP a step | ms a step | bound by "
-        "| tokens/s | compression / prefill |",
-        "|" + " --- |" * 12,
+    """With columns of chips and collectives where more than one chip is in it."""
+    several = any(row["chips"] > 1 for row in rows)
+    named = [
+        *("model", "device", *["chips"] * several, "weights", "tokens", "ratio", "largest batch"),
+        *("GB a step", "GFLOP a step", "ms a step", "bound by", *["collectives"] * several),
+        *("tokens/s", "compression / prefill"),
     ]
+    lines = ["| " + " | ".join(named) + " |", "|" + " --- |" * len(named)]
     for row in rows:
-        cells = [
-            row["model"],
-            row["device"],
-            row["weights"],
-            f"{row['context']:,}",
-            f"{row['ratio']:g}",
-            f"{row['batch']:,}",
-        ]
+        cells = [row["model"], row["device"], *[str(row["chips"])] * several, row["weights"]]
+        cells += [f"{row['context']:,}", f"{row['ratio']:g}", f"{row['batch']:,}"]
         if row["batch"]:
-            numbers = ("gigabytes", "gigaflops", "milliseconds")
-            cells += [*(f"{row[n]:,.1f}" for n in numbers), row["bound"], f"{row['tokens_a_second']:,.0f}"]
-            cells.append(f"{row['compression']:.2%}" if row["ratio"] > 1 else "")
+            cells += [*(f"{row[n]:,.1f}" for n in ("gigabytes", "gigaflops", "milliseconds")), row["bound"]]
+            cells += [f"{row['collectives']:.1%}" if row["chips"] > 1 else ""] * several
+            cells += [f"{row['tokens_a_second']:,.0f}", f"{row['compression']:.2%}" if row["ratio"] > 1 else ""]
         else:
-            cells += ["does not fit"] + [""] * 5
-        lines.append("| " + " | ".join(cells) + " |")
+            cells.append(row["why_not"])
+        lines.append("| " + " | ".join(cells + [""] * (len(named) - len(cells))) + " |")
     return "\n".join(lines)
 
 
@@ -290,11 +312,13 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
     names = list(dict.fromkeys(row["model"] for row in rows))
     figure, axes = plt.subplots(2, len(names), figsize=(5 * len(names), 7), squeeze=False, sharex=True)
     for column, name in zip(axes.T, names, strict=True):
-        for device, weights in dict.fromkeys((row["device"], row["weights"]) for row in rows):
+        for line in dict.fromkeys((row["device"], row["chips"], row["weights"]) for row in rows):
             fits = [
-                r for r in rows if (r["model"], r["device"], r["weights"]) == (name, device, weights) and r["batch"]
+                r for r in rows if (r["model"], r["device"], r["chips"], r["weights"]) == (name, *line) and r["batch"]
             ]
-            ratios, label = [r["ratio"] for r in fits], device + f", {weights}" * (weights != "bfloat16")
+            device, chips, weights = line
+            where = f"{chips} x {device}" if chips > 1 else device
+            ratios, label = [r["ratio"] for r in fits], where + f", {weights}" * (weights != "bfloat16")
             column[0].plot(ratios, [r["tokens_a_second"] for r in fits], marker="o", label=label)
             column[1].plot(ratios, [r["batch"] for r in fits], marker="o", label=label)
         column[0].set(title=f"{name}, {rows[0]['context']:,} tokens", ylabel="tokens/s at the largest batch (bound)")
@@ -316,11 +340,12 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=16_384, help="tokens a sequence")
     parser.add_argument("--ratios", nargs="+", type=float, default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--weights", nargs="+", choices=list(WEIGHTS), default=["bfloat16"])
+    parser.add_argument("--chips", nargs="+", type=int, default=[1], help="that share the KV heads")
     parser.add_argument("--figure", help="draw tokens/s and batch over ratio into this file")
     options = parser.parse_args()
-    if options.context < BLOCK_SIZE or min(options.ratios) < 1:
-        sys.exit(f"expected --context of at least {BLOCK_SIZE} and ratios of at least 1, got {options}")
-    found = rows(options.models, options.devices, options.context, options.ratios, options.weights)
+    if options.context < BLOCK_SIZE or min(options.ratios + options.chips) < 1:
+        sys.exit(f"expected --context of at least {BLOCK_SIZE}, ratios and chips of at least 1, got {options}")
+    found = rows(options.models, options.devices, options.context, options.ratios, options.weights, options.chips)
     print(table(found) + "\n\n" + tier_table(options.models, options.context))
     for name in options.models:
         for chip in [d for d in options.devices if DEVICES[d].topology and why_not(d) is None]:

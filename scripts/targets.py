@@ -36,6 +36,23 @@ GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
+class Links:
+    """Between chips that stand in a ring, as those of slices of 2x2, 2x4 and 2x2x2 can."""
+
+    bandwidth: float
+    """Bytes a second that one link carries each way."""
+    count: int = 2
+    """Of a chip's, that lie on the ring: to the one before and the one after. 1: a switch, which all chips share."""
+    hop: float = 1e-6
+    """Seconds from a chip to the next, however little is sent. Assumed, after "How to Scale Your Model", which
+    takes about that for a TPU."""
+
+    def rate(self, chips: int) -> float:
+        """Bytes a second that each of so many chips sends; two have one link between them."""
+        return self.bandwidth * min(self.count, chips - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Device:
     """What a device offers, as its maker publishes it. For v7x: one of a chip's two, as JAX sees them."""
 
@@ -52,20 +69,60 @@ class Device:
     """Instruction bundles a second of a TPU's core: reckoned from its FLOPs and the size of its matrix units."""
     cores: int = 1
     """Tensor cores that share the memory."""
+    links: Links | None = None
+    """To other chips; None: only by way of the host."""
 
+
+_LINKS_V5E, _LINKS = Links(bandwidth=50e9), Links(bandwidth=100e9)
+"""Of TPUs. Cloud TPU's documentation gives all of a chip's links together, both ways: 400 GB/s for the 4 of a v5e, 800
+for the 4 of a v6e, 1,200 for the 6 of a v5p and of a v7x. Two of them lie on a ring: slices of 4 and 8 chips don't wrap
+round, so their rings turn corners and leave the other links idle. On it a v7x's two devices are neighbours."""
+_NVLINK = Links(bandwidth=450e9, count=1)
+"""The fourth, by NVIDIA's data sheets of H100 and H200: 900 GB/s both ways together, through a switch."""
 
 DEVICES = {
     device.name: device
     for device in (
-        Device(name="v5e", memory=16 * GIB, bandwidth=819e9, flops=197e12, topology="v5e:2x2", clock=1.5e9),
         Device(
-            name="v5p", memory=95 * GIB, bandwidth=2765e9, flops=459e12, topology="v5p:2x2x1", clock=1.75e9, cores=2
+            name="v5e",
+            memory=16 * GIB,
+            bandwidth=819e9,
+            flops=197e12,
+            topology="v5e:2x2",
+            clock=1.5e9,
+            links=_LINKS_V5E,
         ),
-        Device(name="v6e", memory=32 * GIB, bandwidth=1640e9, flops=918e12, topology="v6e:2x2", clock=1.75e9),
-        Device(name="v7x", memory=96 * GIB, bandwidth=3690e9, flops=1153e12, topology="tpu7x:2x2x1", clock=2.2e9),
+        Device(
+            name="v5p",
+            memory=95 * GIB,
+            bandwidth=2765e9,
+            flops=459e12,
+            topology="v5p:2x2x1",
+            clock=1.75e9,
+            cores=2,
+            links=_LINKS,
+        ),
+        Device(
+            name="v6e",
+            memory=32 * GIB,
+            bandwidth=1640e9,
+            flops=918e12,
+            topology="v6e:2x2",
+            clock=1.75e9,
+            links=_LINKS,
+        ),
+        Device(
+            name="v7x",
+            memory=96 * GIB,
+            bandwidth=3690e9,
+            flops=1153e12,
+            topology="tpu7x:2x2x1",
+            clock=2.2e9,
+            links=_LINKS,
+        ),
         Device(name="l4", memory=24 * 10**9, bandwidth=300e9, flops=121e12),
-        Device(name="h100", memory=80 * 10**9, bandwidth=3350e9, flops=989e12),
-        Device(name="h200", memory=141 * 10**9, bandwidth=4800e9, flops=989e12),
+        Device(name="h100", memory=80 * 10**9, bandwidth=3350e9, flops=989e12, links=_NVLINK),
+        Device(name="h200", memory=141 * 10**9, bandwidth=4800e9, flops=989e12, links=_NVLINK),
     )
 }
 TPUS = tuple(name for name, device in DEVICES.items() if device.topology)
