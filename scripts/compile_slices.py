@@ -1,4 +1,4 @@
-"""Compiles the engine's own programs for TPU slices that aren't here, their KV heads split over the chips.
+"""Compiles the engine's own programs for TPU slices and GPUs that aren't here, their KV heads split over the chips.
 
     python scripts/compile_slices.py [--slices v6e-8 ...] [--models llama-3.1-70b ...] [--programs decode chunk ...]
 
@@ -11,7 +11,8 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,9 @@ from compile_tpu import BATCH, BLOCK_SIZE, CHUNK, CONTEXT, POLICY
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
-from targets import DEVICES, GIB, copies_of, quantise_abstractly, sizes, why_not
+from targets import DEVICES, GIB, TPUS, copies_of, quantise_abstractly, sizes, why_not
+from targets_gpu import h200s, lowered_for
+from targets_gpu import why_not as why_no_gpu
 
 from jaxkv.cache import CacheConfig, PagedCache, init_cache
 from jaxkv.engine.devices import AXIS, HeadMesh
@@ -40,12 +43,14 @@ SLICES = {
     "v6e-8": ("v6e", "v6e:2x4"),
     "v5p-4": ("v5p", "v5p:2x2x1"),
     "v5p-8": ("v5p", "v5p:2x2x2"),
+    "h200-4": ("h200", "4"),
 }
-"""By name: the chip, and libtpu's name of the slice; of v5p in chips, not in cores."""
+"""By name: the chip, and libtpu's name of the slice; of v5p in chips, not in cores. Of GPUs: how many."""
 MODELS = {"llama-3.1-8b": SHAPES["llama-3.1-8b"], **LARGE_SHAPES}
 USUAL = (
     *(("llama-3.1-70b", weights, where) for where in ("v6e-8", "v5p-4", "v5p-8") for weights in ("bfloat16", "fp8")),
-    *(("llama-3.1-8b", "bfloat16", where) for where in ("v5e-4", "v5e-8")),
+    *(("llama-3.1-8b", "bfloat16", where) for where in ("v5e-4", "v5e-8", "h200-4")),
+    ("llama-3.1-70b", "bfloat16", "h200-4"),
 )
 PROGRAMS = ("decode", "chunk", "compress_rows")
 ONE_ARRAY, TEMPORARIES = 64 * 2**20, 128 * 2**20
@@ -58,6 +63,7 @@ class Split:
     """A model and a cache on a slice: shapes only, of all chips together."""
 
     mesh: Mesh
+    is_gpu: bool
     graph: Any
     structure: Any
     leaves: list[Any]
@@ -67,7 +73,8 @@ class Split:
 
     def run(self, name: str, *given: Any, donated: dict[str, Any], **fixed: Any) -> Any:
         """One of the engine's programs, compiled."""
-        return HeadMesh(mesh=self.mesh).compile(self._program(name, fixed), self.leaves, donated, given)
+        with lowered_for(self.mesh.size, AXIS) if self.is_gpu else nullcontext():
+            return HeadMesh(mesh=self.mesh).compile(self._program(name, fixed), self.leaves, donated, given)
 
     def made_by(self, name: str, *given: Any, **fixed: Any) -> Any:
         """Shapes of what one makes that is given nothing away."""
@@ -85,15 +92,29 @@ class Split:
         return program
 
 
+def why_no_slice(name: str) -> str | None:
+    """Why nothing can be compiled for one here; None: it can."""
+    chip, _ = SLICES[name]
+    if chip in TPUS:
+        return why_not(chip)
+    if jax.__version_info__ < (0, 11):
+        return f"kernels for GPUs write in place, which needs jax 0.11, this is {jax.__version__}"
+    return why_no_gpu()
+
+
 def split_over(config: LlamaConfig, weights: str, name: str) -> Split:
-    """As ``LLM(devices=N)`` has them: stacked layers, a pool of what 0.8 of the memory leaves."""
+    """As ``LLM(devices=N)`` has them: on TPUs stacked layers; a pool of what 0.8 of the memory leaves."""
     chip, topology = SLICES[name]
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    is_gpu = chip not in TPUS
+    if is_gpu:
+        devices = h200s(int(topology))
+    else:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = Mesh(np.array(devices), (AXIS,))
     model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
     if weights != "bfloat16":
         model = quantise_abstractly(model, weights, per_tensor=True)
-    local = shard(stack_layers(model), axis=AXIS, count=mesh.size)
+    local = shard(model if is_gpu else stack_layers(model), axis=AXIS, count=mesh.size)
     graph, state = nnx.split(local)
 
     def placed(leaf: Any, spec: Any) -> Any:
@@ -111,7 +132,15 @@ def split_over(config: LlamaConfig, weights: str, name: str) -> Split:
         shards=HeadMesh(mesh=mesh).shards,
     )
     cache = jax.eval_shape(partial(init_cache, sized))
-    return Split(mesh=mesh, graph=graph, structure=structure, leaves=leaves, cache=cache, chip_bytes=int(held))
+    return Split(
+        mesh=mesh,
+        is_gpu=is_gpu,
+        graph=graph,
+        structure=structure,
+        leaves=leaves,
+        cache=cache,
+        chip_bytes=int(held),
+    )
 
 
 def compiled(split: Split, name: str) -> Any:
@@ -127,7 +156,7 @@ def compiled(split: Split, name: str) -> Any:
     return split.run("chunk", one, tokens, one, donated=held | {"prompt": state}, policy=POLICY)
 
 
-COLLECTIVE = re.compile(r"= \(?(\w+)\[([\d,]*)\]\S* (all-reduce|all-gather|reduce-scatter|all-to-all)(-start)?\(")
+COLLECTIVE = re.compile(r"= \(*(\w+)\[([\d,]*)\].*? (all-reduce|all-gather|reduce-scatter|all-to-all)(-start)?\(")
 
 
 def collectives(program: Any) -> list[str]:
@@ -140,9 +169,13 @@ def anew(program: Any) -> list[str]:
     return [each for each in copies_of(program, (ONE_ARRAY,), 1) if not each.startswith("copy-start")]
 
 
-def compile_all(model: str, weights: str, where: str, programs: list[str]) -> Iterator[dict[str, Any]]:
+def compile_all(
+    model: str, weights: str, where: str, programs: list[str], layers: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """``layers``: of the model; None: all."""
     config, chip = MODELS[model], SLICES[where][0]
-    with use_implementation("mosaic_tpu"):
+    config = replace(config, num_layers=layers or config.num_layers)
+    with use_implementation("mosaic_tpu" if chip in TPUS else "mosaic_gpu"):
         split = split_over(config, weights, where)
         for name in programs:
             began = time.perf_counter()
@@ -161,6 +194,7 @@ def compile_all(model: str, weights: str, where: str, programs: list[str]) -> It
                 "pool": of_chip,
                 "memory": DEVICES[chip].memory,
                 "seconds": time.perf_counter() - began,
+                "layers": config.num_layers if split.is_gpu else 1,
                 "sums": sum(each.startswith("all-reduce") and each.endswith(hidden) for each in seen),
                 "collectives": seen,
                 "copies": anew(program),
@@ -177,8 +211,8 @@ def faults(row: dict[str, Any]) -> list[str]:
         found.append(f"{row['temporary']} bytes of temporaries")
     if row["peak"] > row["memory"]:
         found.append(f"{row['peak']} bytes, more than the chip's {row['memory']}")
-    # Of the stacked layers, which the program's text has once, and of the embeddings.
-    most = 0 if row["program"] == "compress_rows" else SUMS_A_LAYER + 1
+    # Of the layers, of which the program's text has one where they are stacked, and of the embeddings.
+    most = 0 if row["program"] == "compress_rows" else SUMS_A_LAYER * row["layers"] + 1
     if row["sums"] != most:
         found.append(f"{row['sums']} sums of hidden states, not {most}")
     return found
@@ -207,17 +241,20 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--slices", nargs="+", choices=SLICES, default=list(SLICES))
+    parser.add_argument(
+        "--slices", nargs="+", choices=SLICES, default=[name for name in SLICES if why_no_slice(name) is None]
+    )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--weights", nargs="+", choices=["bfloat16", "fp8"], default=["bfloat16", "fp8"])
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
+    parser.add_argument("--layers", type=int, help="of each model, where all take too long: of GPUs' each is compiled")
     options = parser.parse_args()
     rows = []
     for model, weights, where in USUAL:
         if model in options.models and weights in options.weights and where in options.slices:
-            if reason := why_not(SLICES[where][0]):
+            if reason := why_no_slice(where):
                 sys.exit(f"nothing can be compiled for {where}: {reason}")
-            for row in compile_all(model, weights, where, options.programs):
+            for row in compile_all(model, weights, where, options.programs, options.layers):
                 rows.append(row)
                 print(row["model"], row["weights"], row["slice"], row["program"], row["collectives"], file=sys.stderr)
     print(f"jax {jax.__version__}; batch {BATCH}, {CONTEXT}-token tables, block {BLOCK_SIZE}\n")

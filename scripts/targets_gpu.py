@@ -48,22 +48,26 @@ def why_not() -> str | None:
     return None
 
 
-def compile_for_h200(function: Callable[..., Any], *args: Any, donate: tuple[int, ...] = ()) -> Any:
-    """The compiled program of ``function`` for arguments given by shape and dtype."""
-    device = topologies.get_topology_desc(
-        platform="cuda", topology_name="h200", topology="1x1x1", target_config=H200
-    ).devices[0]
-    here = SingleDeviceSharding(device)
-    jitted = jax.jit(function, donate_argnums=donate, in_shardings=here, out_shardings=here)
-    with use_abstract_mesh(_mesh()):
-        lowered = jitted.lower(*args)
-    return lowered.compile()
+def h200s(count: int) -> list[Any]:
+    """So many of one host, to compile for."""
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name="h200", topology=f"1x1x{count}", target_config=H200
+    ).devices
 
 
-def _mesh() -> AbstractMesh:
-    """Tells the lowering which GPU it is for."""
+def lowered_for(count: int, axis: str = "x") -> Any:
+    """A context in which the lowering knows which GPU it is for, and how many of them a mesh axis has."""
     try:
         device = AbstractDevice("NVIDIA H200", CORES, "gpu")
     except TypeError:  # jax 0.10
         device = AbstractDevice("NVIDIA H200", CORES)  # pyright: ignore[reportCallIssue]
-    return AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+    return use_abstract_mesh(AbstractMesh((count,), (axis,), axis_types=(AxisType.Auto,), abstract_device=device))
+
+
+def compile_for_h200(function: Callable[..., Any], *args: Any, donate: tuple[int, ...] = ()) -> Any:
+    """The compiled program of ``function`` for arguments given by shape and dtype."""
+    here = SingleDeviceSharding(h200s(1)[0])
+    jitted = jax.jit(function, donate_argnums=donate, in_shardings=here, out_shardings=here)
+    with lowered_for(1):
+        lowered = jitted.lower(*args)
+    return lowered.compile()
