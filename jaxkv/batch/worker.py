@@ -75,8 +75,12 @@ class Told:
 Message = Ready | Wants | Compiling | Failed | Told
 
 
-def work(connection: Connection, make: Callable[[], Model], max_context: int | None) -> None:
-    """What a worker does from its first moment to its last."""
+def work(
+    connection: Connection, make: Callable[[], Model], max_context: int | None, cores: set[int] | None = None
+) -> None:
+    """What a worker does from its first moment to its last, on these of the machine's cores; None: on all."""
+    if cores is not None:
+        os.sched_setaffinity(0, cores)  # before JAX counts them
     try:
         model = make()
         model.on_compile = lambda program: connection.send(Compiling(program))

@@ -78,9 +78,15 @@ class Workers:
 class _Worker:
     """A process, and what it has been given."""
 
-    def __init__(self, make: Callable[[], Model], max_context: int | None, environment: Mapping[str, str]):
+    def __init__(
+        self,
+        make: Callable[[], Model],
+        max_context: int | None,
+        environment: Mapping[str, str],
+        cores: set[int] | None,
+    ):
         self.connection, its_end = PROCESSES.Pipe()
-        self.process = PROCESSES.Process(target=work, args=(its_end, make, max_context), daemon=True)
+        self.process = PROCESSES.Process(target=work, args=(its_end, make, max_context, cores), daemon=True)
         with _inherited(environment):
             self.process.start()
         its_end.close()
@@ -140,7 +146,8 @@ class _Pool:
             worker.connection.close()
 
     def _start(self, number: int) -> _Worker:
-        return _Worker(self.of.make, self.max_context, self.of.environment(number))
+        cores = own_cores(number, self.of.count)
+        return _Worker(self.of.make, self.max_context, self.of.environment(number), cores)
 
     def _is_done(self) -> bool:
         waiting = self.source is not None or self.back or self.suspects
@@ -220,6 +227,15 @@ class _Pool:
             else:
                 died = f"{self.deaths[task.index]} workers died with it, the last one {how}, which had nothing else"
                 yield Refused(request=task.index, error=died)
+
+
+def own_cores(number: int, workers: int) -> set[int] | None:
+    """Of the cores that this process may use, those of the worker of this number: threads of each for all cores would
+    wait for those of the others. None where there are fewer cores than workers, or the system doesn't say."""
+    if not hasattr(os, "sched_getaffinity"):
+        return None
+    cores = sorted(os.sched_getaffinity(0))
+    return set(cores[number * len(cores) // workers : (number + 1) * len(cores) // workers]) or None
 
 
 def own_devices(number: int, devices: int) -> dict[str, str]:

@@ -15,7 +15,7 @@ from batch_fake import FakeLLM, completion, run_job
 from test_batch import by_line, many, put, start
 
 from jaxkv import SamplingParams
-from jaxkv.batch.workers import Workers, own_devices
+from jaxkv.batch.workers import Workers, own_cores, own_devices
 from jaxkv.cli.main import main
 from jaxkv.requests import Finished, Refused
 from models import save_model
@@ -128,6 +128,22 @@ def exists(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def tells_its_cores(path):
+    (path / str(os.getpid())).write_text(str(sorted(os.sched_getaffinity(0))))
+    return FakeLLM()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system has no such thing")
+def test_each_has_its_own_cores(tmp_path, monkeypatch):
+    answered(Workers(partial(tells_its_cores, tmp_path), 2), ["a", "b"])
+    wanted = [sorted(own_cores(number, 2) or os.sched_getaffinity(0)) for number in range(2)]
+    assert sorted(told.read_text() for told in tmp_path.iterdir()) == sorted(map(str, wanted))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 2, 3, 5, 7})
+    assert [own_cores(number, 2) for number in range(2)] == [{0, 2}, {3, 5, 7}]
+    assert [own_cores(number, 5) for number in range(5)] == [{0}, {2}, {3}, {5}, {7}]
+    assert own_cores(0, 6) is None
 
 
 def test_each_worker_sees_devices_of_its_own(monkeypatch):
