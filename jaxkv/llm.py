@@ -53,7 +53,8 @@ class LLM(Serving):
       tokenizer: for a loaded model, of ours, of transformers or of tokenizers; without one, prompts are token
         ids and answers have no text.
       cache_memory: bytes for the whole cache; None: what the prompts of a call need uncompressed, of ``run`` as many
-        whole contexts as there may be rows, but no more than the device has left, or half of the memory beside a CPU.
+        whole contexts as there may be rows, but no more than the device has left beside what programs take, or half of
+        the memory beside a CPU.
         A text, too: ``"500M"``, ``"2GiB"``.
       compression: a policy, or the name of one, such as ``"auto"``; None: the full cache. A prompt's ``SamplingParams``
         may say otherwise.
