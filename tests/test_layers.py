@@ -118,6 +118,7 @@ HEAVY = {
     "jaxkv.cli.main": "jaxkv",
     "jaxkv.cli.commands": "jaxkv",
     "jaxkv.batch.over_ray": "ray",
+    "jaxkv.batch.parquet": "pyarrow",
 }
 """What a file imports only once it is needed."""
 

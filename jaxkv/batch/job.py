@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from jaxkv.batch.lines import Broken, Id, Job, digest, input_lines, read_line
+from jaxkv.batch.lines import Broken, Id, Job, Place, digest, read_line
 from jaxkv.batch.openai import response
+from jaxkv.batch.outputs import output_for
 from jaxkv.batch.progress import Progress
 from jaxkv.batch.records import Done, OutputFile
+from jaxkv.batch.sources import source_of
 from jaxkv.checks import cut, shown_json
 from jaxkv.report import rate
 from jaxkv.requests import Completion, Event, Finished, Refused, SamplingParams
@@ -37,7 +38,9 @@ class BatchJob:
     """An input and its output, checked and locked; a context manager.
 
     Args:
-      source: the input; read line by line, twice.
+      source: the input, a JSONL or a Parquet file or a directory of such; read line by line, twice.
+      output: what ``outputs.output_for`` makes of it. Where that isn't the file of records, it is made of them each
+        time that a job ends with nothing left to do.
       params: what a line doesn't say.
       settings: by name, what else the answers depend on; every record has it.
       retry_failed: whether lines with error records are tried again.
@@ -52,7 +55,7 @@ class BatchJob:
     def __init__(
         self,
         source: Path,
-        output: Path,
+        output: Path | str,
         params: SamplingParams,
         settings: Mapping[str, Any] | None = None,
         *,
@@ -60,19 +63,9 @@ class BatchJob:
         output_format: str = "jaxkv",
     ):
         self.output_format = output_format
-        self.source, self.params, self.settings = source, params, dict(settings or {})
-        try:
-            regular = stat.S_ISREG(source.stat().st_mode)
-            if regular:
-                with source.open("rb"):
-                    pass
-        except OSError as error:
-            raise OSError(f"can't read {source}: {error.strerror}") from None
-        if not regular:
-            raise OSError(f"can't read {source}: it must be a regular file, since it is read twice")
-        if output.exists() and output.samefile(source):
-            raise ValueError(f"--input and --output are the same file, {source}")
-        self.output = OutputFile(output)
+        self.source, self.params, self.settings = source_of(source), params, dict(settings or {})
+        self.wanted = output_for(output, self.source, output_format)
+        self.output = OutputFile(self.wanted.records)
         try:
             self.total = self._check()
             self.torn = self.output.cut_torn_line()
@@ -84,7 +77,7 @@ class BatchJob:
         self.skipped = len(self.output.done)
         self.failed_before = sum(done.failed for done in self.output.done.values())
         self.answered = self.failed = 0
-        self.reasons: dict[int, str] = {}
+        self.reasons: dict[Place, str] = {}
         """Of the first lines that failed, each another one."""
         self.waiting: dict[int, Job] = {}
         """Requests that the model has, by its number of them."""
@@ -100,8 +93,13 @@ class BatchJob:
         return self.total - self.skipped
 
     def finish(self) -> int:
-        """Ends a job that has nothing left to do; returns the exit status, as ``run`` does."""
+        """Ends a job that has nothing left to do; returns the exit status, as ``run`` does.
+
+        Raises:
+          OSError: the output can't be written.
+        """
         self._progress().say(self._summary(0.0))
+        self.wanted.make()
         return self._status()
 
     def run(
@@ -135,11 +133,12 @@ class BatchJob:
                 self.output.tick()
                 progress.see(event)
             if self.waiting:
-                lines = ", ".join(str(job.line) for job in list(self.waiting.values())[:5])
-                raise RuntimeError(f"the model left {len(self.waiting)} requests unanswered, of lines {lines}")
+                lines = ", ".join(str(job.place) for job in list(self.waiting.values())[:5])
+                raise RuntimeError(f"the model left {len(self.waiting)} requests unanswered: {lines}")
         finally:
             progress.close()
             progress.say(self._summary(progress.seconds, progress.prompt_tokens, progress.answer_tokens))
+        self.wanted.make()
         return self._status()
 
     def _progress(self, compile_seconds: Callable[[], float] = lambda: 0.0) -> Progress:
@@ -168,12 +167,12 @@ class BatchJob:
     def _fail(self, broken: Broken, progress: Progress) -> None:
         self.output.write(self._error(broken))
         if len(self.reasons) < MOST_REASONS and broken.error not in self.reasons.values():
-            self.reasons[broken.line] = broken.error
+            self.reasons[broken.place] = broken.error
         self.failed += 1
         progress.failed()
 
     def _record(self, job: Job, completion: Completion, model: Model) -> dict[str, Any]:
-        begins = {"id": job.id, "line": job.line, "digest": job.digest, "settings": self.settings}
+        begins = {"id": job.id, **job.place.fields(), "digest": job.digest, "settings": self.settings}
         if self.output_format != "openai":
             return begins | _answer(completion)
         tokenizer = getattr(model, "tokenizer", None)
@@ -185,7 +184,7 @@ class BatchJob:
         return begins | response(job.id, completion, chat=chat, model=named, token=token)
 
     def _error(self, broken: Broken) -> dict[str, Any]:
-        begins = {"id": broken.id, "line": broken.line}
+        begins = {"id": broken.id, **broken.place.fields()}
         if self.output_format != "openai":
             return begins | {"error": broken.error}
         told = {"code": "invalid_request", "message": broken.error}
@@ -200,25 +199,25 @@ class BatchJob:
         Raises:
           ValueError: the output belongs to another input, or to other settings.
         """
-        for line, done in self.output.done.items():
+        for place, done in self.output.done.items():
             if done.settings not in (None, self.settings):
                 other = [n for n in {**done.settings, **self.settings} if done.settings.get(n) != self.settings.get(n)]
                 now, before = (json.dumps({n: s[n] for n in other if n in s}) for s in (self.settings, done.settings))
                 raise ValueError(
-                    f"{self.output.path} was written with other settings: line {line} with {before}, not {now}; go on "
+                    f"{self.output.path} was written with other settings: {place} with {before}, not {now}; go on "
                     "with those, or give another --output"
                 )
         total, missing = 0, set(self.output.done)
-        for line, data in input_lines(self.source):
+        for place, data in self.source.lines():
             total += 1
-            done = self.output.done.get(line)
+            done = self.output.done.get(place)
             if done is not None:
-                missing.discard(line)
-                self._same(read_line(data, line, self.params), data, done)
+                missing.discard(place)
+                self._same(self._read(place, data), data, done)
         if missing:
             raise ValueError(
-                f"{self.output.path} belongs to another input: it has a record of line {min(missing)}, but "
-                f"{self.source} has no such line; give another --output"
+                f"{self.output.path} belongs to another input: it has a record of {min(missing)}, but "
+                f"{self.source.path} has no such line; give another --output"
             )
         return total
 
@@ -228,35 +227,38 @@ class BatchJob:
             return
         if job.id != done.id:
             raise ValueError(
-                f"{self.output.path} belongs to another input: line {job.line} has id {shown_json(done.id)} there, but "
-                f"{shown_json(job.id)} in {self.source}; give another --output"
+                f"{self.output.path} belongs to another input: {job.place} has id {shown_json(done.id)} there, but "
+                f"{shown_json(job.id)} in {self.source.path}; give another --output"
             )
         if done.digest not in (None, digest(data)):
             raise ValueError(
-                f"line {job.line} of {self.source} is not what {self.output.path} has the answer to; put it back as it "
-                "was, or give another --output"
+                f"{job.place} of {self.source.path} is not what {self.output.path} has the answer to; put it back as "
+                "it was, or give another --output"
             )
 
     def _lines(self) -> Iterator[Job | Broken]:
         """The lines that are left to do."""
-        seen: dict[Id, int] = {}
-        for line, data in input_lines(self.source):
-            done = self.output.done.get(line)
-            job = read_line(data, line, self.params)
-            first = seen.setdefault(job.id, line) if job.id is not None else line
+        seen: dict[Id, Place] = {}
+        for place, data in self.source.lines():
+            done = self.output.done.get(place)
+            job = self._read(place, data)
+            first = seen.setdefault(job.id, place) if job.id is not None else place
             if done is not None:
                 self._same(job, data, done)
-            elif first != line and isinstance(job, Job):
-                error = f"the id {shown_json(job.id)} is already that of line {first}; give each line its own"
+            elif first != place and isinstance(job, Job):
+                error = f"the id {shown_json(job.id)} is already that of {first}; give each line its own"
                 yield job.broken(error)
             else:
                 yield job
+
+    def _read(self, place: Place, data: bytes) -> Job | Broken:
+        return read_line(data, place.line, self.params, place.file)
 
     def _summary(self, seconds: float, prompt_tokens: int = 0, answer_tokens: int = 0) -> str:
         skipped = f"{self.skipped} skipped as already done"
         if self.failed_before:
             skipped += f" ({self.failed_before} of them failed; --retry-failed tries them again)"
-        reasons = "".join(f"\n  line {line}: {cut(error, 200)}" for line, error in self.reasons.items())
+        reasons = "".join(f"\n  {place}: {cut(error, 200)}" for place, error in self.reasons.items())
         reasons += f"\n  all reasons are in {self.output.path}" if reasons else ""
         return (
             f"{self.answered} answered, {self.failed} failed, {skipped}; {prompt_tokens} prompt tokens and "

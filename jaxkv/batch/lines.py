@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from jaxkv.batch.openai import ANSWERED, UNUSED, WITHOUT_EFFECT, check_without_effect
 from jaxkv.checks import cut, shown, shown_json
@@ -44,12 +43,39 @@ MOST_NAMED = 3
 """Unknown fields that an error names."""
 
 
+class Place(NamedTuple):
+    """Where a line is: of these there is one for each line of an input, and they sort as the input is read."""
+
+    file: str
+    """Its name in the input's directory; nothing where the input is one file."""
+    line: int
+    """Of a JSONL file from 1, blank ones counted; or the row of a Parquet file, from 1."""
+
+    def __str__(self) -> str:
+        return f"{self.file} line {self.line}" if self.file else f"line {self.line}"
+
+    def fields(self) -> dict[str, Any]:
+        """What a record says of it."""
+        return {"file": self.file, "line": self.line} if self.file else {"line": self.line}
+
+
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class Line:
+    """A line that was read."""
+
+    file: str = ""
+    line: int
+    """Both as in a ``Place``."""
+
+    @property
+    def place(self) -> Place:
+        return Place(self.file, self.line)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(Line):
     """A line that can be answered."""
 
-    line: int
-    """From 1, blank lines counted."""
     id: Id
     prompt: str | list[int] | None
     """A text, or token ids."""
@@ -61,14 +87,13 @@ class Job:
 
     def broken(self, error: str) -> Broken:
         """It can't be answered after all."""
-        return Broken(line=self.line, id=self.id, error=error)
+        return Broken(file=self.file, line=self.line, id=self.id, error=error)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Broken:
+class Broken(Line):
     """A line that can't."""
 
-    line: int
     id: Id | None
     """None where the line has no readable one."""
     error: str
@@ -83,16 +108,7 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def input_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Line numbers from 1, and lines without their ends; blank ones are left out."""
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            data = raw.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else raw.strip()
-            if data:
-                yield number, data
-
-
-def read_line(data: bytes, line: int, defaults: SamplingParams) -> Job | Broken:
+def read_line(data: bytes, line: int, defaults: SamplingParams, file: str = "") -> Job | Broken:
     """Reads one line: our own shape, or that of OpenAI's batch files.
 
     Ours: ``prompt`` (a text, or token ids) or ``messages`` (``role`` and ``content`` each, perhaps a ``name`` for the
@@ -104,13 +120,15 @@ def read_line(data: bytes, line: int, defaults: SamplingParams) -> Job | Broken:
     is an error.
 
     Args:
+      line: its number, and where it has no id that too.
       defaults: what the line doesn't say.
+      file: where the input is a directory, the name of the line's file; an id that isn't given then begins with it.
     """
     name: Id | None = None
     try:
         record = _parse(data)
         outer = "custom_id" in record or "body" in record
-        name = _id(record, "custom_id" if outer else "id", line)
+        name = _id(record, "custom_id" if outer else "id", f"{file}:{line}" if file else line)
         if outer:
             _no_others(record, {"custom_id", "body", "method", "url"}, "")
             body = record.get("body")
@@ -126,8 +144,8 @@ def read_line(data: bytes, line: int, defaults: SamplingParams) -> Job | Broken:
         prompt, messages = _question(fields)
         params = _params(fields, defaults)
     except LineError as error:
-        return Broken(line=line, id=name, error=str(error))
-    return Job(line=line, id=name, prompt=prompt, messages=messages, params=params, digest=digest(data))
+        return Broken(file=file, line=line, id=name, error=str(error))
+    return Job(file=file, line=line, id=name, prompt=prompt, messages=messages, params=params, digest=digest(data))
 
 
 def _parse(data: bytes) -> dict[str, Any]:
@@ -164,10 +182,10 @@ def _no_constant(name: str) -> None:
     raise LineError(f"not JSON: {name} is no number; give a finite one")
 
 
-def _id(record: dict[str, Any], field: str, line: int) -> Id:
+def _id(record: dict[str, Any], field: str, otherwise: Id) -> Id:
     value = record.get(field)
     if value is None:
-        return line
+        return otherwise
     if isinstance(value, bool) or not isinstance(value, str | int | float) or value in (float("inf"), float("-inf")):
         raise LineError(f"{field} must be a text or a number, got {shown_json(value)}")
     return value

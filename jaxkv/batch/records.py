@@ -8,12 +8,13 @@ import fcntl
 import json
 import os
 import stat
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxkv.batch.lines import Id
+from jaxkv.batch.lines import Id, Place
 
 SYNC_SECONDS = 1.0
 """Between two waits for the disk."""
@@ -76,7 +77,7 @@ class OutputFile:
         Raises:
           OSError: it can't be rewritten; it is then as it was.
         """
-        kept = {line: done for line, done in self.done.items() if not done.failed}
+        kept = {place: done for place, done in self.done.items() if not done.failed}
         if len(kept) == len(self.done):
             return
         beside = self.real.with_name(f".{self.real.name}.retry")
@@ -171,8 +172,8 @@ class OutputFile:
         except OSError as error:
             raise OSError(f"can't lock {self.path}: {error.strerror}; give an --output on a local disk") from None
 
-    def _read(self) -> dict[int, Done]:
-        done: dict[int, Done] = {}
+    def _read(self) -> dict[Place, Done]:
+        done: dict[Place, Done] = {}
         self.size = 0
         with open(self.fd, "rb", closefd=False) as file:
             for number, raw in enumerate(file, 1):
@@ -180,12 +181,12 @@ class OutputFile:
                     if not _is_torn(raw):
                         raise self._foreign(number, raw)
                     break
-                line, record = _understood(raw)
+                place, record = _understood(raw)
                 if record is None:
                     raise self._foreign(number, raw)
-                if line in done:
-                    raise ValueError(f"{self.path} holds two records of the input's line {line}; remove one of them")
-                done[line] = record
+                if place in done:
+                    raise ValueError(f"{self.path} holds two records of the input's {place}; remove one of them")
+                done[place] = record
                 self.size += len(raw)
         return done
 
@@ -196,6 +197,11 @@ class OutputFile:
             f"{self.path} line {number} is no record of a batch job: {shown}{ends}; give a new --output, or that of "
             "this job"
         )
+
+
+def place_of(record: dict[str, Any]) -> Place:
+    """Of the line that a record is of."""
+    return Place(sys.intern(record.get("file", "")), record["line"])  # of a million names there are few
 
 
 def _is_torn(raw: bytes) -> bool:
@@ -215,16 +221,16 @@ def _is_torn(raw: bytes) -> bool:
     return not text[end:].strip("\0")  # a whole record may lack its line's end; more after it are other lines
 
 
-def _understood(raw: bytes) -> tuple[int, Done | None]:
-    """The input's line of a record and what is needed of it; None where it isn't one."""
+def _understood(raw: bytes) -> tuple[Place, Done | None]:
+    """Where the line of a record is and what is needed of it; None where it isn't one."""
     try:
         record = json.loads(raw)
-        line, name = record["line"], record["id"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return 0, None
+        place, name = place_of(record), record["id"]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return Place("", 0), None
     digest, settings, failed = record.get("digest"), record.get("settings"), record.get("error") is not None
     answered = failed or "text" in record or "response" in record
-    right = type(line) is int and isinstance(name, str | int | float | None) and answered
+    right = type(place.line) is int and isinstance(name, str | int | float | None) and answered
     if not right or not isinstance(settings, dict | None):
-        return 0, None
-    return line, Done(id=name, failed=failed, digest=digest, settings=settings)
+        return Place("", 0), None
+    return place, Done(id=name, failed=failed, digest=digest, settings=settings)

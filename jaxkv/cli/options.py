@@ -76,9 +76,20 @@ def add_generate(command: argparse.ArgumentParser) -> None:
 def add_batch(command: argparse.ArgumentParser) -> None:
     add_model(command)
     command.add_argument(
-        "--input", type=Path, required=True, metavar="JSONL", help='one {"prompt": …} or {"messages": […]} a line'
+        "--input",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help='JSONL, one {"prompt": …} or {"messages": […]} a line; or Parquet with such columns, where the name ends '
+        "in .parquet; or a directory of files of either kind",
     )
-    command.add_argument("--output", type=Path, required=True, metavar="JSONL", help="one answer or error a line")
+    command.add_argument(
+        "--output",
+        required=True,
+        metavar="PATH",
+        help="JSONL, one answer or error a line; or Parquet, where the name ends in .parquet; or, for a directory, a "
+        "directory (there already, or ending in /) that gets a file for each file of the input",
+    )
     command.add_argument(
         "--output-format",
         choices=["jaxkv", "openai"],

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxkv.batch.job import BatchJob
 from jaxkv.batch.over_ray import OverRay
+from jaxkv.batch.parquet import pyarrow
 from jaxkv.batch.workers import Workers
 from jaxkv.cache.stats import CacheStats
 from jaxkv.requests import Completion, Finished, PromptRead, Refused, SamplingParams, TextMade, Timings
@@ -94,7 +95,7 @@ class FakeLLM:
         yield Finished(request=index, completion=made)
 
 
-def run_job(source: Path, output: Path, *, pause: float = 0.0, **settings) -> int:
+def run_job(source: Path, output: Path | str, *, pause: float = 0.0, **settings) -> int:
     with BatchJob(source, output, SamplingParams(), **settings) as job:
         return job.run(FakeLLM(pause))
 
@@ -115,9 +116,16 @@ def told_of(pause: float) -> FakeLLM:
     return FakeLLM(pause)
 
 
+def records_of(output: Path) -> Path:
+    """The file that a job goes on by."""
+    return output if output.suffix == ".jsonl" else output.with_name(f"{output.name}.records.jsonl")
+
+
 def kill_and_restart(source: Path, output: Path, kills: int, pause: float, seed: int) -> None:
     """Starts the job in a process of its own until it ends by itself; kills the first ones at random moments."""
-    moments = random.Random(seed)
+    moments, written = random.Random(seed), records_of(output)
+    if ".parquet" in (source.suffix, output.suffix):
+        pyarrow()  # each child would import it
     for attempt in range(kills + 1):
         child = os.fork()  # a fresh interpreter would only import the same again, for seconds
         if not child:
@@ -126,7 +134,7 @@ def kill_and_restart(source: Path, output: Path, kills: int, pause: float, seed:
             time.sleep(moments.uniform(0.0, 0.12))
             os.kill(child, signal.SIGKILL)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        whole = output.read_bytes().count(b"\n") if output.exists() else 0
+        whole = written.read_bytes().count(b"\n") if written.exists() else 0
         print(status, whole, flush=True)
 
 

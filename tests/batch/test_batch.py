@@ -330,7 +330,8 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     cases = [
         (["--input", str(tmp_path / "none"), "--output", str(output)], "can't read", "No such file"),
-        (["--input", str(tmp_path), "--output", str(output)], "can't read", "must be a regular file"),
+        (["--input", "/dev/null", "--output", str(output)], "can't read", "must be a regular file"),
+        (["--input", str(tmp_path), "--output", str(tmp_path / "o")], "o would be among the input"),
         (["--input", str(source), "--output", str(tmp_path)], "can't write", "Is a directory"),
         (["--input", str(source), "--output", str(tmp_path / "no" / "o")], "can't write", "No such file"),
         (["--input", str(source), "--output", "/dev/full"], "can't write /dev/full", "must be a regular file"),
