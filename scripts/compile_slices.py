@@ -2,8 +2,8 @@
 
     python scripts/compile_slices.py [--slices v6e-8 ...] [--models llama-3.1-70b ...] [--programs decode chunk ...]
 
-prints a row a program: MiB of temporaries and at the peak on each chip, the sums and gathers over chips in it, and what
-is wrong, such as a sum too many in a layer.
+prints a row a program: MiB of temporaries and at the peak on each chip, and what is wrong, such as a sum too many in a
+layer.
 """
 
 import argparse
@@ -218,25 +218,15 @@ def faults(row: dict[str, Any]) -> list[str]:
     return found
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| model | weights | slice | program | weights, pool GiB a chip | temporary / peak MiB | s | |"]
-    lines.append("|" + " --- |" * 8)
-    for row in rows:
-        held = f"{row['weights_bytes'] / GIB:.1f}, {row['pool'] / GIB:.1f}"
-        memory = f"{row['temporary'] / 2**20:,.0f} / {row['peak'] / 2**20:,.0f}"
-        told = "; ".join(faults(row))
-        cells = (
-            row["model"],
-            row["weights"],
-            row["slice"],
-            row["program"],
-            held,
-            memory,
-            f"{row['seconds']:.0f}",
-            told,
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+HEADER = "| model | weights | slice | program | weights, pool GiB a chip | temporary / peak MiB | s | |\n|" + " --- |" * 8
+
+
+def line(row: dict[str, Any]) -> str:
+    """Of the table."""
+    held = f"{row['weights_bytes'] / GIB:.1f}, {row['pool'] / GIB:.1f}"
+    memory = f"{row['temporary'] / 2**20:,.0f} / {row['peak'] / 2**20:,.0f}"
+    of = (row[name] for name in ("model", "weights", "slice", "program"))
+    return "| " + " | ".join([*of, held, memory, f"{row['seconds']:.0f}", "; ".join(faults(row))]) + " |"
 
 
 def main() -> None:
@@ -249,6 +239,7 @@ def main() -> None:
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
     parser.add_argument("--layers", type=int, help="of each model, where all take too long: of GPUs' each is compiled")
     options = parser.parse_args()
+    print(f"jax {jax.__version__}; batch {BATCH}, {CONTEXT}-token tables, block {BLOCK_SIZE}\n\n{HEADER}", flush=True)
     rows = []
     for model, weights, where in USUAL:
         if model in options.models and weights in options.weights and where in options.slices:
@@ -256,9 +247,7 @@ def main() -> None:
                 sys.exit(f"nothing can be compiled for {where}: {reason}")
             for row in compile_all(model, weights, where, options.programs, options.layers):
                 rows.append(row)
-                print(row["model"], row["weights"], row["slice"], row["program"], row["collectives"], file=sys.stderr)
-    print(f"jax {jax.__version__}; batch {BATCH}, {CONTEXT}-token tables, block {BLOCK_SIZE}\n")
-    print(table(rows))
+                print(line(row), flush=True)
     if any(faults(row) for row in rows):
         sys.exit(1)
 
