@@ -218,7 +218,7 @@ def faults(row: dict[str, Any]) -> list[str]:
     return found
 
 
-HEADER = "| model | weights | slice | program | weights, pool GiB a chip | temporary / peak MiB | s | |\n|" + " --- |" * 8
+HEADER = "| model | weights | slice | program | weights, pool GiB a chip | temporary / peak MiB | s | |\n" + "| --- " * 8 + "|"
 
 
 def line(row: dict[str, Any]) -> str:
