@@ -218,7 +218,7 @@ def faults(row: dict[str, Any]) -> list[str]:
     return found
 
 
-HEADER = "| model | weights | slice | program | weights, pool GiB a chip | temporary / peak MiB | s | |\n" + "| --- " * 8 + "|"
+COLUMNS = "model", "weights", "slice", "program", "weights, pool GiB a chip", "temporary / peak MiB", "s", ""
 
 
 def line(row: dict[str, Any]) -> str:
@@ -239,7 +239,8 @@ def main() -> None:
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
     parser.add_argument("--layers", type=int, help="of each model, where all take too long: of GPUs' each is compiled")
     options = parser.parse_args()
-    print(f"jax {jax.__version__}; batch {BATCH}, {CONTEXT}-token tables, block {BLOCK_SIZE}\n\n{HEADER}", flush=True)
+    print(f"jax {jax.__version__}; batch {BATCH}, {CONTEXT}-token tables, block {BLOCK_SIZE}\n")
+    print("| " + " | ".join(COLUMNS) + " |\n" + "| --- " * len(COLUMNS) + "|", flush=True)
     rows = []
     for model, weights, where in USUAL:
         if model in options.models and weights in options.weights and where in options.slices:
