@@ -36,6 +36,7 @@ from models import Llama, LlamaConfig, stack_layers
 from models.shapes import LARGE_SHAPES, SHAPES
 from models.sharding import shard, weight_specs
 from pallas_kernels import use_implementation
+from pallas_kernels.gpu_warpgroup import IN_PLACE
 
 SLICES = {
     "v5e-4": ("v5e", "v5e:2x2"),
@@ -97,7 +98,7 @@ def why_no_slice(name: str) -> str | None:
     chip, _ = SLICES[name]
     if chip in TPUS:
         return why_not(chip)
-    if jax.__version_info__ < (0, 11):
+    if jax.__version_info__ < IN_PLACE:
         return f"kernels for GPUs write in place, which needs jax 0.11, this is {jax.__version__}"
     return why_no_gpu()
 

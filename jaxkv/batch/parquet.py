@@ -77,22 +77,22 @@ def _lines(batch: Any) -> Iterator[bytes]:
         for i in range(batch.num_rows):
             yield from _lines(batch.slice(i, 1))
         return
+    types = pyarrow().types
     for row in made:
-        given = {field.name: _given(row[field.name], field.type) for field in batch.schema}
+        given = {field.name: _given(row[field.name], field.type, types) for field in batch.schema}
         yield json.dumps({name: value for name, value in given.items() if value is not None}, default=_foreign).encode()
 
 
-def _given(value: Any, kind: Any) -> Any:
-    """A value of an Arrow type as JSON has it: fields of a struct that are null aren't there."""
-    types = pyarrow().types
+def _given(value: Any, kind: Any, types: Any) -> Any:
+    """A value of an Arrow type as JSON has it: fields of a struct that are null aren't there; ``types``: pyarrow's."""
     if value is None or not types.is_nested(kind):
         return value
     if types.is_struct(kind):
-        fields = {field.name: _given(value[field.name], field.type) for field in kind}
+        fields = {field.name: _given(value[field.name], field.type, types) for field in kind}
         return {name: each for name, each in fields.items() if each is not None}
     if types.is_map(kind):
-        return {str(name): _given(each, kind.item_type) for name, each in value}
-    return [_given(each, kind.value_type) for each in value] if types.is_nested(kind.value_type) else value
+        return {str(name): _given(each, kind.item_type, types) for name, each in value}
+    return [_given(each, kind.value_type, types) for each in value] if types.is_nested(kind.value_type) else value
 
 
 def _foreign(value: Any) -> dict[str, str]:
